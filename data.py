@@ -1,0 +1,413 @@
+"""Data sets as uint8 tensors, and their augmentation in whole batches.
+
+Everything is read once into memory and moved to the device once; crop, flip and cutout are then
+tensor code on a whole batch, so there are no loader processes and no Python work for each image.
+
+    dataset = data.load("fashion-mini").to("cuda")       # embedded: no download, no other file
+    dataset = data.load("cifar100", "data")              # data/cifar100.npz, or the official files
+    dataset = data.load("mine.npz")                      # or a folder: train/CLASS/*, test/CLASS/*
+    for epoch in range(200):
+        for images, labels in data.batches(dataset.x_train, dataset.y_train, 128, seed, epoch):
+            ...                                          # uint8; normalise with dataset.mean, .std
+
+A named set is looked for as DATA_DIR/NAME.npz first, then in its official layout. What is neither
+there is downloaded by torchvision, except Tiny-ImageNet, whose images are decoded once into
+DATA_DIR/tiny-imagenet.npz.
+"""
+import importlib
+import math
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST",  # our name -> torchvision's class
+               "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+NAMES = ("fashion-mini", *TORCHVISION, "tiny-imagenet")
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+# What numpy, Pillow and torchvision raise on files that are missing, cut short or damaged.
+BAD_FILE = (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AssertionError,
+            SyntaxError, RuntimeError, MemoryError, struct.error, zlib.error, HTTPException,
+            tarfile.TarError, zipfile.BadZipFile)
+
+
+class Dataset(NamedTuple):
+    """A training and a test set in memory, with what is needed to feed them to a network."""
+
+    name: str          # as given to load
+    x_train: Tensor    # uint8 [N, C, H, W], H = W, in channels_last memory
+    y_train: Tensor    # int64 [N], 0..num_classes - 1
+    x_test: Tensor
+    y_test: Tensor
+    num_classes: int
+    mean: list[float]  # of each channel over the training images, in 0..1
+    std: list[float]   # likewise; 1 where a channel is constant, so that dividing by it is safe
+    flip: bool         # does an image stay valid when mirrored? Digits do not
+
+    def to(self, device):
+        """Return the same set with its four tensors on a device."""
+        return self._replace(**{key: getattr(self, key).to(device) for key in KEYS})
+
+
+def load(name, data_dir="data", train_limit=None, test_limit=None):
+    """Load a data set by its name (one of NAMES) or path (FILE.npz or a folder of class folders).
+
+    FILE.npz: x_train, x_test uint8 [N, H, W, C] or [N, H, W]; y_train, y_test integers [N].
+    Folder: train/CLASS/* and test/CLASS/* (or val/CLASS/*), images of one size; a class's label is
+    the rank of its name in train.
+    data_dir: where named sets lie, or are downloaded to.
+    train_limit: keep the first so many training images, balanced over the classes, in file order;
+    mean and std are then theirs. test_limit: likewise for the test set, all of it if that is less.
+    Raises ValueError or FileNotFoundError, one line each, for whatever is wrong with the files.
+    """
+    x_train, y_train, x_test, y_test = _read(name, Path(os.path.expanduser(data_dir)))
+    num_classes = int(y_train.max()) + 1
+    if train_limit is not None and not num_classes <= train_limit <= len(y_train):
+        raise _error(ValueError, f"--train-limit is {train_limit}", f"{num_classes} (an image for "
+                     f"each class of {name}) to {len(y_train)} (all)", "Change it or leave it out")
+    x_train, y_train = _first_balanced(x_train, y_train, train_limit)
+    x_test, y_test = _first_balanced(x_test, y_test, test_limit)
+    mean, std = _mean_and_std(x_train)
+    x_train, x_test = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (x_train, x_test))
+    y_train, y_test = torch.from_numpy(y_train), torch.from_numpy(y_test)
+    return Dataset(name, x_train, y_train, x_test, y_test, num_classes, mean, std, name != "mnist")
+
+
+# ---- batches ------------------------------------------------------------------------------------
+
+
+def num_batches(n, batch_size):
+    """Return the number of batches in an epoch over n images; a smaller last one counts."""
+    return -(-n // batch_size)
+
+
+def batches(images, labels, batch_size, seed, epoch, first=0, pad=None, flip=True, cutout=0):
+    """Yield one epoch as pairs (uint8 [n, C, H, W] in channels_last memory, labels [n]).
+
+    Each image comes once, the last batch may be smaller. Order and augmentation depend on seed and
+    epoch (both >= 0) only, and are drawn for the whole epoch at once: a batch does not depend on
+    which were taken before it, so first=b resumes an epoch exactly at batch b (counted from 0).
+
+    images: uint8 [N, C, H, W], labels: [N], on the device where the batches are wanted.
+    pad: pixels of black around an image before a crop of its size is cut at a random place; 0: no
+    crop. Default: 4, and H // 8 from H = 64 on (LTH-SNN's 8 for Tiny-ImageNet).
+    flip: mirror half of the images. cutout: side of a black square with a uniformly drawn centre,
+    clipped at the borders (16 in LTH-SNN), in pixels; 0: none.
+    """
+    N, _, H, W = images.shape
+    if pad is None:
+        pad = 4 if H < 64 else H // 8
+    # SeedSequence mixes its words: unlike with seed + epoch, runs do not share shifted epochs.
+    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1)
+    rng = torch.Generator().manual_seed(int(mixed[0]))
+    draws = [torch.randperm(N, generator=rng),
+             torch.randint(0, 2 * pad + 1, (N,), generator=rng),  # top of the crop
+             torch.randint(0, 2 * pad + 1, (N,), generator=rng),  # left of the crop
+             torch.randint(0, 2, (N,), generator=rng).bool() & flip,
+             torch.randint(0, H, (N,), generator=rng),            # centre of the hole
+             torch.randint(0, W, (N,), generator=rng)]
+    draws = [draw.to(images.device) for draw in draws]
+    pixels = images.permute(0, 2, 3, 1)                           # [N, H, W, C]
+    for start in range(first * batch_size, N, batch_size):
+        order, *rest = (draw[start:start + batch_size] for draw in draws)
+        batch = _augment(pixels.index_select(0, order), *rest, pad, cutout)
+        yield batch.permute(0, 3, 1, 2), labels.index_select(0, order)
+
+
+def _augment(images, top, left, mirror, hole_y, hole_x, pad, cutout):
+    """Crop, flip and cut holes into images [n, H, W, C]; the other tensors hold n values each."""
+    n, H, W, C = images.shape
+    y = torch.arange(H, device=images.device)
+    x = torch.arange(W, device=images.device)
+    # The pixel that each pixel of the result comes from, as an index into the padded batch.
+    images = F.pad(images, (0, 0, pad, pad, pad, pad))
+    rows = top[:, None] + y                                                 # [n, H]
+    columns = left[:, None] + torch.where(mirror[:, None], W - 1 - x, x)    # [n, W]
+    rows = rows + (H + 2 * pad) * torch.arange(n, device=images.device)[:, None]
+    source = rows[:, :, None] * (W + 2 * pad) + columns[:, None, :]         # [n, H, W]
+    out = images.view(-1, C).index_select(0, source.view(-1)).view(n, H, W, C)
+    if cutout:
+        y = y - (hole_y[:, None] - cutout // 2)                             # 0..cutout - 1: hole
+        x = x - (hole_x[:, None] - cutout // 2)
+        hole = ((0 <= y) & (y < cutout))[:, :, None] & ((0 <= x) & (x < cutout))[:, None, :]
+        out *= ~hole[..., None]
+    return out
+
+
+# ---- the formats: a reader returns the four arrays of KEYS as a list, unchecked -----------------
+
+
+def _read(name, data_dir):
+    """Find a set by its name or path and return its checked arrays."""
+    if name == "fashion-mini":
+        path = Path(__file__).parent / "fashion_mini.npz"
+    else:
+        path = data_dir / f"{name}.npz" if name in NAMES else Path(name)
+    if name in TORCHVISION and not os.path.exists(path):
+        folder, arrays = _read_torchvision(name, data_dir)
+        return _check(folder, arrays)
+    if name == "tiny-imagenet" and not os.path.exists(path):
+        folder = data_dir / "tiny-imagenet-200"
+        arrays = _check(folder, _read_tiny_imagenet(folder))
+        _save_npz(path, arrays)
+        return arrays
+    if path.suffix == ".npz":
+        return _check(path, _read_npz(path))
+    if os.path.isdir(path):
+        return _check(path, _read_folder(path))
+    wrong = ("a file of an unknown kind" if os.path.exists(path) else
+             "no known name and no existing path")
+    raise _error(FileNotFoundError, f"data set {name} is {wrong}",
+                 f"{', '.join(NAMES)}, or a path: FILE.npz or a folder with train and test",
+                 "Check the spelling of --dataset")
+
+
+def _read_npz(path):
+    try:
+        with np.load(path, allow_pickle=False) as file:  # a pickle could run code
+            return [np.asarray(file[key]) for key in KEYS]
+    except BAD_FILE as error:
+        raise _unreadable(path, error, f"a whole .npz file with {', '.join(KEYS)}, no objects",
+                          "Check the path, or make it anew with numpy.savez") from error
+
+
+def _read_torchvision(name, data_dir):
+    """Read a set in torchvision's layout, downloading what is absent; return (folder, arrays).
+
+    CIFAR's files are pickles, which could run code: torchvision compares their md5 before it opens
+    them. MNIST's files are plain bytes.
+    """
+    reader = getattr(_import("torchvision.datasets"), TORCHVISION[name])
+    if "mnist" in name:
+        folder = place = data_dir / reader.__name__ / "raw"
+        archives = reader.resources
+        files = [Path(archive).stem for archive, _ in archives]
+        # Old versions left processed/*.pt, which would be preferred to raw/ and has no md5. The
+        # class keeps its name since that is the folder's.
+        reader = type(reader.__name__, (reader,), {"_check_legacy_exist": lambda self: False})
+    else:
+        folder, place = data_dir / reader.base_folder, data_dir
+        archives = [(reader.filename, reader.tgz_md5)]
+        files = [file for file, _ in reader.train_list + reader.test_list]
+        files.append(reader.meta["filename"])
+    is_there = all((folder / file).is_file() for file in files)
+    try:
+        train, test = (reader(data_dir, train=is_train, download=not is_there)
+                       for is_train in (True, False))
+    except BAD_FILE as error:
+        kind, state, fix = (
+            (ValueError, "is damaged", "Delete it, then put") if is_there else
+            (FileNotFoundError, "is not complete and could not be downloaded", "Put"))
+        wanted = ", ".join(f"{archive} (md5 {md5})" for archive, md5 in archives)
+        raise _error(kind, f"{folder} {state} ({_reason(error)})", f"the contents of {wanted}",
+                     f"{fix} that from any mirror into {place}, or {name}.npz into {data_dir}, "
+                     "or pass --data-dir") from error
+    return folder, [np.asarray(array) for split in (train, test)
+                    for array in (split.data, split.targets)]
+
+
+def _read_tiny_imagenet(root):
+    """Read the official layout; a label is the position in wnids.txt."""
+    fix = f"Unzip tiny-imagenet-200.zip (from CS231n) in {root.parent}, or pass --data-dir"
+
+    def lines_of(path):
+        try:
+            return path.read_text().splitlines()
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error, "the official folder, or tiny-imagenet.npz beside it",
+                              fix) from error
+
+    label_of = {wnid: label for label, wnid in enumerate(lines_of(root / "wnids.txt"))}
+    train, test = [], []  # pairs (file, label)
+    for wnid, label in label_of.items():
+        train += [(file, label) for file in _list(root / "train" / wnid / "images", "images")]
+    annotations = root / "val" / "val_annotations.txt"
+    for line in lines_of(annotations):
+        image, _, rest = line.partition("\t")
+        wnid = rest.partition("\t")[0]  # a bounding box follows
+        if wnid not in label_of:
+            raise _error(ValueError, f"{annotations} has the line {line!r}",
+                         "an image, a tab and a class of wnids.txt", fix)
+        test.append((root / "val" / "images" / image, label_of[wnid]))
+    return _decode(root, train, test)
+
+
+def _read_folder(root):
+    """Read train/CLASS/* and test/CLASS/* (or val/CLASS/*), without names that start with a dot."""
+    classes = _list(root / "train", "class folders")
+    label_of = {folder.name: label for label, folder in enumerate(classes)}
+    train = [(file, label_of[folder.name]) for folder in classes
+             for file in _list(folder, "images")]
+    test = []
+    for folder in _list(root / ("test" if (root / "test").exists() else "val"), "class folders"):
+        if folder.name not in label_of:
+            raise _error(ValueError, f"{folder} is a class without training images",
+                         f"only classes of {root / 'train'}", "Rename or remove it")
+        test += [(file, label_of[folder.name]) for file in _list(folder, "images")]
+    return _decode(root, train, test)
+
+
+def _list(folder, what):
+    """Return the visible files ("images") or sub-folders ("class folders") of a folder, sorted."""
+    is_wanted = Path.is_file if what == "images" else Path.is_dir
+    expected, fix = f"a folder of {what}", "Complete it, or check the path"
+    try:
+        found = [path for path in folder.iterdir()
+                 if is_wanted(path) and not path.name.startswith(".")]
+    except OSError as error:
+        raise _unreadable(folder, error, expected, fix) from error
+    if not found:
+        raise _error(FileNotFoundError, f"{folder} holds no {what}", expected, fix)
+    return sorted(found, key=lambda path: path.name)
+
+
+def _decode(root, train, test):
+    """Decode pairs (file, label) to [N, H, W, 1] if all the images are grey, else [N, H, W, 3]."""
+    if not train or not test:
+        raise _error(ValueError, f"{root} lists no {'test' if train else 'training'} images",
+                     "both training and test images", "Complete it")
+    Image = _import("PIL.Image")
+    files = [file for file, _ in train + test]
+    x = None
+
+    def decode(i):
+        nonlocal x
+        try:
+            with Image.open(files[i]) as image:
+                if image.mode[0] in "IF":  # 16 or 32 bits a value: convert would clip them
+                    raise ValueError(f"pixels of kind {image.mode}")
+                if x is None:
+                    x = np.empty((len(files), image.width, image.width, 3), np.uint8)
+                if not image.width == image.height == x.shape[1]:
+                    raise ValueError(f"{image.width} x {image.height} pixels")
+                x[i] = image.convert("RGB")
+                return image.mode in ("1", "L", "LA")
+        except (*BAD_FILE, Image.DecompressionBombError) as error:
+            raise _unreadable(files[i], error, "a whole 8-bit image, square, "
+                              f"as wide as {files[0]}", "Convert, resize or remove it") from error
+
+    are_grey = [decode(0)]
+    with ThreadPoolExecutor() as pool:
+        others = pool.map(decode, range(1, len(files)))
+        are_grey += tqdm(others, "decoding", len(files) - 1, disable=None, leave=False)
+    x = x[..., :1] if all(are_grey) else x
+    y = np.array([label for _, label in train + test])
+    return [x[:len(train)], y[:len(train)], x[len(train):], y[len(train):]]
+
+
+# ---- checks and small helpers -------------------------------------------------------------------
+
+
+def _check(source, arrays):
+    """Return images as contiguous uint8 [N, H, W, C] and labels as int64 [N], or raise ValueError.
+
+    source: the file or folder that the messages name.
+    """
+    def require(is_right, wrong, expected, fix):
+        if not is_right:
+            raise _error(ValueError, f"{source}: {wrong}", expected, fix)
+
+    checked = []
+    for split, x, y in (("train", *arrays[:2]), ("test", *arrays[2:])):
+        found = f"x_{split} is {x.dtype} {list(x.shape)}"
+        x = x.reshape(*x.shape, 1) if x.ndim == 3 else x
+        require(x.dtype == np.uint8 and x.ndim == 4 and x.size and x.shape[1] == x.shape[2] >= 8,
+                found, "uint8 [N, H, W, C] or [N, H, W] with N >= 1, H = W >= 8",
+                "Convert it: values 0 to 255, channels last, square images")
+        require(np.issubdtype(y.dtype, np.integer) and y.shape == x.shape[:1],
+                f"y_{split} is {y.dtype} {list(y.shape)}", f"integers [{len(x)}]",
+                f"Give each image of x_{split} the number of its class")
+        checked += [np.ascontiguousarray(x), y.astype(np.int64)]
+    x_train, y_train, x_test, y_test = checked
+    classes = np.unique(y_train)
+    require(np.array_equal(classes, np.arange(len(classes))),
+            f"y_train holds {len(classes)} different labels from {classes[0]} to {classes[-1]}",
+            "each from 0 to the largest at least once", "Number the classes from 0 without a gap")
+    require(0 <= y_test.min() and y_test.max() <= classes[-1],
+            f"y_test holds labels from {y_test.min()} to {y_test.max()}",
+            f"0 to {classes[-1]} as in y_train", "Remove or renumber the others")
+    require(x_train.shape[1:] == x_test.shape[1:],
+            f"images are {list(x_train.shape[1:])} in x_train, {list(x_test.shape[1:])} in x_test",
+            "one size and number of channels", "Convert one to the other's")
+    return checked
+
+
+def _first_balanced(x, y, limit):
+    """Return the first images when the classes take turns, in file order; all if limit is None."""
+    if limit is None:
+        return x, y
+    by_class = np.argsort(y, kind="stable")
+    grouped = y[by_class]
+    turn = np.empty_like(y)  # 0 for the first image of each class, 1 for the second, ...
+    turn[by_class] = np.arange(len(y)) - np.searchsorted(grouped, grouped)
+    chosen = np.sort(np.lexsort((y, turn))[:limit])
+    return x[chosen], y[chosen]
+
+
+def _mean_and_std(x):
+    """Return the mean and standard deviation of each channel of uint8 [N, H, W, C], in 0..1.
+
+    Exact: the sums are integers, from a histogram of each channel.
+    """
+    mean, std = [], []
+    for channel in range(x.shape[3]):
+        parts = (x[i:i + 1000, ..., channel] for i in range(0, len(x), 1000))
+        counts = sum(np.bincount(part.ravel(), minlength=256) for part in parts)
+        n, total, squares = (int(counts @ np.arange(256) ** power) for power in range(3))
+        mean.append(total / (255 * n))
+        std.append(math.sqrt(n * squares - total ** 2) / (255 * n) or 1.0)
+    return mean, std
+
+
+def _save_npz(path, arrays):
+    """Write an .npz file that is either whole or not there; a full or read-only disk is a note."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, **dict(zip(KEYS, arrays)))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        print(f"note: {path} could not be written ({_reason(error)}); "
+              "the images will be decoded again next time")
+
+
+def _import(module):
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        raise _error(ValueError, f"{module} cannot be imported ({_reason(error)})",
+                     "a torchvision that was built for this torch",
+                     'pip install "torch>=2.11" "torchvision>=0.26"') from error
+
+
+def _reason(error):
+    """Return the heart of an error's text: of several lines the last, of that one sentence."""
+    text = (getattr(error, "strerror", None) or str(error)).strip() or type(error).__name__
+    return text.splitlines()[-1].split(". ")[0].rstrip(".")
+
+
+def _unreadable(path, error, expected, fix):
+    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+    return _error(kind, f"{path} cannot be read ({_reason(error)})", expected, fix)
+
+
+def _error(kind, wrong, expected, fix):
+    """Make an exception whose message is one line, even if a path is not."""
+    return kind(" ".join(f"{wrong}, expected {expected}. {fix}".splitlines()))

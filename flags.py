@@ -1,0 +1,189 @@
+"""Flags: the ones that all scripts share, their defaults by data set, and what a wrong one gets.
+
+    parser = flags.make_parser(__doc__)                      # the common flags; a script adds its own
+    args = flags.parse(parser, argv, SETTINGS, run_name)     # resolved, each one
+
+A wrong flag or file is one line on stderr that says what is wrong, what was expected and how to fix it,
+and exit code 2, before anything is written.
+"""
+import argparse
+import json
+import math
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import models
+
+MAY_DIFFER = {"device"}  # flags that a resumed run may change
+
+SMALL = dict(model="small", time_steps=4, batch_size=64, lr=0.1)
+PAPER = dict(model="vgg16", time_steps=5, batch_size=128, lr=0.3)  # criticality paper, Table 4
+DATASETS = {"fashion-mini": SMALL, "mnist": SMALL | dict(batch_size=128),
+            "fashion-mnist": SMALL | dict(batch_size=128),
+            "cifar10": PAPER, "cifar100": PAPER, "tiny-imagenet": PAPER}
+COMMON = dict(dataset="fashion-mini", data_dir="data", train_limit=None, width=1.0, momentum=0.9,
+              weight_decay=5e-4, cutout=0, init=None, device=None, precision="fp32", compile=False,
+              seed=0, run_dir=None, resume=False, overwrite=False, smoke=False)
+SMOKE = dict(width=0.25, batch_size=16, train_limit=256, epochs_prune=1, epochs_finetune=1)
+
+
+@contextmanager
+def exits(code, *errors):
+    """Turn errors into one line on stderr and an exit code."""
+    try:
+        yield
+    except errors as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def whole(low):
+    """Return an argparse type: a whole number of at least `low`."""
+    def convert(text):
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"is {text}, expected a whole number of at least {low}")
+        return value
+    return convert
+
+
+def number(low, high=math.inf, above=False):
+    """Return an argparse type: a finite number in [low, high), or in (low, high) if `above`."""
+    def convert(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and low <= value < high) or (above and value == low):
+            wanted = (f"a fraction in [{low:g}, {high:g})" if high < math.inf else
+                      f"a finite number {'above' if above else 'of at least'} {low:g}")
+            hint = ""
+            if high == 1 and 1 <= value <= 100:
+                hint = f". For {value:g} % write {min(value / 100, 0.99):g}"
+            raise argparse.ArgumentTypeError(f"is {text}, expected {wanted}{hint}")
+        return value
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without its usage lines: a wrong flag is one line and exit code 2.
+
+    Flags that are not given are absent from the result: parse() fills in their defaults.
+    """
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        message = message.removeprefix("argument ").replace(": is ", " is ", 1)
+        print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def make_parser(doc):
+    """Return a parser with the flags that all scripts have in common."""
+    parser = Parser(doc)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", metavar="NAME|FILE.npz|FOLDER",
+        help=f"{', '.join(DATASETS)}, or a path: an .npz file with x_train, y_train, x_test, y_test, or "
+             f"a folder with train/CLASS/* and test/CLASS/* (a path has the defaults of fashion-mini)")
+    add("--data-dir", metavar="DIR", help="where named sets lie, as NAME.npz or in their official "
+        "layout, and where they are downloaded to if they are not there")
+    add("--train-limit", type=whole(1), metavar="N",
+        help="use only the first N training images, balanced over the classes")
+    add("--cutout", type=whole(0), metavar="PIXELS",
+        help="side of a square hole in each training image (LTH-SNN's code has 16 on CIFAR)")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=models.NAMES, help="the network")
+    add("--width", type=number(0, above=True), metavar="FACTOR", help="a factor on all its widths")
+    add("--time-steps", type=whole(1), metavar="T", help="time steps of the simulation")
+    add("--init", metavar="MODEL.pt", help="start from this network, a trained dense one, say")
+    add = parser.add_argument_group("training").add_argument
+    add("--batch-size", type=whole(1), metavar="N", help="images a step")
+    add("--lr", type=number(0, above=True), help="learning rate of SGD at the start of a stage")
+    add("--momentum", type=number(0, 1), help="momentum of SGD, a fraction in [0, 1)")
+    add("--weight-decay", type=number(0), help="L2 decay of all parameters")
+    add = parser.add_argument_group("run").add_argument
+    add("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    add("--precision", choices=("fp32", "bf16"), help="bf16: mixed precision by autocast")
+    add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("--seed", type=whole(0), help="seed of weights, order of the images and ties")
+    add("--run-dir", metavar="DIR", help="the run's folder (default: runs/ and a name made of the flags)")
+    add("--resume", action="store_true", help="go on where this run was stopped, or begin it")
+    add("--overwrite", action="store_true", help="replace the run that is in the folder")
+    add("--smoke", action="store_true", help="the same path, end to end, in seconds: a quarter of the "
+        "width, a few batches, one epoch a stage, in a folder of its own")
+    return parser
+
+
+def parse(parser, argv, settings, complete, run_name):
+    """Return the resolved flags of a script; exit with code 2 if they are wrong.
+
+    settings: {data set: {flag: default}}, the script's own, beside DATASETS and COMMON; "all" holds for
+    all data sets, "smoke" for --smoke, and a path has those of fashion-mini. Each source overrides the
+    one before: COMMON, the data set, --smoke, the config.json of a run that is resumed, what is given.
+    complete(args) fills in what depends on other flags; run_name(args) names the run's folder.
+    """
+    tables = {name: DATASETS[name] | settings[name] for name in DATASETS}
+    shared = COMMON | settings["all"]
+    explain_defaults(parser, tables, shared)
+    given = vars(parser.parse_args(argv))
+    for one, other in (("init", "resume"), ("resume", "overwrite")):
+        if given.get(one) and given.get(other):
+            parser.error(f"--{one} and --{other} exclude each other, expected one of them. Leave one out")
+
+    def resolve(config):
+        name = given.get("dataset", config.get("dataset", shared["dataset"]))
+        smoke = SMOKE | settings["smoke"] if given.get("smoke", config.get("smoke")) else {}
+        table = tables.get(name, tables["fashion-mini"])
+        args = argparse.Namespace(**{**shared, **table, **smoke, **config, **given})
+        complete(args)
+        return args
+
+    args = resolve({})
+    folder = Path(args.run_dir or Path("runs", ("smoke-" if args.smoke else "") + run_name(args)))
+    if args.resume and (folder / "config.json").is_file():
+        with exits(2, ValueError, OSError):
+            config = read_config(folder)
+        for flag, value in given.items():
+            if flag in config and config[flag] != value and flag not in MAY_DIFFER | {"run_dir"}:
+                parser.error(f"{folder} was made with --{flag.replace('_', '-')} {config[flag]}, this "
+                             f"command says {value}. Leave the flag out, or name another --run-dir")
+        args = resolve({flag: config[flag] for flag in vars(args).keys() & config.keys()
+                        if flag not in ("resume", "overwrite", "device", "run_dir")})
+    args.run_dir = str(folder)
+    args.overwrite |= args.smoke and "run_dir" not in given and not args.resume
+    return args
+
+
+def explain_defaults(parser, tables, shared):
+    """Add to each flag's help what its default is, from the tables that hold it."""
+    for action in parser._actions:
+        by_value = {}
+        for name, table in tables.items():
+            if action.dest in table:
+                by_value.setdefault(table[action.dest], []).append(name)
+        if len(by_value) > 1:
+            shown = "; ".join(f"{value}: {', '.join(names)}" for value, names in by_value.items())
+        else:
+            shown = next(iter(by_value), shared.get(action.dest))
+        if shown not in (None, False):
+            action.help += f" (default {shown})"
+        action.help = action.help.replace("%", "%%")
+
+
+def read_config(folder):
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / 'config.json'} is damaged, expected a JSON object. Start again with "
+                         f"--overwrite")
+    return config

@@ -1,0 +1,149 @@
+"""What a network costs: parameters, sparsity, MACs, synaptic operations, energy, firing rates.
+
+    counts = metrics.count(net, batches_of_images, masks.alive)
+    counts["sops"], counts["energy_mj"], counts["firing_rate"]
+
+What is counted, and how:
+- MACs: multiply-accumulates of convolutions and linear layers on the stored shapes, taps on the padding
+  included; BN (foldable), bias, pooling, the residual sum and the LIF update are not counted. A masked
+  network has the count of the dense one. 1 MAC is 2 FLOPs. Three conventions for the first layer, whose
+  input does not change over time: `macs` is one time step (what papers call "FLOPs"),
+  `macs_first_once` all T steps with the first layer run once, as models.py does, `macs_every_step` all
+  T steps of every layer.
+- SOPs: synaptic operations, a spike arriving at an alive weight: for each input spike the number of
+  alive weights that it meets at output positions inside the map, borders exact; per image, over all
+  T steps. The first layer reads real numbers, not spikes: its work is MACs. An average of n spikes
+  counts as n spikes (the 1/n folds into the weights).
+- Energy: 4.6 pJ a MAC of the first layer (as often as it runs) and 0.9 pJ a SOP, in mJ an image: 45 nm
+  arithmetic in 32-bit floating point (Horowitz 2014), no memory traffic. A model, not a measurement.
+- Firing rate: spikes / (T * N * neurons), of the network over all its neurons, not the mean of the
+  layers' rates.
+"""
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models import lifs, scored_by
+
+PJ_PER_MAC, PJ_PER_SOP = 4.6, 0.9
+
+
+@contextmanager
+def hooks(modules, before=None, after=None):
+    """Call before(name, input) and after(name, output) for each of {name: module}, while inside."""
+    handles = []
+    for name, module in modules.items():
+        if before is not None:
+            handles.append(module.register_forward_pre_hook(
+                lambda _, inputs, name=name: before(name, inputs[0])))
+        if after is not None:
+            handles.append(module.register_forward_hook(
+                lambda _, __, output, name=name: after(name, output)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def firing(net):
+    """Count spikes while inside: yields {LIF name: [spikes (a tensor), places where one could be]}."""
+    counts = {}
+
+    def add(name, spikes):
+        seen = counts.setdefault(name, [0, 0])
+        seen[0] = seen[0] + spikes.count_nonzero()
+        seen[1] += spikes.numel()
+
+    with hooks(lifs(net), after=add):
+        yield counts
+
+
+def rates(counts):
+    """Return (rate of the network, {LIF name: rate}) from what firing() counted."""
+    spikes = dict(zip(counts, torch.stack([seen[0] for seen in counts.values()]).tolist()))
+    places = {name: seen[1] for name, seen in counts.items()}
+    by_layer = {name: spikes[name] / places[name] for name in counts}
+    return sum(spikes.values()) / sum(places.values()), by_layer
+
+
+def parameters(net, alive=None):
+    """Return sizes and sparsities of a network: a dict with the keys of summary.json.
+
+    alive: {name: bool tensor, True = alive}, none means that all weights are. `sparsity` is over the
+    prunable weights, `sparsity_all` over all parameters (BN and biases are all alive).
+    """
+    layers = []
+    for name in scored_by(net):
+        weights = net.get_parameter(name).numel()
+        n_alive = weights if alive is None else int(alive[name].count_nonzero())
+        layers.append(dict(name=name, weights=weights, alive=n_alive))
+    total = sum(parameter.numel() for parameter in net.parameters())
+    prunable, n_alive = (sum(layer[key] for layer in layers) for key in ("weights", "alive"))
+    return dict(parameters=total, parameters_alive=total - prunable + n_alive, layers=layers,
+                sparsity=1 - n_alive / prunable, sparsity_all=(prunable - n_alive) / total)
+
+
+def fan_out(module, mask, inputs):
+    """Return the synaptic operations that a map of spike counts causes in a layer (a float).
+
+    inputs: [C, H, W] or [C], spikes summed over steps and images. mask: bool, like the weight.
+    One convolution with the number of alive weights in place of the weights: borders come out right.
+    """
+    arrivals = mask.sum(0, dtype=inputs.dtype)  # alive weights that read input channel c, by position
+    if isinstance(module, nn.Linear):
+        return float((inputs * arrivals).sum())
+    return float(F.conv2d(inputs[None], arrivals[None], None, module.stride, module.padding).sum())
+
+
+@torch.inference_mode()
+def count(net, batches, alive=None):
+    """Run the network over batches of images and return all counts of this file as a dict.
+
+    batches: an iterable of [N, C, H, W] or [T, N, C, H, W] images. alive: {name: bool tensor}.
+    Besides the keys of summary.json: `sops_nominal` (rate * MACs * T, which overstates at borders) and
+    `firing_rates` {LIF name: rate}. Memory does not grow with the number of images.
+    """
+    was_training = net.training
+    net.eval()
+    layers = {name.removesuffix(".weight"): net.get_submodule(name.removesuffix(".weight"))
+              for name in scored_by(net)}
+    first = next(iter(layers))
+    sums, macs, steps_and_images, images_seen, runs = {}, {}, 0, 0, {}
+
+    def arrive(name, x):
+        spikes = x.sum(0, dtype=torch.float64) * net.averaged.get(name, 1)
+        sums[name] = sums[name] + spikes if name in sums else spikes
+        runs[name] = runs.get(name, 0) + len(x)
+
+    def leave(name, y):
+        positions = y.shape[2] * y.shape[3] if y.dim() == 4 else 1
+        macs[name] = layers[name].weight.numel() * positions
+
+    with firing(net) as spikes, hooks(layers, before=arrive, after=leave):
+        for images in batches:
+            net(images)
+            images_seen += len(images) if images.dim() == 4 else images.shape[1]
+    net.train(was_training)
+
+    rate, by_layer = rates(spikes)
+    steps = max(runs.values()) / images_seen
+    first_macs = macs[first] * runs[first] / images_seen  # once, or every step for data with a time axis
+    sops = nominal = 0.0
+    for name, module in layers.items():
+        if name == first:
+            continue
+        weight_mask = (torch.ones_like(module.weight, dtype=torch.bool) if alive is None
+                       else alive[f"{name}.weight"])
+        sops += fan_out(module, weight_mask, sums[name]) / images_seen
+        share = float(sums[name].sum()) / (runs[name] * sums[name].numel()) / net.averaged.get(name, 1)
+        nominal += share * macs[name] * steps
+    total = sum(macs.values())
+    return parameters(net, alive) | dict(
+        macs=total, macs_first_once=round(steps * (total - macs[first])) + macs[first],
+        macs_every_step=round(steps * total), sops=sops, sops_nominal=nominal,
+        energy_mj=(PJ_PER_MAC * first_macs + PJ_PER_SOP * sops) * 1e-9,
+        firing_rate=rate, firing_rates=by_layer)

@@ -1,0 +1,337 @@
+"""Spiking VGG-16, ResNet-19 and a small VGG, each built from a list of widths.
+
+    net = models.build("vgg16", num_classes=100, in_channels=3, image_size=32, time_steps=5)
+    logits = net(images)                          # [N, C, H, W] -> [T, N, num_classes]
+    net = models.load("runs/NAME/model.pt")       # a trained, pruned network, ready to predict
+    label = net(images).sum(0).argmax(1)          # the prediction is the sum over time
+
+The networks are those of LTH-SNN (Kim et al., ECCV 2022, arXiv 2207.01382), the set-up that the
+criticality paper follows. Convolutions are 3x3 without bias, since batch normalisation (BN) follows;
+max-pooling keeps spikes binary. A network slimmed by prune_structured.py is the same code with other
+widths.
+
+Time: layers without state see [T*N, ...] in one call; only the LIF sees T. Direct coding: an image is
+the same at every step, so the first convolution and its BN run once and not T times.
+BN has one set of parameters for all steps and takes its statistics over T*N*H*W together. This
+differs from LTH-SNN's code, which calls BN once a step (statistics over N*H*W): one call is faster.
+
+uint8 images are normalised by the network itself: (x / 255 - mean) / std. Images that are floating
+point already are taken as they come.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from neurons import LIF
+
+FORMAT = 1  # of model.pt; raised when old files can no longer be read
+
+VGG_PLANS = {  # a number is the default width of conv + BN + LIF, "P" a 2x2 max-pooling
+    "vgg16": [64, 64, "P", 128, 128, "P", 256, 256, 256, "P", 512, 512, 512, "P", 512, 512, 512, "P"],
+    "small": [16, "P", 32, "P", 64, 64, "P"],
+}
+RESNET_STAGES = [3, 3, 2]  # blocks a stage; the first block of every stage has stride 2
+RESNET_WIDTHS = [64] + [128] * 6 + [256] * 6 + [512] * 4 + [256]  # stem; (inner, out) a block; fc1
+NAMES = ("vgg16", "resnet19", "small")
+
+
+def default_widths(name, factor=1.0):
+    """Return the list of widths of a network, each multiplied by `factor` and at least 1."""
+    _check_name(name)
+    widths = RESNET_WIDTHS if name == "resnet19" else [w for w in VGG_PLANS[name] if w != "P"]
+    return [max(1, round(width * factor)) for width in widths]
+
+
+def build(name, num_classes, in_channels, image_size, time_steps, widths=None):
+    """Return a freshly initialised network; it draws its weights from torch's global generator.
+
+    name: "vgg16" | "resnet19" | "small". image_size: pixels, of square images. widths: the channels
+    of each layer (see default_widths). VGG: one a convolution. ResNet-19, 18 numbers: the stem, then
+    inner and outer channels of each of the 8 blocks, then fc1.
+    Raises ValueError for names, sizes and widths that do not make a network.
+    """
+    _check_name(name)
+    sizes = dict(num_classes=num_classes, in_channels=in_channels, image_size=image_size,
+                 time_steps=time_steps)
+    for key, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{key} is {value!r}, expected a whole number of at least 1")
+    widths = default_widths(name) if widths is None else list(widths)
+    if len(widths) != len(default_widths(name)) or not all(
+            isinstance(w, int) and w >= 1 for w in widths):
+        raise ValueError(f"{name} got widths {widths}, expected {len(default_widths(name))} whole "
+                         f"numbers of at least 1, such as {default_widths(name)}")
+    if name == "resnet19":
+        net = ResNet19(num_classes, in_channels, image_size, time_steps, widths)
+    else:
+        net = VGG(VGG_PLANS[name], num_classes, in_channels, image_size, time_steps, widths,
+                  pad_to=32 if name == "vgg16" else 1)
+    net.config = dict(name=name, **sizes, widths=widths)
+    return net
+
+
+def _check_name(name):
+    if name not in NAMES:
+        raise ValueError(f"there is no network {name!r}, expected one of {', '.join(NAMES)}")
+
+
+def fused(layer, x_seq):
+    """Apply a layer without state to [T, N, ...] in one call on [T*N, ...]."""
+    return layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])
+
+
+class ConvBN(nn.Sequential):
+    """Convolution without bias, then batch normalisation; [N, C, H, W] -> [N, C', H', W']."""
+
+    def __init__(self, in_channels, channels, kernel=3, stride=1):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False)
+        self.bn = nn.BatchNorm2d(channels)
+
+
+class SpikingNet(nn.Module):
+    """What the networks share: normalisation, padding and the first layer of direct coding.
+
+    averaged: {name of a layer: number of spikes that each of its inputs is the average of}; empty
+    where all layers but the first read spikes.
+    """
+
+    def __init__(self, in_channels, time_steps):
+        super().__init__()
+        self.time_steps = time_steps
+        self.averaged = {}
+        # not in the state_dict: they belong to the data, and model.pt has a place for them
+        self.register_buffer("mean", torch.zeros(in_channels), persistent=False)
+        self.register_buffer("std", torch.ones(in_channels), persistent=False)
+
+    def set_normalisation(self, mean, std):
+        """Give the mean and standard deviation of each input channel, of pixels in 0..1."""
+        self.mean.copy_(torch.as_tensor(mean))
+        self.std.copy_(torch.as_tensor(std))
+
+    def _currents(self, first, x, pad_to=1):
+        """Return the input current of the first LIF, [T, N, C, H, W].
+
+        x: [N, C, H, W], which the first conv + BN see once, or [T, N, C, H, W] for data with a time
+        axis. Sides are padded with zeros (black) to a multiple of pad_to.
+        """
+        if x.dim() not in (4, 5) or x.shape[-3] != len(self.mean):
+            raise ValueError(f"the network got shape {tuple(x.shape)}, expected [N, C, H, W] or "
+                             f"[T, N, C, H, W] with C = {len(self.mean)}")
+        x_seq = x if x.dim() == 5 else x.unsqueeze(0)
+        missing = -x.shape[-1] % pad_to
+        if missing:
+            before = missing // 2
+            x_seq = F.pad(x_seq, (before, missing - before) * 2)
+        if x.dtype == torch.uint8:
+            mean, std = self.mean.view(-1, 1, 1), self.std.view(-1, 1, 1)
+            x_seq = (x_seq.to(self.mean.dtype) / 255 - mean) / std
+        out = fused(first, x_seq)
+        return out.expand(self.time_steps, *out.shape[1:]) if x.dim() == 4 else out
+
+
+class VGG(SpikingNet):
+    """Conv + BN + LIF in a row, max-pooling between, one linear layer on the flattened last map.
+
+    At 32x32 VGG-16 ends in 1x1, at 64x64 in 2x2, which is flattened so that spikes stay binary.
+    """
+
+    def __init__(self, plan, num_classes, in_channels, image_size, time_steps, widths, pad_to):
+        super().__init__(in_channels, time_steps)
+        self.pad_to = pad_to
+        side = image_size + -image_size % pad_to
+        self.convs, self.lifs, self.pooled = nn.ModuleList(), nn.ModuleList(), []
+        for step in plan:
+            if step == "P":
+                self.pooled[-1] = True
+                side //= 2
+            else:
+                channels = widths[len(self.convs)]
+                self.convs.append(ConvBN(in_channels, channels))
+                self.lifs.append(LIF())
+                self.pooled.append(False)
+                in_channels = channels
+        if side < 1:
+            raise ValueError(f"image_size is {image_size}, too small for {sum(self.pooled)} poolings; "
+                             f"expected at least {2 ** sum(self.pooled)} pixels")
+        self.fc = nn.Linear(in_channels * side**2, num_classes)
+        for module in self.modules():  # LTH-SNN's initialisation; BN's is 1 and 0
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.fc.weight, 0, 0.01)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x):
+        spikes = None
+        for conv, lif, pooled in zip(self.convs, self.lifs, self.pooled):
+            current = self._currents(conv, x, self.pad_to) if spikes is None else fused(conv, spikes)
+            spikes = lif(current)
+            if pooled:
+                spikes = fused(lambda maps: F.max_pool2d(maps, 2), spikes)
+        return fused(self.fc, spikes.flatten(2))  # [T, N, num_classes]
+
+    def scored_by(self):
+        names = {f"convs.{i}.conv.weight": Scored(f"lifs.{i}", 0) for i in range(len(self.convs))}
+        last = len(self.lifs) - 1
+        repeat = self.fc.in_features // self.convs[last].conv.out_channels
+        return names | {"fc.weight": Scored(f"lifs.{last}", 1, repeat)}
+
+
+class Block(nn.Module):
+    """conv-BN-LIF-conv-BN, plus the shortcut, then LIF: the sum is taken before the neuron."""
+
+    def __init__(self, in_channels, inner, channels, stride):
+        super().__init__()
+        self.conv1, self.lif1 = ConvBN(in_channels, inner, stride=stride), LIF()
+        self.conv2, self.lif2 = ConvBN(inner, channels), LIF()
+        self.shortcut = None
+        if stride != 1 or in_channels != channels:
+            self.shortcut = ConvBN(in_channels, channels, kernel=1, stride=stride)
+
+    def forward(self, spikes):
+        shortcut = spikes if self.shortcut is None else fused(self.shortcut, spikes)
+        return self.lif2(fused(self.conv2, self.lif1(fused(self.conv1, spikes))) + shortcut)
+
+
+class ResNet19(SpikingNet):
+    """LTH-SNN's ResNet-19: stem 64, stages of 3, 3, 2 blocks with 128, 256, 512 channels, each stage
+    starting with stride 2, global average pooling, fc1 + LIF, fc2.
+
+    Another network that goes by this name (tdBN's: stem 128, first stage at full resolution) has four
+    times the MACs there: accuracies of the two are not to be compared.
+    """
+
+    def __init__(self, num_classes, in_channels, image_size, time_steps, widths):
+        super().__init__(in_channels, time_steps)
+        stem, *pairs, hidden = widths
+        side = math.ceil(image_size / 2 ** len(RESNET_STAGES))  # each stage halves the map, rounding up
+        self.averaged = {"fc1": side**2}
+        self.stem, self.lif = ConvBN(in_channels, stem), LIF()
+        self.blocks, channels = nn.ModuleList(), stem
+        for stage, count in enumerate(RESNET_STAGES):
+            start = sum(RESNET_STAGES[:stage])
+            outs = {pairs[2 * (start + i) + 1] for i in range(count)}
+            if len(outs) > 1:
+                raise ValueError(f"the blocks of stage {stage + 1} have outputs of {sorted(outs)} "
+                                 f"channels, expected one number: they are added to each other")
+            for i in range(count):
+                inner, out = pairs[2 * (start + i):][:2]
+                self.blocks.append(Block(channels, inner, out, stride=2 if i == 0 else 1))
+                channels = out
+        self.fc1, self.lif_fc = nn.Linear(channels, hidden), LIF()
+        self.fc2 = nn.Linear(hidden, num_classes)
+
+    def forward(self, x):
+        spikes = self.lif(self._currents(self.stem, x))
+        for block in self.blocks:
+            spikes = block(spikes)
+        pooled = spikes.mean((3, 4))  # [T, N, C]; no longer binary
+        return fused(self.fc2, self.lif_fc(fused(self.fc1, pooled)))
+
+    def scored_by(self):
+        scored = {"stem.conv.weight": Scored("lif", 0)}
+        for i, block in enumerate(self.blocks):
+            scored[f"blocks.{i}.conv1.conv.weight"] = Scored(f"blocks.{i}.lif1", 0)
+            scored[f"blocks.{i}.conv2.conv.weight"] = Scored(f"blocks.{i}.lif2", 0)
+            if block.shortcut is not None:
+                scored[f"blocks.{i}.shortcut.conv.weight"] = Scored(f"blocks.{i}.lif2", 0)
+        return scored | {"fc1.weight": Scored("lif_fc", 0), "fc2.weight": Scored("lif_fc", 1)}
+
+
+class Scored(NamedTuple):
+    """Which LIF scores a weight: its name, the weight's dimension that its channels run along (0: the
+    neuron that the weight feeds; 1: the one that it reads), and how many neighbouring indices of that
+    dimension one channel owns (more than 1 where a map was flattened)."""
+
+    lif: str
+    dim: int
+    repeat: int = 1
+
+
+def scored_by(net):
+    """Return {name of a prunable weight: Scored}, in the order of the network.
+
+    INTERPRETATION: a weight inherits the score of the LIF channel that it feeds (post-synaptic, the
+    neuron's "synapses"). In a residual block conv2 and the shortcut both feed lif2. The classifier
+    feeds no LIF: its weights take the score of the channel that they read.
+    """
+    return net.scored_by()
+
+
+def lifs(net):
+    """Return {name: LIF} in the order of the network."""
+    return {name: module for name, module in net.named_modules() if isinstance(module, LIF)}
+
+
+def record(net, aggregate):
+    """Let each LIF keep the criticality of its next batches ("max" | "mean"), or none (None)."""
+    for lif in lifs(net).values():
+        lif.record = aggregate
+
+
+def pack(net, masks=None):
+    """Return what model.pt holds: plain types and tensors, on the CPU.
+
+    masks: {name of a weight: bool tensor, True = alive}; none means that all weights are alive.
+    """
+    state = {name: tensor.detach().cpu().clone() for name, tensor in net.state_dict().items()}
+    alive = {name: torch.ones(state[name].shape, dtype=torch.bool) for name in scored_by(net)}
+    alive |= {name: mask.detach().cpu().clone() for name, mask in (masks or {}).items()}
+    return {"format": FORMAT, **net.config, "state_dict": state, "masks": alive,
+            "normalisation": {"mean": net.mean.tolist(), "std": net.std.tolist()}}
+
+
+def read(path):
+    """Read a model.pt, check it, and return its dict (see pack); raise ValueError if it is none.
+
+    Files are opened with weights_only=True: nothing in them is ever run.
+    """
+    try:
+        packed = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}, expected the model.pt of a run") from None
+    except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read ({first_line}), expected a model.pt that a run of "
+                         f"this project has written") from None
+    keys = {"format", "name", "num_classes", "in_channels", "image_size", "time_steps", "widths",
+            "state_dict", "masks", "normalisation"}
+    if not isinstance(packed, dict) or not keys <= packed.keys():
+        raise ValueError(f"{path} is no model.pt of this project: expected a dict with the keys "
+                         f"{', '.join(sorted(keys))}")
+    if packed["format"] != FORMAT:
+        raise ValueError(f"{path} has format {packed['format']}, expected {FORMAT}: it was written by "
+                         f"another version of this project")
+    return packed
+
+
+def unpack(packed, source="model.pt"):
+    """Return the network that pack() was given, in eval mode; `source` is named in errors."""
+    arguments = ("name", "num_classes", "in_channels", "image_size", "time_steps", "widths")
+    net = build(**{key: packed[key] for key in arguments})
+    try:
+        net.load_state_dict(packed["state_dict"])
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())
+        raise ValueError(f"{source} does not hold the tensors of its own network: {detail}") from None
+    shapes = {name: net.get_parameter(name).shape for name in scored_by(net)}
+    for name, mask in packed["masks"].items():
+        if name not in shapes or mask.shape != shapes[name] or mask.dtype != torch.bool:
+            raise ValueError(f"{source} holds a mask {name!r} that fits no weight of its network")
+        if net.get_parameter(name)[~mask].count_nonzero():
+            raise ValueError(f"{source}: weights of {name} that its mask says are pruned are not 0")
+    normalisation = packed["normalisation"]
+    net.set_normalisation(normalisation["mean"], normalisation["std"])
+    return net.eval()
+
+
+def load(path):
+    """Return the network of a run's model.pt, in eval mode, on the CPU: it predicts at once.
+
+    Its input is [N, C, H, W]: uint8 pixels, or floating point that is normalised already. Raises
+    FileNotFoundError, or ValueError for a file that is not such a network.
+    """
+    return unpack(read(path), str(path))

@@ -1,0 +1,190 @@
+"""The leaky integrate-and-fire (LIF) neuron with an arctan surrogate, and its criticality score.
+
+Paper: "Brain-Inspired Efficient Pruning: Exploiting Criticality in Spiking Neural Networks",
+arXiv 2311.16141, Eqs. 1-4 (the neuron) and 6 (the score).
+
+    from neurons import LIF
+    lif = LIF()                              # tau 4/3, threshold 1: the settings of the paper
+    spikes = lif(torch.rand(5, 8, 64, 32, 32))        # [T, N, C, H, W], time first -> 0 or 1
+    lif.record = "max"; lif(x_seq); lif.score         # [C], the criticality of each channel
+
+Forward, for t = 1 ... T, from v_0 = v_reset:
+
+    h_t = v_{t-1} + (x_t - (v_{t-1} - v_reset)) / tau      charge
+    s_t = 1 if h_t >= v_threshold else 0                   fire
+    v_t = s_t * v_reset + (1 - s_t) * h_t                  hard reset
+
+Backward. A spike is a step function of h_t, whose derivative is replaced by that of the surrogate,
+f'(u) at u = h_t - v_threshold. The reset is detached: no gradient flows through the s_t that stands
+in the line of the reset, so that dv_t/dh_t = 1 - s_t. With g_t = dL/ds_t, for t = T ... 1:
+
+    dL/dh_t     = g_t * f'(h_t - v_threshold) + dL/dv_t * (1 - s_t)
+    dL/dx_t     = dL/dh_t / tau
+    dL/dv_{t-1} = dL/dh_t * (1 - 1 / tau)
+
+Written in a_t = dL/dx_t alone this is one recursion, which the code runs:
+
+    a_t = g_t * f'(h_t - v_threshold) / tau + (1 - 1 / tau) * (1 - s_t) * a_{t+1},    a_{T+1} = 0
+
+and h is all that it needs, since s_t = 1 exactly where h_t >= v_threshold. Autograd over a plain loop
+would keep several tensors a time step; this keeps one.
+"""
+import math
+
+import torch
+from torch import nn
+
+# On a CPU the T steps run block by block, so that the potential stays in the cache from one step to
+# the next. 2**18 float32 numbers are 1 MiB.
+CPU_BLOCK = 2**18
+
+
+def surrogate(u, alpha=2.0):
+    """Return the surrogate of the step function, a value in (0, 1), at u = h - v_threshold (Eq. 4a).
+
+    Training never needs it, only its derivative; it is here to be read, plotted and tested.
+    """
+    return torch.arctan(math.pi / 2 * alpha * u) / math.pi + 0.5  # Eq. 4a
+
+
+def surrogate_grad(u, alpha=2.0):
+    """Return the derivative of the surrogate at u = h - v_threshold (Eq. 4b).
+
+    Its peak, on the threshold, is alpha / 2: exactly 1 at alpha = 2.
+    """
+    return (alpha / 2) / (1 + (math.pi / 2 * alpha * u) ** 2)  # Eq. 4b
+
+
+def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max"):
+    """Return how near to its threshold each channel is kept, as a score in (0, alpha / 2] (Eq. 6).
+
+    h_seq: [T, N, C, ...], the potential after charging and before the reset. aggregate: "max" (the
+    paper's choice) or "mean" over what follows C. Returns [C] in float64, for linear layers as well.
+
+    INTERPRETATION: mean over T, then max over H x W, then mean over the samples: in the text the
+    aggregation acts on the structure and the average runs over the samples.
+    """
+    if aggregate not in ("max", "mean"):
+        raise ValueError(f'aggregate is {aggregate!r}, expected "max" or "mean"')
+    if h_seq.dim() < 3:
+        raise ValueError(f"criticality got shape {tuple(h_seq.shape)}, expected [T, N, C, ...]")
+    dtype = torch.promote_types(h_seq.dtype, torch.float32)
+    per_neuron = sum(surrogate_grad(h.to(dtype) - v_threshold, alpha) for h in h_seq) / len(h_seq)
+    per_neuron = per_neuron.flatten(2) if h_seq.dim() > 3 else per_neuron.unsqueeze(2)  # [N, C, H*W]
+    per_sample = per_neuron.amax(2) if aggregate == "max" else per_neuron.mean(2)
+    return per_sample.mean(0, dtype=torch.float64)  # Eq. 6
+
+
+def _as_rows(seq, order):
+    """View [T, N, ...] as [T, numbers in one step], the dimensions after T laid out in `order`.
+
+    This is a view, and not a copy, wherever one step is dense in memory in that order: contiguous,
+    channels_last, or one step expanded over T.
+    """
+    return seq.permute(0, *order).flatten(1)
+
+
+def _blocks(rows):
+    """Return slices over the numbers of one step, small enough for the cache where that pays."""
+    n = rows.shape[1]
+    size = CPU_BLOCK if rows.device.type == "cpu" and not torch.compiler.is_compiling() else n
+    return [slice(start, start + size) for start in range(0, n, size)] if n else []
+
+
+class _LIF(torch.autograd.Function):
+    """Run the equations at the top of this file; return spikes and h, both shaped like x_seq."""
+
+    @staticmethod
+    def forward(ctx, x_seq, tau, v_threshold, v_reset, alpha):
+        order = sorted(range(1, x_seq.dim()), key=x_seq.stride, reverse=True)  # as it lies in memory
+        x = _as_rows(x_seq, order)
+        h = torch.empty_like(x, memory_format=torch.contiguous_format)
+        s = torch.empty_like(h)
+        for block in _blocks(x):
+            v = v_leak = torch.full_like(h[0, block], v_reset)
+            for x_t, h_t, s_t in zip(x[:, block], h[:, block], s[:, block]):
+                if v_reset != 0:
+                    v_leak = v - v_reset
+                # Eq. 1. A true division: times 1 / tau rounds otherwise, and flips spikes
+                torch.sub(x_t, v_leak, out=h_t).div_(tau).add_(v)
+                torch.ge(h_t, v_threshold, out=s_t)  # Eq. 3
+                torch.addcmul(h_t, h_t, s_t, value=-1, out=v)  # Eq. 2: (1 - s) h ...
+                if v_reset != 0:
+                    v.add_(s_t, alpha=v_reset)  # ... + s v_reset
+                v_leak = v
+        ctx.set_materialize_grads(False)  # or autograd would fill a tensor of zeros for h's gradient
+        ctx.save_for_backward(h)
+        ctx.order, ctx.tau, ctx.v_threshold, ctx.alpha = order, tau, v_threshold, alpha
+
+        shape = [x_seq.shape[d] for d in order]
+        inverse = [0] + [1 + order.index(d) for d in range(1, x_seq.dim())]
+        spikes, h_seq = (rows.unflatten(1, shape).permute(inverse) for rows in (s, h))
+        ctx.shape, ctx.inverse = shape, inverse
+        ctx.mark_non_differentiable(h_seq)
+        return spikes, h_seq
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_seq, _):
+        if g_seq is None:
+            return None, None, None, None, None
+        (h,) = ctx.saved_tensors
+        g = _as_rows(g_seq, ctx.order)
+        a = torch.empty_like(h)
+        one = torch.ones((), dtype=h.dtype, device=h.device)
+        curvature = (math.pi / 2 * ctx.alpha) ** 2
+        for block in _blocks(h):
+            carry = None
+            for t in reversed(range(len(h))):
+                below = ctx.v_threshold - h[t, block]  # > 0 exactly where there was no spike
+                if carry is not None:
+                    carry = torch.ops.aten.threshold_backward(carry, below, 0)  # (1 - s_t) a_{t+1}
+                    carry.mul_(1 - 1 / ctx.tau)
+                slope = torch.addcmul(one, below, below, value=curvature)  # f' = (alpha / 2) / slope
+                first = carry if carry is not None else torch.zeros_like(slope)
+                torch.addcdiv(first, g[t, block], slope, value=ctx.alpha / 2 / ctx.tau, out=a[t, block])
+                carry = a[t, block]
+        return a.unflatten(1, ctx.shape).permute(ctx.inverse), None, None, None, None
+
+
+class LIF(nn.Module):
+    """Leaky integrate-and-fire neurons: input currents over time -> spikes over time (Eqs. 1-4).
+
+    tau: membrane time constant in time steps, > 1. v_threshold, v_reset: potentials, the reset below
+    the threshold. alpha: steepness of the surrogate, > 0. Raises ValueError outside these ranges.
+    INTERPRETATION: tau = 4/3 and alpha = 2 are elided in the paper; its set-up follows LTH-SNN, whose
+    public code uses them, with a decayed input (x / tau) and a detached reset.
+
+    Called with [T, N, ...] it returns spikes, 0 or 1, of the same shape, dtype and memory format. The
+    potential starts at v_reset in every call: no state is kept, nothing is to be reset between batches.
+    An input that is expanded over T (stride 0, direct coding) is read as it is, never copied.
+
+    record: None, or "max" | "mean": then each call leaves the criticality of its batch in `score`,
+    [C] in float64 (Eq. 6). The potentials are at hand in the forward pass, so this is nearly free.
+    """
+
+    def __init__(self, tau=4 / 3, v_threshold=1.0, v_reset=0.0, alpha=2.0):
+        super().__init__()
+        if not (math.isfinite(tau) and tau > 1):
+            raise ValueError(f"tau is {tau}, expected a number above 1 (in time steps), such as 4/3")
+        if not (math.isfinite(v_threshold) and math.isfinite(v_reset) and v_reset < v_threshold):
+            raise ValueError(f"v_reset is {v_reset} and v_threshold {v_threshold}, expected finite "
+                             f"numbers, the reset below the threshold, such as 0 and 1")
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"alpha is {alpha}, expected a number above 0, such as 2")
+        self.tau, self.v_threshold, self.v_reset, self.alpha = tau, v_threshold, v_reset, alpha
+        self.record = None
+        self.score = None
+
+    def forward(self, x_seq):
+        if x_seq.dim() < 2:
+            raise ValueError(f"LIF got shape {tuple(x_seq.shape)}, expected [T, N, ...]. Add time "
+                             f"first: x.unsqueeze(0).expand(T, *x.shape)")
+        spikes, h_seq = _LIF.apply(x_seq, self.tau, self.v_threshold, self.v_reset, self.alpha)
+        if self.record is not None:
+            self.score = criticality(h_seq.detach(), self.v_threshold, self.alpha, self.record)
+        return spikes
+
+    def extra_repr(self):
+        return (f"tau={self.tau:.4g}, v_threshold={self.v_threshold}, v_reset={self.v_reset}, "
+                f"alpha={self.alpha}")

@@ -1,0 +1,848 @@
+"""The algorithms, pinned by worked examples, brute force and plain loops. No data, no network."""
+import itertools
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+import masks as masks_file
+import metrics
+import models
+import neurons
+import prune_unstructured as script
+import training
+from masks import Masks, prune_further, select
+from neurons import LIF, criticality, surrogate, surrogate_grad
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class _Spike(torch.autograd.Function):
+    """A step whose derivative is the surrogate's: for the plain loop that the LIF is compared with."""
+
+    @staticmethod
+    def forward(ctx, u, alpha):
+        ctx.save_for_backward(u)
+        ctx.alpha = alpha
+        return (u >= 0).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * surrogate_grad(ctx.saved_tensors[0], ctx.alpha), None
+
+
+def plain_lif(x_seq, lif):
+    """The equations as they stand, one autograd operation after the other."""
+    v, spikes, potentials = torch.full_like(x_seq[0], lif.v_reset), [], []
+    for x in x_seq:
+        h = v + (x - (v - lif.v_reset)) / lif.tau
+        s = _Spike.apply(h - lif.v_threshold, lif.alpha)
+        v = s.detach() * lif.v_reset + (1 - s.detach()) * h
+        spikes.append(s)
+        potentials.append(h.detach())
+    return torch.stack(spikes), torch.stack(potentials)
+
+
+def channels_last_seq(x_seq):
+    T, N = x_seq.shape[:2]
+    return x_seq.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (T, N))
+
+
+# ---- neurons ---------------------------------------------------------------------------------------
+
+
+def test_lif_worked_example():
+    x = torch.tensor([1.2, 1.2, 0.4, 2.0], dtype=torch.float64).view(4, 1, 1).requires_grad_()
+    lif = LIF()
+    lif.record = "max"
+    spikes = lif(x)
+    spikes.sum().backward()
+    assert spikes.flatten().tolist() == [0, 1, 0, 1]
+    assert x.grad.flatten().tolist() == pytest.approx(
+        [0.8450758, 0.6497937, 0.1724920, 0.1759267], abs=1e-6)
+    assert lif.score.tolist() == pytest.approx([0.5456194], abs=1e-6)
+    h = plain_lif(x.detach(), lif)[1].flatten()
+    assert h.tolist() == pytest.approx([0.9, 1.125, 0.3, 1.575], abs=1e-12)
+    assert surrogate_grad(h - 1).tolist() == pytest.approx(
+        [0.9101698, 0.8663915, 0.1713471, 0.2345690], abs=1e-6)
+
+
+@pytest.mark.parametrize("tau, current, spikes", [
+    (2.0, 1.5, [0, 1, 0, 1, 0, 1, 0, 1]), (4 / 3, 1.05, [0, 0, 1, 0, 0]),
+    (4 / 3, 1.2, [0, 1, 0, 1, 0]), (4 / 3, 1.4, [1, 1, 1, 1, 1])])
+def test_lif_constant_currents(tau, current, spikes):
+    assert LIF(tau)(torch.full((len(spikes), 1), current)).flatten().tolist() == spikes
+
+
+def test_lif_fires_exactly_on_the_threshold():
+    assert LIF(tau=2.0)(torch.tensor([[2.0], [1.9999999]])).flatten().tolist() == [1, 0]
+
+
+def test_surrogate_grad_is_the_derivative():
+    u = torch.linspace(-2, 2, 81, dtype=torch.float64)
+    for alpha in (1.0, 2.0, 4.0):
+        numeric = (surrogate(u + 1e-6, alpha) - surrogate(u - 1e-6, alpha)) / 2e-6
+        assert torch.allclose(numeric, surrogate_grad(u, alpha), atol=1e-8)
+        assert surrogate_grad(torch.zeros(()), alpha) == alpha / 2
+    assert surrogate_grad(torch.tensor([0.25, 0.5, 1.0])).tolist() == pytest.approx(
+        [0.6184865, 0.2884004, 0.0919997], abs=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded", "permuted", "linear"])
+@pytest.mark.parametrize("v_reset", [0.0, -0.25])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_lif_equals_a_plain_loop(layout, v_reset, dtype, monkeypatch):
+    monkeypatch.setattr(neurons, "CPU_BLOCK", 50)  # several blocks, the last one not full
+    lif = LIF(tau=1.7, v_threshold=0.9, v_reset=v_reset, alpha=3.0)
+    base = torch.randn(5, 2, 3, 4, 5, generator=generator(), dtype=torch.float64).to(dtype) * 2
+    weights = torch.randn(5, 2, 3, 4, 5, generator=generator(1), dtype=torch.float64).to(dtype)
+    if layout == "expanded":
+        base = base[:1]
+    if layout == "linear":
+        base, weights = base[..., 0, 0], weights[..., 0, 0]
+    results = []
+    for function in (lif, lambda x: plain_lif(x, lif)[0]):
+        leaf = base.clone().requires_grad_()
+        x = leaf
+        if layout == "channels_last":
+            x = channels_last_seq(leaf)
+        elif layout == "expanded":
+            x = leaf.expand(5, 2, 3, 4, 5)
+        elif layout == "permuted":
+            x = leaf.transpose(2, 4).contiguous().transpose(2, 4)
+        spikes = function(x)
+        (spikes * weights).sum().backward()
+        results.append((spikes, leaf.grad, x))
+    (ours, grad, x), (plain, plain_grad, _) = results
+    assert ours.shape == plain.shape and ours.dtype == dtype
+    assert 0.02 < ours.float().mean() < 0.9
+    assert torch.equal(ours, plain)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+    assert torch.allclose(grad, plain_grad, atol=tolerance, rtol=tolerance)
+    if layout in ("channels_last", "permuted"):
+        assert ours.stride() == x.stride()
+
+
+def test_lif_reads_an_expanded_input_without_a_copy():
+    x = torch.randn(1, 2, 3, 4, 4).expand(6, 2, 3, 4, 4)
+    rows = neurons._as_rows(x, [1, 2, 3, 4])
+    assert rows.data_ptr() == x.data_ptr() and rows.stride(0) == 0
+    y = channels_last_seq(torch.randn(2, 2, 3, 4, 4))
+    assert neurons._as_rows(y, [1, 3, 4, 2]).data_ptr() == y.data_ptr()
+
+
+def test_lif_keeps_no_state_and_saves_only_h():
+    lif, x = LIF(), torch.randn(4, 3, 5, requires_grad=True)
+    first = lif(x)
+    assert torch.equal(first, lif(x))
+    assert lif(torch.randn(4, 7, 5)).shape == (4, 7, 5)  # another batch size in between
+    assert torch.equal(first, lif(x))
+    (saved,) = first.grad_fn.next_functions[0][0].saved_tensors if first.grad_fn.name().startswith(
+        "View") else first.grad_fn.saved_tensors
+    assert saved.numel() == x.numel()
+    with torch.no_grad():
+        assert torch.equal(first, lif(x)) and not lif(x).requires_grad
+    assert lif.score is None  # nothing is recorded unless asked for
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (dict(tau=1), "tau"), (dict(tau=math.nan), "tau"), (dict(v_reset=1.0), "v_reset"),
+    (dict(alpha=0), "alpha"), (dict(v_threshold=math.inf), "v_threshold")])
+def test_lif_refuses_bad_settings(arguments, word):
+    with pytest.raises(ValueError, match=word):
+        LIF(**arguments)
+    with pytest.raises(ValueError, match="expected"):
+        LIF()(torch.zeros(3))
+
+
+def test_criticality_by_hand():
+    # two steps, one map of two pixels: mean over T first, then max (or mean) over the pixels
+    h = torch.tensor([[1.0, 0.5], [0.0, 1.0]], dtype=torch.float64).view(2, 1, 1, 1, 2)
+    assert criticality(h).tolist() == pytest.approx([0.6442002], abs=1e-6)
+    assert criticality(h, aggregate="mean").tolist() == pytest.approx([0.5951000], abs=1e-6)
+    with pytest.raises(ValueError, match="aggregate"):
+        criticality(h, aggregate="sum")
+
+
+@pytest.mark.parametrize("aggregate", ["max", "mean"])
+@pytest.mark.parametrize("shape", [(3, 4, 5, 2, 6), (3, 4, 5)])
+def test_criticality_equals_loops(aggregate, shape):
+    h = torch.randn(shape, generator=generator(), dtype=torch.float64)
+    T, N, C = shape[:3]
+    maps = h.reshape(T, N, C, -1)
+    expected = []
+    for c in range(C):
+        of_samples = []
+        for n in range(N):
+            neurons_ = [sum(float(surrogate_grad(maps[t, n, c, i] - 0.8, 3.0)) for t in range(T)) / T
+                        for i in range(maps.shape[3])]
+            of_samples.append(max(neurons_) if aggregate == "max" else sum(neurons_) / len(neurons_))
+        expected.append(sum(of_samples) / N)
+    assert criticality(h, 0.8, 3.0, aggregate).tolist() == pytest.approx(expected, abs=1e-12)
+    lif = LIF()
+    lif.record = aggregate
+    x = torch.randn(shape, generator=generator(1), dtype=torch.float64)
+    lif(x)
+    assert torch.allclose(lif.score, criticality(plain_lif(x, lif)[1], aggregate=aggregate))
+
+
+def test_a_channel_on_the_threshold_scores_highest():
+    h = torch.stack([torch.full((4, 8, 3, 3), value) for value in (-2.0, 1.0, 4.0)], dim=2)
+    below, on, above = criticality(h).tolist()
+    assert on == 1 and below < 0.2 and above < 0.2
+
+
+def test_lif_under_compile_equals_eager():
+    net = models.build("small", 4, 1, 8, 3, widths=[3, 4, 5, 4]).double()
+    x, y = torch.randn(6, 1, 8, 8, generator=generator()).double(), torch.arange(6) % 4
+    results = []
+    for forward in (net, torch.compile(net, fullgraph=True)):
+        models.record(net, "max")
+        net.zero_grad()
+        training.loss_over_time(forward(x), y).backward()
+        results.append([p.grad.clone() for p in net.parameters()]
+                       + [lif.score for lif in models.lifs(net).values()])
+        models.record(net, None)
+    for eager, compiled in zip(*results):
+        assert torch.allclose(eager, compiled, atol=1e-6)
+
+
+# ---- models ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, classes, prunable, total", [
+    ("vgg16", 10, 14_715_584, 14_724_042), ("vgg16", 100, 14_761_664, 14_770_212),
+    ("resnet19", 10, 12_619_968, 12_630_858), ("resnet19", 100, 12_643_008, 12_653_988)])
+def test_parameter_counts_of_the_papers(name, classes, prunable, total):
+    net = models.build(name, classes, 3, 32, 5)
+    sizes = {n: p.numel() for n, p in net.named_parameters() if p.dim() > 1}
+    assert list(models.scored_by(net)) == list(sizes)  # every conv and linear weight, in order
+    assert sum(sizes.values()) == prunable == Masks(net).total
+    assert sum(p.numel() for p in net.parameters()) == total == metrics.parameters(net)["parameters"]
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+@pytest.mark.parametrize("size", [28, 32, 64])
+def test_shapes_and_direct_coding(name, size):
+    net = models.build(name, 7, 2, size, 3, models.default_widths(name, 0.06)).eval().double()
+    x = torch.randn(2, 2, size, size, generator=generator()).double()
+    seen = []
+    first = net.get_submodule(next(iter(models.scored_by(net))).removesuffix(".weight"))
+    with metrics.hooks({"first": first}, before=lambda _, inputs: seen.append(len(inputs))):
+        once = net(x)
+        assert once.shape == (3, 2, 7)
+        repeated = net(x.expand(3, *x.shape))  # a time axis: the same image at each step
+    assert seen == [2, 6]  # once for direct coding, T times for data with a time axis
+    assert torch.allclose(once, repeated, atol=1e-12)
+    with pytest.raises(ValueError, match="expected"):
+        net(x[0])
+
+
+def test_uint8_images_are_normalised_and_padded_with_black():
+    net = models.build("vgg16", 3, 1, 28, 1, [2] * 13).eval()
+    net.set_normalisation([0.25], [0.5])
+    image = torch.randint(0, 256, (2, 1, 28, 28), generator=generator(), dtype=torch.uint8)
+    padded = F.pad(image, (2, 2, 2, 2)).double() / 255
+    seen = []
+    with metrics.hooks({"": net.convs[0].conv}, before=lambda _, inputs: seen.append(inputs)):
+        net(image)
+    assert torch.allclose(seen[0].double(), (padded - 0.25) / 0.5, atol=1e-6)
+
+
+def test_resnet_block_adds_before_the_neuron():
+    block = models.Block(2, 3, 4, stride=2).eval().double()
+    x = (torch.rand(3, 2, 2, 6, 6, generator=generator()) > 0.5).double()
+
+    def at_each_step(layer, maps):
+        return torch.stack([layer(step) for step in maps])
+
+    inner = block.lif1(at_each_step(block.conv1, x))
+    current = at_each_step(block.conv2, inner) + at_each_step(block.shortcut, x)
+    assert torch.equal(block(x), block.lif2(current))
+    assert models.Block(4, 3, 4, stride=1).shortcut is None
+    assert models.Block(4, 3, 4, stride=2).shortcut is not None
+
+
+def test_who_scores_which_weight():
+    net = models.build("small", 5, 1, 16, 2, [2, 3, 4, 3])  # last map 2 x 2: 12 inputs of fc
+    assert models.scored_by(net)["convs.1.conv.weight"] == ("lifs.1", 0, 1)
+    assert models.scored_by(net)["fc.weight"] == ("lifs.3", 1, 4)
+    masks = Masks(net)
+    scores = {f"lifs.{i}": 10.0 * i + torch.arange(n) for i, n in enumerate([2, 3, 4, 3])}
+    parts = dict(zip(masks.weights, masks.spread(scores).split(masks.sizes)))
+    assert (parts["convs.2.conv.weight"].view(4, 3, 9) == scores["lifs.2"].view(4, 1, 1)).all()
+    assert (parts["fc.weight"].view(5, 3, 4) == scores["lifs.3"].view(1, 3, 1)).all()
+    scored = models.scored_by(models.build("resnet19", 5, 1, 16, 2, models.default_widths("resnet19", .1)))
+    assert scored["blocks.0.conv1.conv.weight"].lif == "blocks.0.lif1"
+    for feeds_lif2 in ("blocks.0.conv2.conv.weight", "blocks.0.shortcut.conv.weight"):
+        assert scored[feeds_lif2] == ("blocks.0.lif2", 0, 1)
+    assert scored["fc1.weight"] == ("lif_fc", 0, 1) and scored["fc2.weight"] == ("lif_fc", 1, 1)
+
+
+def test_flattened_map_belongs_to_its_channel():
+    """A spike of the last LIF's channel c meets just those columns of fc that c is said to score."""
+    net = models.build("small", 5, 1, 16, 1, [2, 3, 4, 3]).eval()
+    spikes = torch.zeros(1, 1, 3, 4, 4)
+    spikes[:, :, 1] = 1
+    pooled = models.fused(lambda maps: F.max_pool2d(maps, 2), spikes).flatten(2)
+    assert pooled.flatten().nonzero().flatten().tolist() == [4, 5, 6, 7]
+    assert models.scored_by(net)["fc.weight"].repeat == 4
+
+
+def test_batch_statistics_are_taken_over_time_and_batch():
+    net = models.build("small", 3, 1, 8, 4, [2, 2, 2, 2]).double()
+    outputs = []
+    with metrics.hooks({"": net.convs[1].bn}, after=lambda _, out: outputs.append(out)):
+        net(torch.randn(5, 1, 8, 8, generator=generator()).double() * 4)
+    assert outputs[0].shape[0] == 20
+    assert torch.allclose(outputs[0].mean((0, 2, 3)), torch.zeros(2).double(), atol=1e-9)
+
+
+@pytest.mark.parametrize("name", models.NAMES)
+def test_model_file_round_trip(name, tmp_path):
+    net = models.build(name, 4, 1, 16, 2, models.default_widths(name, 0.05))
+    net.set_normalisation([0.3], [0.2])
+    masks = Masks(net)
+    masks.prune(masks.total // 2, masks.magnitudes(), generator())
+    masks.guard()
+    masks.apply(torch.optim.SGD(net.parameters(), 0.1))
+    torch.save(models.pack(net, masks.alive), tmp_path / "model.pt")
+    loaded = models.load(tmp_path / "model.pt")
+    x = torch.randint(0, 256, (3, 1, 16, 16), generator=generator(), dtype=torch.uint8)
+    assert torch.equal(net.eval()(x), loaded(x)) and not loaded.training
+    packed = models.read(tmp_path / "model.pt")
+    assert all(torch.equal(packed["masks"][n], masks.alive[n]) for n in masks.alive)
+    assert {n for n, t in packed["state_dict"].items() if t.dim() > 1} == set(packed["masks"])
+
+
+def test_model_files_that_are_none(tmp_path):
+    net = models.build("small", 3, 1, 8, 2, [2, 2, 2, 2])
+    good, path = models.pack(net), tmp_path / "model.pt"
+    name = "convs.1.conv.weight"
+    cases = {"format": good | {"format": 0}, "keys": {"a": 1}, "widths": good | {"widths": [2, 2]},
+             "tensors": good | {"widths": [2, 2, 2, 3]},
+             "pruned are not 0": good | {"masks": {name: torch.zeros(2, 2, 3, 3, dtype=torch.bool)}},
+             "fits no weight": good | {"masks": {name: torch.ones(2, 2, dtype=torch.bool)}}}
+    for word, content in cases.items():
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=word):
+            models.load(path)
+    path.write_bytes(b"not a file of torch")
+    with pytest.raises(ValueError, match="cannot be read"):
+        models.load(path)
+    with pytest.raises(FileNotFoundError, match="expected"):
+        models.load(tmp_path / "absent.pt")
+
+    class Code:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "was_run",))
+    torch.save({"format": Code()}, path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        models.load(path)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_build_refuses_what_makes_no_network():
+    for arguments in [("vgg17", 3, 1, 8, 2), ("small", 0, 1, 8, 2), ("small", 3, 1, 4, 2),
+                      ("small", 3, 1, 8, 2, [1, 2]), ("small", 3, 1, 8, 2, [1, 2, 0, 2]),
+                      ("resnet19", 3, 1, 8, 2, [4] * 4 + [5] + [4] * 13)]:
+        with pytest.raises(ValueError, match="expected"):
+            models.build(*arguments)
+
+
+# ---- masks -----------------------------------------------------------------------------------------
+
+
+def brute_force(eligible, k, keys):
+    """Places in the order of (key, next key, ...), largest first, and whether the k-th is a tie."""
+    places = [i for i, e in enumerate(eligible.tolist()) if e]
+    rank = {i: tuple(-float(key[i]) for key in keys) for i in places}
+    places.sort(key=rank.get)
+    tied = 0 < k < len(places) and rank[places[k - 1]] == rank[places[k]]
+    return places[:k], rank, tied
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_select_equals_brute_force(data):
+    n = data.draw(st.integers(1, 30))
+    eligible = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n, max_size=n)))
+    values = st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0]), min_size=n, max_size=n)
+    keys = [torch.tensor(data.draw(values)) for _ in range(data.draw(st.integers(0, 3)))]
+    k = data.draw(st.integers(0, int(eligible.sum())))
+    chosen = select(eligible, k, keys, generator())
+    assert chosen.sum() == k and not (chosen & ~eligible).any()
+    best, rank, _ = brute_force(eligible, k, keys)
+    picked = chosen.nonzero().flatten().tolist()
+    assert sorted(rank[i] for i in picked) == sorted(rank[i] for i in best)
+
+
+def test_select_is_seeded_fair_and_strict():
+    eligible = torch.ones(8, dtype=torch.bool)
+    zeros = torch.zeros(8)
+    same = [select(eligible, 2, [zeros], generator(5)).tolist() for _ in range(2)]
+    assert same[0] == same[1]
+    counts = sum(select(eligible, 2, [], generator(seed)).int() for seed in range(400))
+    assert ((counts > 60) & (counts < 140)).all()  # 100 each, expected
+    with pytest.raises(ValueError):
+        select(eligible, 9, [zeros], generator())
+    for bad in (math.nan, math.inf):
+        with pytest.raises(RuntimeError, match="finite"):
+            select(eligible, 7, [torch.full((8,), bad)], generator())
+
+
+def test_kth_largest_on_both_paths():
+    values = torch.randn(1001, generator=generator())
+    for k in (1, 2, 500, 1001):
+        assert masks_file.kth_largest(values, k) == values.sort(descending=True).values[k - 1]
+
+
+class TwoLayers(torch.nn.Module):
+    """Two linear layers with given weights, for examples by hand."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.a = torch.nn.Linear(len(first[0]), len(first), bias=False)
+        self.b = torch.nn.Linear(len(second[0]), len(second), bias=False)
+        with torch.no_grad():
+            self.a.weight.copy_(torch.tensor(first))
+            self.b.weight.copy_(torch.tensor(second))
+
+    def scored_by(self):
+        return {"a.weight": models.Scored("lif_a", 0), "b.weight": models.Scored("lif_a", 1)}
+
+
+def flat_indices(flat):
+    return flat.nonzero().flatten().tolist()
+
+
+def test_global_magnitude_pruning_by_hand():
+    masks = Masks(TwoLayers([[0.9, -0.1, 0.4]], [[0.05, -0.6], [0.2, 0.3]]))
+    assert masks.keep_at(3 / 7) == 4
+    pruned = masks.prune(4, masks.magnitudes(), generator())
+    assert flat_indices(masks.flat) == [0, 2, 4, 6] and flat_indices(pruned) == [1, 3, 5]
+    assert masks.alive["b.weight"].tolist() == [[False, True], [False, True]]
+    assert masks.prune(2, masks.magnitudes(), generator()).sum() == 2
+    assert flat_indices(masks.flat) == [0, 4]
+
+
+def test_pruning_ranks_alive_weights_only():
+    net = TwoLayers([[0.0, 0.0, 0.9]], [[0.5, 0.0]])
+    masks = Masks(net)
+    masks.flat.copy_(torch.tensor([False, True, True, True, False]))  # place 1 came back at 0
+    masks.prune(3, masks.magnitudes(), generator())
+    assert flat_indices(masks.flat) == [1, 2, 3]
+
+
+def test_regeneration_by_hand():
+    # scores of the three channels of the first layer; the classifier's weights take those they read
+    net = TwoLayers([[0.5, -0.1], [0.4, 0.3], [0.2, 0.6]], [[0.7, 0.05, 0.15]])
+    masks = Masks(net)
+    magnitudes = masks.magnitudes()
+    pruned = masks.prune(3, magnitudes, generator())  # 0.5 0.6 0.7 stay
+    assert flat_indices(masks.flat) == [0, 5, 6]
+    scores = masks.spread({"lif_a": torch.tensor([0.2, 0.9, 0.9])})
+    keys = [scores, magnitudes]
+    back = masks.regenerate(3, ~masks.flat, keys, generator())
+    assert flat_indices(back) == [2, 3, 4]  # the 0.9s by |w|: 0.4 and 0.3, then 0.2 before 0.15, 0.05
+    net.a.weight.data.add_(0)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    masks.apply(optimizer)
+    assert net.a.weight.flatten().tolist() == pytest.approx([0.5, 0, 0.4, 0.3, 0.2, 0.6])  # values kept
+    row = masks.account(pruned, back)
+    assert (row["pruned"], row["regenerated"], row["survived"]) == (6, 3, 0.5)
+    assert [layer["alive"] for layer in row["layers"]] == [5, 1]
+    assert masks.share_regenerated == 0.5
+
+
+def test_prune_further_leaves_room():
+    assert prune_further(0.6, 0.5) == pytest.approx(0.8)
+    assert prune_further(0.9, 0.0) == 0.9
+    assert prune_further(0.7959338, 0.5) == pytest.approx(0.8979669, abs=1e-7)
+
+
+def small_net(seed=0, equal=False):
+    torch.manual_seed(seed)
+    net = models.build("small", 4, 1, 8, 2, [3, 4, 5, 4])
+    if equal:
+        for name in models.scored_by(net):
+            net.get_parameter(name).data.fill_(0.5)
+    return net
+
+
+class Flags:
+    """The flags that an update reads."""
+
+    def __init__(self, **given):
+        vars(self).update(dict(metric="criticality", regen=0.5, candidates="all") | given)
+
+
+def train_a_little(net, masks, optimizer, seed):
+    x = torch.randn(6, 1, 8, 8, generator=generator(seed)) * 3
+    models.record(net, "max")
+    optimizer.zero_grad()
+    training.loss_over_time(net(x), torch.arange(6) % 4).backward()
+    models.record(net, None)
+    optimizer.step()
+    masks.apply(optimizer)
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("candidates", ["all", "new"])
+@pytest.mark.parametrize("metric", ["criticality", "gradient", "random", "granet"])
+@pytest.mark.parametrize("regen", [0.0, 0.5, 0.9])
+def test_algorithm_1_counts_are_exact(metric, regen, candidates, equal):
+    net = small_net(equal=equal)
+    masks, lifs = Masks(net), models.lifs(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=0.1)
+    args = Flags(metric=metric, regen=regen, candidates=candidates)
+    for update in range(1, 7):
+        train_a_little(net, masks, optimizer, update)
+        before, magnitudes = masks.flat.clone(), masks.magnitudes()
+        momentum = torch.cat([optimizer.state[w]["momentum_buffer"].flatten()
+                              for w in masks.weights.values()])
+        target = script.sparsity_at(update, 6, 0.9)
+        pruned, between, back = script.prune_and_regenerate(args, masks, optimizer, lifs, target,
+                                                            update / 6, generator(update))
+        survivors = before & ~pruned
+        if metric != "granet" or regen == 0:
+            assert survivors.sum() == masks.total - round(prune_further(target, regen) * masks.total)
+            assert between == 1 - int(survivors.sum()) / masks.total
+            assert back.sum() == (round(prune_further(target, regen) * masks.total)
+                                  - round(target * masks.total))
+        masks.guard()
+        masks.apply(optimizer)
+        assert masks.n_alive == masks.total - round(target * masks.total)
+        assert all(masks.per_layer(masks.flat))
+        now = masks.magnitudes()
+        assert now[~masks.flat].count_nonzero() == 0
+        for name, weight in masks.weights.items():
+            dead = ~masks.alive[name]
+            assert optimizer.state[weight]["momentum_buffer"][dead].count_nonzero() == 0
+        if metric != "granet":
+            kept = before & masks.flat  # survivors and those back at once keep value and momentum
+            assert torch.equal(now[kept], magnitudes[kept])
+            after = torch.cat([optimizer.state[w]["momentum_buffer"].flatten()
+                               for w in masks.weights.values()])
+            assert torch.equal(after[kept], momentum[kept])
+        assert now[masks.flat & ~before].count_nonzero() == 0  # the long dead come back at 0
+    assert masks.sparsity == pytest.approx(0.9, abs=1 / masks.total)
+
+
+@pytest.mark.parametrize("metric", ["criticality", "gradient"])
+@pytest.mark.parametrize("candidates", ["all", "new"])
+def test_regeneration_equals_brute_force(metric, candidates):
+    net = small_net(3)
+    masks, lifs = Masks(net), models.lifs(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
+    args = Flags(metric=metric, candidates=candidates, regen=0.4)
+    checked = 0
+    for update in range(1, 6):
+        train_a_little(net, masks, optimizer, 10 + update)
+        before, magnitudes = masks.flat.clone(), masks.magnitudes()
+        if metric == "criticality":  # each weight's own score, written out
+            per_weight = []
+            for i in range(4):
+                weight = net.convs[i].conv.weight
+                per_weight += [float(lifs[f"lifs.{i}"].score[o]) for o in range(len(weight))
+                               for _ in range(weight[0].numel())]
+            per_weight += [float(lifs["lifs.3"].score[c]) for _ in range(4) for c in range(4)]
+            scores = torch.tensor(per_weight, dtype=torch.float32)
+        else:
+            scores = torch.cat([w.grad.flatten() for w in masks.weights.values()]).abs()
+        target = script.sparsity_at(update, 5, 0.8)
+        pruned, _, back = script.prune_and_regenerate(args, masks, optimizer, lifs, target, 0, generator())
+        cut, _, tie_in_cut = brute_force(before, int((before & ~pruned).sum()), [magnitudes])
+        competing = pruned if candidates == "new" else ~(before & ~pruned)
+        best, rank, _ = brute_force(competing, int(back.sum()), [scores, magnitudes])
+        if not tie_in_cut:
+            assert flat_indices(before & ~pruned) == sorted(cut)
+        assert sorted(rank[i] for i in flat_indices(back)) == sorted(rank[i] for i in best)
+        checked += len(best)
+        masks.guard()
+        masks.apply(optimizer)
+    assert checked > 50
+
+
+def test_candidates_all_and_new_differ():
+    net = TwoLayers([[0.5, 0.4], [0.3, 0.2]], [[0.9, 0.8]])
+    lifs = {"lif_a": LIF()}
+    lifs["lif_a"].score = torch.tensor([0.1, 0.9])
+    back = {}
+    for candidates in ("all", "new"):
+        masks = Masks(net)
+        masks.flat[3] = False  # 0.2, of the channel with the higher score, died long ago
+        masks.flat[2] = False
+        args = Flags(candidates=candidates)
+        pruned, _, back[candidates] = script.prune_and_regenerate(
+            args, masks, torch.optim.SGD(net.parameters(), 0.1), lifs, 1 / 3, 0, generator())
+        assert flat_indices(pruned) == [0, 1]
+    assert flat_indices(back["all"]) == [2, 3] and flat_indices(back["new"]) == [0, 1]
+
+
+def test_random_brings_back_each_with_the_same_chance():
+    counts = torch.zeros(10)
+    for seed in range(300):
+        masks = Masks(TwoLayers([[0.1 * i for i in range(1, 6)]], [[0.6], [0.7], [0.8], [0.9], [1.0]]))
+        script.prune_and_regenerate(Flags(metric="random"), masks, None, {}, 0.6, 0, generator(seed))
+        assert masks.n_alive == 4 and masks.flat[8:].all()
+        counts += masks.flat
+    assert ((counts[:8] > 45) & (counts[:8] < 105)).all()  # 75 each, expected: 2 of 8
+
+
+def test_gradients_of_zero_still_bring_back_the_count():
+    net = TwoLayers([[0.1 * i for i in range(1, 6)]], [[0.6], [0.7], [0.8], [0.9], [1.0]])
+    for weight in (net.a.weight, net.b.weight):
+        weight.grad = torch.zeros_like(weight)
+    masks = Masks(net)
+    script.prune_and_regenerate(Flags(metric="gradient"), masks, None, {}, 0.6, 0, generator())
+    assert flat_indices(masks.flat) == [6, 7, 8, 9]  # all scores tie: by |w|
+
+
+def test_guard_keeps_every_layer_and_the_count():
+    net = TwoLayers([[0.01, -0.03, 0.02]], [[0.5, 0.6], [0.7, 0.8]])
+    masks = Masks(net)
+    masks.prune(2, masks.magnitudes(), generator())
+    assert masks.per_layer(masks.flat) == [0, 2]
+    assert masks.guard() == ["a.weight"]
+    assert flat_indices(masks.flat) == [1, 6] and masks.n_alive == 2
+    assert masks.guard() == []
+
+
+def test_momentum_and_decay_do_not_revive_dead_weights():
+    net = small_net()
+    masks = Masks(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.5, 0.9, weight_decay=0.1)
+    train_a_little(net, masks, optimizer, 0)
+    masks.flat.copy_(torch.rand(masks.total, generator=generator()) < 0.3)
+    masks.apply(optimizer)
+    dead = ~masks.flat
+    for seed in range(4):
+        train_a_little(net, masks, optimizer, seed)
+        assert masks.magnitudes()[dead].count_nonzero() == 0
+        assert masks.gradients()[dead].count_nonzero() > 0  # the dense gradient is still there
+
+
+def test_masks_state_round_trip():
+    masks = Masks(small_net())
+    masks.prune(50, masks.magnitudes(), generator())
+    masks.returned[:10] = True
+    other = Masks(small_net())
+    other.load_state_dict(masks.state_dict())
+    assert torch.equal(other.flat, masks.flat) and torch.equal(other.returned, masks.returned)
+    other.flat.fill_(True)
+    assert other.alive["fc.weight"].all() and not masks.flat.all()  # views of its own vector
+
+
+# ---- the script's schedules and GraNet -------------------------------------------------------------
+
+
+def test_cubic_schedule():
+    values = [script.sparsity_at(k, 39, 0.9) for k in range(1, 40)]
+    for k, expected in {1: 0.067471, 2: 0.131482, 3: 0.192126, 13: 0.6333333, 20: 0.7959338,
+                        26: 0.8666667, 38: 0.899985}.items():
+        assert values[k - 1] == pytest.approx(expected, abs=1e-6)
+    assert values[-1] == 0.9 and values == sorted(values)
+    assert [script.sparsity_at(k, 4, 0.9) for k in (1, 2, 3, 4)] == pytest.approx(
+        [0.5203125, 0.7875, 0.8859375, 0.9])
+    for wrong in (0, 40):
+        with pytest.raises(ValueError):
+            script.sparsity_at(wrong, 39, 0.9)
+
+
+def test_default_regeneration_rates():
+    assert [script.default_regen("criticality", s, "cifar100") for s in (0.9, 0.95, 0.98, 0.5, 0.999)] == [
+        0.5, 0.2, 0.1, 0.5, 0.1]
+    assert [script.default_regen("random", s, "tiny-imagenet") for s in (0.9, 0.95, 0.98)] == [
+        0.3, 0.1, 0.05]
+    assert script.default_regen("granet", 0.98, "cifar10") == 0.5
+    assert script.default_regen("criticality", 0, "cifar10") == 0
+
+
+def test_granet_rate_and_swap_by_hand():
+    rates = [script.granet_rate(0.5, p) for p in (0, 0.25, 0.5, 0.75, 1)]
+    assert rates == pytest.approx([0.5, 0.4275089, 0.2525, 0.0774911, 0.005], abs=1e-6)
+    net = TwoLayers([[0.9, -0.5, 0.3, 0.2, 0.0, 0.0]], [[1.0]])
+    masks = Masks(net)
+    masks.flat[4:6] = False
+    gradients = torch.tensor([0.1, 0.1, 0.05, 0.7, 0.6, -0.8, 0.0]).abs()
+    died, grown = script.granet_swap(masks, 0.5, masks.magnitudes(), gradients, generator())
+    assert flat_indices(died)[:2] == [2, 3] and flat_indices(grown)[:2] == [3, 5]
+    assert flat_indices(masks.flat) == [0, 1, 3, 5, 6]
+    masks.apply(torch.optim.SGD(net.parameters(), 0.1))
+    assert net.a.weight.flatten().tolist() == pytest.approx([0.9, -0.5, 0, 0.2, 0, 0])
+
+
+def test_granet_zeroes_the_global_cut_before_it_regrows():
+    """A weight cut by the global step returns at 0; one that its layer's death step cut keeps its value."""
+    net = TwoLayers([[0.9, 0.5, 0.4, 0.1]], [[1.0, 0.8]])
+    net.a.weight.grad = torch.tensor([[0.0, 0.0, 0.5, 9.0]])  # the one that the global step cuts
+    net.b.weight.grad = torch.zeros(1, 2)
+    masks = Masks(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    pruned, before, back = script.prune_and_regenerate(
+        Flags(metric="granet", regen=0.34), masks, optimizer, {}, 1 / 6, 0, generator())
+    assert flat_indices(pruned) == [1, 2, 3, 5] and flat_indices(back) == [2, 3, 5]
+    assert before == pytest.approx(4 / 6)
+    masks.apply(optimizer)
+    assert net.a.weight.flatten().tolist() == pytest.approx([0.9, 0, 0.4, 0])
+    assert net.b.weight.flatten().tolist() == pytest.approx([1.0, 0.8])
+
+
+# ---- training and metrics --------------------------------------------------------------------------
+
+
+def test_loss_is_the_mean_over_time_of_cross_entropy():
+    logits, labels = torch.randn(3, 5, 4, generator=generator()), torch.tensor([0, 1, 2, 3, 0])
+    by_step = [F.cross_entropy(step, labels) for step in logits]
+    assert training.loss_over_time(logits, labels) == pytest.approx(float(sum(by_step) / 3), abs=1e-6)
+
+
+def test_cosine_and_stages():
+    assert [training.cosine(0.3, step, 4) for step in range(4)] == pytest.approx(
+        [0.3, 0.2560660, 0.15, 0.0439340], abs=1e-6)
+    stages = training.Stages(10, prune=2, finetune=3)
+    assert [stages.position(i) for i in (1, 20, 21, 50)] == [(0, 20), (19, 20), (0, 30), (29, 30)]
+    assert stages.place(0) == ("prune", 0, 2) and stages.place(4) == ("finetune", 2, 3)
+    assert (stages.epochs, stages.steps("prune")) == (5, 20)
+
+
+def test_meter_finds_the_iteration_of_the_first_bad_loss():
+    meter, logits, labels = training.Meter(torch.device("cpu")), torch.eye(3)[None], torch.tensor([0, 1, 0])
+    meter.add(torch.tensor(0.5), logits, labels, 1)
+    meter.check()
+    assert meter.means() == (0.5, pytest.approx(2 / 3))
+    for iteration, loss in ((2, math.nan), (3, 1.0), (4, math.inf)):
+        meter.add(torch.tensor(loss), logits, labels, iteration)
+    with pytest.raises(training.TrainingError, match="iteration 2"):
+        meter.check()
+
+
+@pytest.mark.parametrize("name, size, macs, once, every", [
+    ("vgg16", 10, 313_201_664, 1_558_930_432, 1_566_008_320),
+    ("vgg16", 100, 313_247_744, 1_559_160_832, 1_566_238_720),
+    ("resnet19", 10, 555_551_232, 2_770_678_272, 2_777_756_160),
+    ("resnet19", 100, 555_574_272, 2_770_793_472, 2_777_871_360)])
+def test_macs_of_the_papers(name, size, macs, once, every):
+    counts = metrics.count(models.build(name, size, 3, 32, 5), [torch.zeros(1, 3, 32, 32)])
+    assert (counts["macs"], counts["macs_first_once"], counts["macs_every_step"]) == (macs, once, every)
+
+
+def conv(mask, stride=1, padding=1):
+    layer = torch.nn.Conv2d(mask.shape[1], mask.shape[0], mask.shape[2], stride, padding, bias=False)
+    return layer, mask
+
+
+def test_synaptic_operations_by_hand():
+    full = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    holed = full.clone()
+    holed[..., 1, 1] = False
+    ones, spikes = torch.ones(1, 4, 4), torch.zeros(1, 4, 4)
+    for y, x in ((0, 0), (1, 1), (0, 2)):
+        spikes[0, y, x] = 1
+    assert metrics.fan_out(*conv(full), ones) == 100 and metrics.fan_out(*conv(holed), ones) == 84
+    assert metrics.fan_out(*conv(full), spikes) == 19
+    assert metrics.fan_out(*conv(full, stride=2), spikes) == 6
+    two = full.expand(2, 1, 3, 3)
+    assert metrics.fan_out(*conv(two), torch.ones(1, 2, 2)) == 32
+    half = two.clone()
+    half[1] = False
+    assert metrics.fan_out(*conv(half), torch.ones(1, 2, 2)) == 16
+    linear = torch.tensor([[True, False, True], [True, True, False]])
+    assert metrics.fan_out(torch.nn.Linear(3, 2), linear, torch.tensor([2.0, 3.0, 5.0])) == 12
+
+
+def synaptic_operations_one_by_one(net, alive, images):
+    """Every spike, every alive weight it meets at an output inside the map: plain loops."""
+    total, modules = 0, dict(net.named_modules())
+    inputs = {}
+    names = [n.removesuffix(".weight") for n in models.scored_by(net)]
+    with metrics.hooks({n: modules[n] for n in names},
+                       before=lambda n, x: inputs.setdefault(n, x.detach())):
+        net(images)
+    for name in names[1:]:
+        module, x = modules[name], inputs[name] * net.averaged.get(name, 1)
+        mask = alive[f"{name}.weight"]
+        if isinstance(module, torch.nn.Linear):
+            total += sum(float(x[n, i]) for n, i, o in itertools.product(
+                range(len(x)), range(x.shape[1]), range(len(mask))) if mask[o, i])
+            continue
+        stride, pad, k = module.stride[0], module.padding[0], module.kernel_size[0]
+        side = (x.shape[2] + 2 * pad - k) // stride + 1
+        for n, c, y, z in x.nonzero().tolist():
+            for dy, dx in itertools.product(range(k), range(k)):
+                oy, ox = y + pad - dy, z + pad - dx
+                if oy % stride == ox % stride == 0 and 0 <= oy // stride < side and 0 <= ox // stride < side:
+                    total += int(mask[:, c, dy, dx].sum())
+    return total / len(images)
+
+
+@pytest.mark.parametrize("name", ["small", "resnet19"])
+def test_synaptic_operations_equal_loops(name):
+    torch.manual_seed(0)
+    net = models.build(name, 3, 1, 10, 2, models.default_widths(name, 0.03 if name == "resnet19" else 0.2))
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.bias.data.fill_(0.6)  # lively neurons
+    if name == "resnet19":
+        net.fc1.bias.data.fill_(1.5)
+    net.eval()
+    masks = Masks(net)
+    masks.prune(masks.total // 2, masks.magnitudes(), generator())
+    images = torch.randn(3, 1, 10, 10, generator=generator())
+    counts = metrics.count(net, images.split(2), masks.alive)  # two batches, the last one smaller
+    assert counts["sops"] == pytest.approx(synaptic_operations_one_by_one(net, masks.alive, images))
+    assert counts["sops"] > 100 and counts["sops"] < counts["sops_nominal"]
+    assert counts["energy_mj"] == pytest.approx((4.6 * counts_first(net) + 0.9 * counts["sops"]) * 1e-9)
+
+
+def counts_first(net):
+    first = net.get_parameter(next(iter(models.scored_by(net))))
+    return first.numel() * 100  # a 10 x 10 map
+
+
+def test_firing_rate_is_over_all_neurons():
+    net = models.build("small", 3, 1, 8, 2, [1, 1, 1, 1]).eval()
+    spikes = []
+    with metrics.hooks(models.lifs(net), after=lambda _, out: spikes.append(out)):
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.bias.data.fill_(0.8)
+        net(torch.randn(4, 1, 8, 8, generator=generator()))
+    with metrics.firing(net) as counted:
+        net(torch.randn(4, 1, 8, 8, generator=generator()))
+    rate, by_layer = metrics.rates(counted)
+    assert rate == pytest.approx(sum(int(s.count_nonzero()) for s in spikes) / sum(s.numel() for s in spikes))
+    assert list(by_layer.values()) == pytest.approx([s.detach().mean().item() for s in spikes])
+    assert not any(lif._forward_hooks for lif in models.lifs(net).values())
+
+
+def test_sparsities():
+    net = small_net()
+    masks = Masks(net)
+    masks.prune(masks.keep_at(0.75), masks.magnitudes(), generator())
+    counts = metrics.parameters(net, masks.alive)
+    total = sum(p.numel() for p in net.parameters())
+    assert counts["sparsity"] == pytest.approx(masks.sparsity)
+    assert counts["parameters_alive"] == total - (masks.total - masks.n_alive)
+    assert counts["sparsity_all"] == pytest.approx((masks.total - masks.n_alive) / total)
+    assert sum(layer["alive"] for layer in counts["layers"]) == masks.n_alive
+
+
+# ---- the text --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("equation, file", [
+    ("1", "neurons.py"), ("2", "neurons.py"), ("3", "neurons.py"), ("4a", "neurons.py"),
+    ("4b", "neurons.py"), ("5", "masks.py"), ("6", "neurons.py"), ("7", "masks.py"), ("8", "masks.py"),
+    ("9", "prune_unstructured.py")])
+def test_each_equation_has_its_line(equation, file):
+    text = (Path(__file__).parent / file).read_text()
+    assert len(re.findall(rf"^\s*[^#\s].*# Eq\. {equation}\b|^\s*# Eq\. {equation}\.", text, re.M)) == 1
