@@ -18,7 +18,6 @@ import importlib
 import math
 import os
 import struct
-import tarfile
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +39,7 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 # What numpy, Pillow and torchvision raise on files that are missing, cut short or damaged.
 BAD_FILE = (OSError, EOFError, ValueError, TypeError, KeyError, IndexError, AssertionError,
             SyntaxError, RuntimeError, MemoryError, struct.error, zlib.error, HTTPException,
-            tarfile.TarError, zipfile.BadZipFile)
+            zipfile.BadZipFile)
 
 
 class Dataset(NamedTuple):
@@ -201,7 +200,6 @@ def _read_torchvision(name, data_dir):
         folder, place = data_dir / reader.base_folder, data_dir
         archives = [(reader.filename, reader.tgz_md5)]
         files = [file for file, _ in reader.train_list + reader.test_list]
-        files.append(reader.meta["filename"])
     is_there = all((folder / file).is_file() for file in files)
     try:
         train, test = (reader(data_dir, train=is_train, download=not is_there)

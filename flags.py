@@ -17,11 +17,13 @@ import models
 
 MAY_DIFFER = {"device"}  # flags that a resumed run may change
 
-SMALL = dict(model="small", time_steps=4, batch_size=64, lr=0.1)
-PAPER = dict(model="vgg16", time_steps=5, batch_size=128, lr=0.3)  # criticality paper, Table 4
-DATASETS = {"fashion-mini": SMALL, "mnist": SMALL | dict(batch_size=128),
+# Augmentation: LTH-SNN's crop and flip; a short run on centred 28x28 images is better off without crops,
+# and digits have no mirror image
+SMALL = dict(model="small", time_steps=4, batch_size=64, lr=0.1, crop=0, flip=True)
+PAPER = dict(model="vgg16", time_steps=5, batch_size=128, lr=0.3, crop=4, flip=True)  # Table 4
+DATASETS = {"fashion-mini": SMALL, "mnist": SMALL | dict(batch_size=128, crop=2, flip=False),
             "fashion-mnist": SMALL | dict(batch_size=128),
-            "cifar10": PAPER, "cifar100": PAPER, "tiny-imagenet": PAPER}
+            "cifar10": PAPER, "cifar100": PAPER, "tiny-imagenet": PAPER | dict(crop=8)}
 COMMON = dict(dataset="fashion-mini", data_dir="data", train_limit=None, width=1.0, momentum=0.9,
               weight_decay=5e-4, cutout=0, init=None, device=None, precision="fp32", compile=False,
               seed=0, run_dir=None, resume=False, overwrite=False, smoke=False)
@@ -39,15 +41,16 @@ def exits(code, *errors):
         raise SystemExit(code) from None
 
 
-def whole(low):
-    """Return an argparse type: a whole number of at least `low`."""
+def whole(low, high=2**31):
+    """Return an argparse type: a whole number in [low, high)."""
     def convert(text):
         try:
             value = int(text)
         except ValueError:
             value = low - 1
-        if value < low:
-            raise argparse.ArgumentTypeError(f"is {text}, expected a whole number of at least {low}")
+        if not low <= value < high:
+            raise argparse.ArgumentTypeError(f"is {text}, expected a whole number of at least {low}"
+                                             + (f", below {high}" if value >= high else ""))
         return value
     return convert
 
@@ -97,6 +100,9 @@ def make_parser(doc):
         "layout, and where they are downloaded to if they are not there")
     add("--train-limit", type=whole(1), metavar="N",
         help="use only the first N training images, balanced over the classes")
+    add("--crop", type=whole(0), metavar="PIXELS", help="training images are padded by as much and cropped "
+        "back at random; 0: not at all")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror training images at random")
     add("--cutout", type=whole(0), metavar="PIXELS",
         help="side of a square hole in each training image (LTH-SNN's code has 16 on CIFAR)")
     add = parser.add_argument_group("model").add_argument

@@ -117,15 +117,17 @@ def prune_and_regenerate(args, masks, optimizer, lifs, target, progress, generat
         n_between = int((masks.flat & ~regenerated).count_nonzero())
         return pruned | died, 1 - n_between / masks.total, regenerated
 
-    # Eq. 7: prune further, to leave room for the regeneration; r = 0 is GMP
+    # Eq. 7: prune further, to leave room for the regeneration
     pruned = masks.prune(masks.keep_at(prune_further(target, args.regen)), magnitudes, generator)
     before = masks.sparsity
     # INTERPRETATION of Eq. 5: "all pruned units in the pruned model", so long-dead weights may return;
     # `new` is the other reading, under which the share that is rescued follows from the schedule
     candidates = pruned if args.candidates == "new" else ~masks.flat
+    count = keep - masks.n_alive
+    if count == 0:  # GMP
+        return pruned, before, torch.zeros_like(pruned)
     # Eq. 5: regenerate the highest-scored pruned weights, until the sparsity is the target
-    regenerated = masks.regenerate(keep - masks.n_alive, candidates,
-                                   ranking(args, masks, lifs, magnitudes), generator)
+    regenerated = masks.regenerate(count, candidates, ranking(args, masks, lifs, magnitudes), generator)
     return pruned, before, regenerated
 
 
@@ -204,7 +206,7 @@ def main(argv=None):
         # Algorithm 1. The masks start as all ones
         for epoch in range(run.epoch, stages.epochs):
             for x, y in run.track(data.batches(images.x_train, images.y_train, args.batch_size, args.seed,
-                                               epoch, run.step, flip=images.flip, cutout=args.cutout)):
+                                               epoch, run.step, args.crop, args.flip, args.cutout)):
                 update = run.iteration // args.interval
                 is_update = update <= num_updates and run.iteration == update * args.interval
                 # INTERPRETATION: the samples that are scored are this batch
@@ -217,7 +219,7 @@ def main(argv=None):
                 optimizer.zero_grad()
                 loss.backward()
                 # INTERPRETATION of "cosine": one a stage, from lr to 0
-                lr = training.set_lr(optimizer, training.cosine(args.lr, *stages.position(run.iteration)))
+                training.set_lr(optimizer, training.cosine(args.lr, *stages.position(run.iteration)))
                 optimizer.step()
                 masks.apply(optimizer)  # w <- w * m, and its momentum
                 run.meter.add(loss, logits, y, run.iteration)
@@ -233,7 +235,8 @@ def main(argv=None):
                     masks.apply(optimizer)
                     run.add_update(dict(update=update, iteration=run.iteration, target=target,
                                         before=before, **masks.account(pruned, regenerated)))
-            run.end_epoch(lr, training.evaluate(forward, net, images, args), masks.sparsity)
+            run.end_epoch(optimizer.param_groups[0]["lr"],
+                          training.evaluate(forward, net, images, args), masks.sparsity)
 
         # What came of it
         counts = metrics.count(net, images.x_test.split(args.batch_size), masks.alive)

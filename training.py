@@ -65,8 +65,6 @@ def build(args, images):
     if args.batch_size > len(images.x_train):
         raise ValueError(f"--batch-size is {args.batch_size}, but {args.dataset} has "
                          f"{len(images.x_train)} training images here, expected at most as many. Lower it")
-    if len(images.x_train) % args.batch_size == 1:
-        print(f"note: the last batch of an epoch has a single image (--batch-size {args.batch_size})")
     net = models.build(args.model, images.num_classes, images.x_train.shape[1], images.x_train.shape[2],
                        args.time_steps, models.default_widths(args.model, args.width))
     net.set_normalisation(images.mean, images.std)
@@ -126,7 +124,6 @@ def cosine(lr, step, steps):
 def set_lr(optimizer, lr):
     for group in optimizer.param_groups:
         group["lr"] = lr
-    return lr
 
 
 def autocast(args):
