@@ -441,7 +441,7 @@ class Run:
         write_lines(self.folder / "metrics.jsonl", self.rows)
         self.save()
         left = ((self.total_steps - self.iteration) * (now - self.started)
-                / (self.iteration - self.first_iteration))
+                / max(1, self.iteration - self.first_iteration))
         self.say(f"{stage:<9}{within + 1:>4}/{count:<4} lr {lr:.4f}  loss {loss:.3f}  train "
                  f"{100 * accuracy:.1f} %  test {100 * test['accuracy']:.1f} %  sparse "
                  f"{100 * sparsity:.1f} %  firing {test['rate']:.3f}  {seconds:.0f} s  left {duration(left)}")
