@@ -53,7 +53,6 @@ class Dataset(NamedTuple):
     num_classes: int
     mean: list[float]  # of each channel over the training images, in 0..1
     std: list[float]   # likewise; 1 where a channel is constant, so that dividing by it is safe
-    flip: bool         # does an image stay valid when mirrored? Digits do not
 
     def to(self, device):
         """Return the same set with its four tensors on a device."""
@@ -81,7 +80,7 @@ def load(name, data_dir="data", train_limit=None, test_limit=None):
     mean, std = _mean_and_std(x_train)
     x_train, x_test = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (x_train, x_test))
     y_train, y_test = torch.from_numpy(y_train), torch.from_numpy(y_test)
-    return Dataset(name, x_train, y_train, x_test, y_test, num_classes, mean, std, name != "mnist")
+    return Dataset(name, x_train, y_train, x_test, y_test, num_classes, mean, std)
 
 
 # ---- batches ------------------------------------------------------------------------------------
@@ -92,7 +91,7 @@ def num_batches(n, batch_size):
     return -(-n // batch_size)
 
 
-def batches(images, labels, batch_size, seed, epoch, first=0, pad=None, flip=True, cutout=0):
+def batches(images, labels, batch_size, seed, epoch, first=0, pad=0, flip=False, cutout=0):
     """Yield one epoch as pairs (uint8 [n, C, H, W] in channels_last memory, labels [n]).
 
     Each image comes once, the last batch may be smaller. Order and augmentation depend on seed and
@@ -100,14 +99,12 @@ def batches(images, labels, batch_size, seed, epoch, first=0, pad=None, flip=Tru
     which were taken before it, so first=b resumes an epoch exactly at batch b (counted from 0).
 
     images: uint8 [N, C, H, W], labels: [N], on the device where the batches are wanted.
-    pad: pixels of black around an image before a crop of its size is cut at a random place; 0: no
-    crop. Default: 4, and H // 8 from H = 64 on (LTH-SNN's 8 for Tiny-ImageNet).
+    pad: pixels of black around an image before a crop of its size is cut at a random place; LTH-SNN
+    has 4 at 32 pixels and 8 at 64; 0: no crop.
     flip: mirror half of the images. cutout: side of a black square with a uniformly drawn centre,
     clipped at the borders (16 in LTH-SNN), in pixels; 0: none.
     """
     N, _, H, W = images.shape
-    if pad is None:
-        pad = 4 if H < 64 else H // 8
     # SeedSequence mixes its words: unlike with seed + epoch, runs do not share shifted epochs.
     mixed = np.random.SeedSequence([seed, epoch]).generate_state(1)
     rng = torch.Generator().manual_seed(int(mixed[0]))

@@ -41,7 +41,7 @@ def select(eligible, k, keys, generator):
 
     eligible: [M] bool. keys: list of [M] tensors, maybe empty (a random choice). generator: a CPU
     generator. Returns [M] bool with k True. Raises ValueError if k places are not eligible, and
-    RuntimeError if a key is not finite there.
+    FloatingPointError if a key is not finite there.
     """
     available = int(eligible.count_nonzero())
     if not 0 <= k <= available:
@@ -60,7 +60,8 @@ def select(eligible, k, keys, generator):
     missing = k - int(chosen.count_nonzero())
     ties = (key == threshold).nonzero().squeeze(1)
     if not 0 <= missing <= len(ties) or not threshold.isfinite():  # a comparison with NaN is False
-        raise RuntimeError("weights or scores are not finite, they cannot be ranked")
+        raise FloatingPointError("weights or scores are not finite (NaN or infinite) and cannot be "
+                                 "ranked. The last good checkpoint is kept; try a lower --lr")
     among = torch.ones(len(ties), dtype=torch.bool, device=ties.device)
     chosen[ties[select(among, missing, [key[ties] for key in keys[1:]], generator)]] = True
     return chosen

@@ -112,7 +112,7 @@ def count(net, batches, alive=None):
     layers = {name.removesuffix(".weight"): net.get_submodule(name.removesuffix(".weight"))
               for name in scored_by(net)}
     first = next(iter(layers))
-    sums, macs, steps_and_images, images_seen, runs = {}, {}, 0, 0, {}
+    sums, macs, runs, images_seen = {}, {}, {}, 0
 
     def arrive(name, x):
         spikes = x.sum(0, dtype=torch.float64) * net.averaged.get(name, 1)

@@ -25,6 +25,7 @@ import metrics
 import models
 import training
 from masks import Masks, prune_further, select
+from runfolder import Run, finished
 
 # criticality paper, unstructured settings: epochs, interval in iterations, and r for each sparsity
 PAPER = dict(epochs_prune=200, epochs_finetune=300, interval=2000)
@@ -173,7 +174,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     with flags.exits(2, ValueError, OSError):  # all that can be checked, before anything is written
-        if (summary := training.finished(args)) is not None:
+        if (summary := finished(args)) is not None:
             return summary
         device = training.set_up(args)
         images = data.load(args.dataset, args.data_dir, args.train_limit,
@@ -193,11 +194,11 @@ def main(argv=None):
             raise ValueError(f"no update would ever run: --interval is {args.interval}, the pruning stage "
                              f"has {stages.steps('prune')} iterations. Lower --interval or raise "
                              f"--epochs-prune")
-        run = training.Run(args, device, stages, net=net, optimizer=optimizer, masks=masks)
+        run = Run(args, device, stages, net=net, optimizer=optimizer, masks=masks)
 
     lifs = models.lifs(net)
     forward = torch.compile(net) if args.compile else net
-    with flags.exits(1, training.TrainingError, OSError), run.catching_signals():
+    with flags.exits(1, FloatingPointError, OSError), run.catching_signals():
         run.header(images, net, f"{num_updates} updates, 0 -> {100 * args.sparsity:g} % sparse, "
                    f"regeneration {100 * args.regen:g} % by {args.metric}")
         if args.init is not None and run.iteration == 0:

@@ -14,10 +14,9 @@ import pytest
 import torch
 
 import data
-import flags
-import metrics
 import models
 import prune_unstructured
+import runfolder
 import training
 from masks import Masks
 
@@ -78,7 +77,7 @@ def test_a_run_and_its_folder(capsys):
         "config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt", "summary.json",
         "curves.png"}
     assert json.loads(Path("r/summary.json").read_text()) == summary
-    assert list(summary) == training.SUMMARY_KEYS
+    assert list(summary) == runfolder.SUMMARY_KEYS
     assert (summary["method"], summary["dataset"], summary["regen"]) == ("criticality", "fashion-mini", 0.5)
     total = sum(layer["weights"] for layer in summary["layers"])
     alive = sum(layer["alive"] for layer in summary["layers"])
