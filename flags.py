@@ -39,6 +39,9 @@ def exits(code, *errors):
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
         raise SystemExit(code) from None
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted, nothing more is saved", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def whole(low, high=2**31):
