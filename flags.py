@@ -1,10 +1,10 @@
 """Flags: the ones that all scripts share, their defaults by data set, and what a wrong one gets.
 
-    parser = flags.make_parser(__doc__)                      # the common flags; a script adds its own
-    args = flags.parse(parser, argv, SETTINGS, run_name)     # resolved, each one
+    parser = flags.make_parser(__doc__)                    # the common flags; a script adds its own
+    args = flags.parse(parser, argv, SETTINGS, run_name)   # resolved, each one
 
-A wrong flag or file is one line on stderr that says what is wrong, what was expected and how to fix it,
-and exit code 2, before anything is written.
+A wrong flag or file is one line on stderr that says what is wrong, what was expected and how to fix
+it, and exit code 2, before anything is written.
 """
 import argparse
 import json
@@ -17,8 +17,8 @@ import models
 
 MAY_DIFFER = {"device"}  # flags that a resumed run may change
 
-# Augmentation: LTH-SNN's crop and flip; a short run on centred 28x28 images is better off without crops,
-# and digits have no mirror image
+# Augmentation: LTH-SNN's crop and flip; a short run on centred 28x28 images is better off without
+# crops, and digits have no mirror image
 SMALL = dict(model="small", time_steps=4, batch_size=64, lr=0.1, crop=0, flip=True)
 PAPER = dict(model="vgg16", time_steps=5, batch_size=128, lr=0.3, crop=4, flip=True)  # Table 4
 DATASETS = {"fashion-mini": SMALL, "mnist": SMALL | dict(batch_size=128, crop=2, flip=False),
@@ -97,14 +97,15 @@ def make_parser(doc):
     parser = Parser(doc)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", metavar="NAME|FILE.npz|FOLDER",
-        help=f"{', '.join(DATASETS)}, or a path: an .npz file with x_train, y_train, x_test, y_test, or "
-             f"a folder with train/CLASS/* and test/CLASS/* (a path has the defaults of fashion-mini)")
+        help=f"{', '.join(DATASETS)}, or a path: an .npz file with x_train, y_train, x_test, "
+             f"y_test, or a folder with train/CLASS/* and test/CLASS/* (a path has the defaults "
+             f"of fashion-mini)")
     add("--data-dir", metavar="DIR", help="where named sets lie, as NAME.npz or in their official "
         "layout, and where they are downloaded to if they are not there")
     add("--train-limit", type=whole(1), metavar="N",
         help="use only the first N training images, balanced over the classes")
-    add("--crop", type=whole(0), metavar="PIXELS", help="training images are padded by as much and cropped "
-        "back at random; 0: not at all")
+    add("--crop", type=whole(0), metavar="PIXELS", help="training images are padded by as much and "
+        "cropped back at random; 0: not at all")
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror training images at random")
     add("--cutout", type=whole(0), metavar="PIXELS",
         help="side of a square hole in each training image (LTH-SNN's code has 16 on CIFAR)")
@@ -123,21 +124,23 @@ def make_parser(doc):
     add("--precision", choices=("fp32", "bf16"), help="bf16: mixed precision by autocast")
     add("--compile", action="store_true", help="compile the network with torch.compile")
     add("--seed", type=whole(0), help="seed of weights, order of the images and ties")
-    add("--run-dir", metavar="DIR", help="the run's folder (default: runs/ and a name made of the flags)")
+    add("--run-dir", metavar="DIR",
+        help="the run's folder (default: runs/ and a name made of the flags)")
     add("--resume", action="store_true", help="go on where this run was stopped, or begin it")
     add("--overwrite", action="store_true", help="replace the run that is in the folder")
-    add("--smoke", action="store_true", help="the same path, end to end, in seconds: a quarter of the "
-        "width, a few batches, one epoch a stage, in a folder of its own")
+    add("--smoke", action="store_true", help="the same path, end to end, in seconds: a quarter of "
+        "the width, a few batches, one epoch a stage, in a folder of its own")
     return parser
 
 
 def parse(parser, argv, settings, complete, run_name):
     """Return the resolved flags of a script; exit with code 2 if they are wrong.
 
-    settings: {data set: {flag: default}}, the script's own, beside DATASETS and COMMON; "all" holds for
-    all data sets, "smoke" for --smoke, and a path has those of fashion-mini. Each source overrides the
-    one before: COMMON, the data set, --smoke, the config.json of a run that is resumed, what is given.
-    complete(args) fills in what depends on other flags; run_name(args) names the run's folder.
+    settings: {data set: {flag: default}}, the script's own, beside DATASETS and COMMON; "all" holds
+    for all data sets, "smoke" for --smoke, and a path has those of fashion-mini. Each source
+    overrides the one before: COMMON, the data set, --smoke, the config.json of a run that is
+    resumed, what is given. complete(args) fills in what depends on other flags; run_name(args)
+    names the run's folder.
     """
     tables = {name: DATASETS[name] | settings[name] for name in DATASETS}
     shared = COMMON | settings["all"]
@@ -145,7 +148,8 @@ def parse(parser, argv, settings, complete, run_name):
     given = vars(parser.parse_args(argv))
     for one, other in (("init", "resume"), ("resume", "overwrite")):
         if given.get(one) and given.get(other):
-            parser.error(f"--{one} and --{other} exclude each other, expected one of them. Leave one out")
+            parser.error(f"--{one} and --{other} exclude each other, expected one of them. "
+                         f"Leave one out")
 
     def resolve(config):
         name = given.get("dataset", config.get("dataset", shared["dataset"]))
@@ -162,8 +166,9 @@ def parse(parser, argv, settings, complete, run_name):
             config = read_config(folder)
         for flag, value in given.items():
             if flag in config and config[flag] != value and flag not in MAY_DIFFER | {"run_dir"}:
-                parser.error(f"{folder} was made with --{flag.replace('_', '-')} {config[flag]}, this "
-                             f"command says {value}. Leave the flag out, or name another --run-dir")
+                parser.error(f"{folder} was made with --{flag.replace('_', '-')} {config[flag]}, "
+                             f"this command says {value}. Leave the flag out, or name another "
+                             f"--run-dir")
         args = resolve({flag: config[flag] for flag in vars(args).keys() & config.keys()
                         if flag not in ("resume", "overwrite", "device", "run_dir")})
     args.run_dir = str(folder)
@@ -193,6 +198,6 @@ def read_config(folder):
     except ValueError:
         config = None
     if not isinstance(config, dict):
-        raise ValueError(f"{folder / 'config.json'} is damaged, expected a JSON object. Start again with "
-                         f"--overwrite")
+        raise ValueError(f"{folder / 'config.json'} is damaged, expected a JSON object. Start "
+                         f"again with --overwrite")
     return config

@@ -4,13 +4,13 @@
     masks.prune(keep=1000)                        # the 1,000 largest |w| over all layers stay
     masks.apply(optimizer)                        # dead weights and their momentum become 0
 
-A mask is a bool beside its weight, True = alive; weights are zeroed, never found by "is it 0", since a
-regenerated weight is 0 and alive. Autograd then still delivers the dense gradient.
+A mask is a bool beside its weight, True = alive; weights are zeroed, never found by "is it 0",
+since a regenerated weight is 0 and alive. Autograd then still delivers the dense gradient.
 
-All masks are views into one flat vector over the M prunable weights of the network, so that a global
-ranking is one selection over one vector: the value of the k-th place by partition, never a sort.
-Counts are exact, whatever the ties: those are broken by a further key, and at last by a seeded
-permutation.
+All masks are views into one flat vector over the M prunable weights of the network, so that a
+global ranking is one selection over one vector: the value of the k-th place by partition, never a
+sort. Counts are exact, whatever the ties: those are broken by a further key, and at last by a
+seeded permutation.
 """
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ def prune_further(sparsity, regen):
     """Return the sparsity s' to prune to, ahead of a regeneration that ends at `sparsity` (Eq. 7).
 
     INTERPRETATION: s' = s + r (1 - s), so that a share r of the survivors owes its place to the
-    regeneration; the paper reports 48 % for r = 0.5 at s = 0.9, which fits. s / (1 - r) would exceed 1.
+    regeneration; the paper reports 48 % for r = 0.5 at s = 0.9, which fits. s / (1 - r) would
+    exceed 1.
     """
     return sparsity + regen * (1 - sparsity)  # Eq. 7
 
@@ -36,8 +37,8 @@ def kth_largest(values, k):
 
 
 def select(eligible, k, keys, generator):
-    """Choose exactly k of the eligible places: the largest by the first key, ties by the next, and so
-    on, what then still ties by a seeded permutation.
+    """Choose exactly k of the eligible places: the largest by the first key, ties by the next, and
+    so on, what then still ties by a seeded permutation.
 
     eligible: [M] bool. keys: list of [M] tensors, maybe empty (a random choice). generator: a CPU
     generator. Returns [M] bool with k True. Raises ValueError if k places are not eligible, and
@@ -88,7 +89,7 @@ class Masks:
         self.alive = {name: part.view(weight.shape) for (name, weight), part
                       in zip(self.weights.items(), flat.split(self.sizes))}
 
-    # ---- counts ------------------------------------------------------------------------------------
+    # ---- counts ----------------------------------------------------------------------------------
 
     def keep_at(self, sparsity):
         """Return how many weights are alive at a sparsity: exactly M - round(sparsity * M)."""
@@ -105,14 +106,16 @@ class Masks:
 
     @property
     def share_regenerated(self):
-        """Share of the alive weights whose latest entry into the mask was a regeneration (Fig. 2a)."""
+        """Share of the alive weights whose latest entry into the mask was a regeneration
+        (Fig. 2a)."""
         return int((self.returned & self.flat).count_nonzero()) / self.n_alive
 
     def per_layer(self, flat):
-        """Return how many places of a flat bool vector are True in each layer, as a list of ints."""
+        """Return how many places of a flat bool vector are True in each layer,
+        as a list of ints."""
         return torch.stack([part.count_nonzero() for part in flat.split(self.sizes)]).tolist()
 
-    # ---- flat views of the network -----------------------------------------------------------------
+    # ---- flat views of the network ---------------------------------------------------------------
 
     def _flatten(self, tensors):
         return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
@@ -135,12 +138,14 @@ class Masks:
             parts.append(score.expand(weight.shape).reshape(-1))
         return torch.cat(parts)
 
-    # ---- the steps of an update --------------------------------------------------------------------
+    # ---- the steps of an update ------------------------------------------------------------------
 
     def prune(self, keep, magnitudes, generator):
-        """Let only the `keep` largest |w| over all layers live on; return what was pruned, [M] bool.
+        """Let only the `keep` largest |w| over all layers live on;
+        return what was pruned, [M] bool.
 
-        Only alive weights are ranked: one that came back at 0 and has not moved ties with no dead one.
+        Only alive weights are ranked: one that came back at 0 and has not moved ties with no dead
+        one.
         """
         before = self.flat.clone()
         self.flat.copy_(select(before, keep, [magnitudes], generator))
@@ -149,17 +154,18 @@ class Masks:
     def regenerate(self, count, candidates, keys, generator):
         """Bring back the `count` best candidates (Eq. 5); return what came back, [M] bool.
 
-        candidates: [M] bool, none of them alive. keys: the score of each weight, then |w| from before
-        the update. A weight that was pruned in this same update still has its value and keeps it; one
-        that was dead before comes back at 0 and grows from its next gradient.
+        candidates: [M] bool, none of them alive. keys: the score of each weight, then |w| from
+        before the update. A weight that was pruned in this same update still has its value and
+        keeps it; one that was dead before comes back at 0 and grows from its next gradient.
         """
         back = select(candidates & ~self.flat, count, keys, generator)  # Eq. 5
         self.flat |= back
         return back
 
     def guard(self):
-        """Leave no layer empty: its largest weight stays, and the smallest alive weight of a layer with
-        more than one goes in its place, so that the count holds. Returns the names of such layers."""
+        """Leave no layer empty: its largest weight stays, and the smallest alive weight of a layer
+        with more than one goes in its place, so that the count holds. Returns the names of such
+        layers."""
         if all(self.per_layer(self.flat)):
             return []
         parts, values = self.flat.split(self.sizes), self.magnitudes().split(self.sizes)
@@ -187,8 +193,8 @@ class Masks:
     def account(self, pruned, regenerated):
         """Remember who came back, and return one update in numbers: a dict with totals and layers.
 
-        pruned: [M] bool, alive when the update began and cut by magnitude in it. regenerated: [M] bool.
-        survived: the share of the pruned that the regeneration brought back.
+        pruned: [M] bool, alive when the update began and cut by magnitude in it. regenerated:
+        [M] bool. survived: the share of the pruned that the regeneration brought back.
         """
         regenerated = regenerated & self.flat  # without what the guard gave away
         self.returned = (self.returned | regenerated) & self.flat
@@ -201,7 +207,7 @@ class Masks:
                     regenerated=sum(layer["regenerated"] for layer in layers),
                     survived=rescued / n_pruned if n_pruned else None, layers=layers)
 
-    # ---- state -------------------------------------------------------------------------------------
+    # ---- state -----------------------------------------------------------------------------------
 
     def state_dict(self):
         return {"alive": self.flat.cpu(), "returned": self.returned.cpu()}

@@ -4,18 +4,19 @@
     counts["sops"], counts["energy_mj"], counts["firing_rate"]
 
 What is counted, and how:
-- MACs: multiply-accumulates of convolutions and linear layers on the stored shapes, taps on the padding
-  included; BN (foldable), bias, pooling, the residual sum and the LIF update are not counted. A masked
-  network has the count of the dense one. 1 MAC is 2 FLOPs. Three conventions for the first layer, whose
-  input does not change over time: `macs` is one time step (what papers call "FLOPs"),
-  `macs_first_once` all T steps with the first layer run once, as models.py does, `macs_every_step` all
-  T steps of every layer.
+- MACs: multiply-accumulates of convolutions and linear layers on the stored shapes, taps on the
+  padding included; BN (foldable), bias, pooling, the residual sum and the LIF update are not
+  counted. A masked network has the count of the dense one. 1 MAC is 2 FLOPs. Three conventions for
+  the first layer, whose input does not change over time: `macs` is one time step (what papers call
+  "FLOPs"), `macs_first_once` all T steps with the first layer run once, as models.py does,
+  `macs_every_step` all T steps of every layer.
 - SOPs: synaptic operations, a spike arriving at an alive weight: for each input spike the number of
   alive weights that it meets at output positions inside the map, borders exact; per image, over all
   T steps. The first layer reads real numbers, not spikes: its work is MACs. An average of n spikes
   counts as n spikes (the 1/n folds into the weights).
-- Energy: 4.6 pJ a MAC of the first layer (as often as it runs) and 0.9 pJ a SOP, in mJ an image: 45 nm
-  arithmetic in 32-bit floating point (Horowitz 2014), no memory traffic. A model, not a measurement.
+- Energy: 4.6 pJ a MAC of the first layer (as often as it runs) and 0.9 pJ a SOP, in mJ an image:
+  45 nm arithmetic in 32-bit floating point (Horowitz 2014), no memory traffic. A model, not a
+  measurement.
 - Firing rate: spikes / (T * N * neurons), of the network over all its neurons, not the mean of the
   layers' rates.
 """
@@ -50,7 +51,8 @@ def hooks(modules, before=None, after=None):
 
 @contextmanager
 def firing(net):
-    """Count spikes while inside: yields {LIF name: [spikes (a tensor), places where one could be]}."""
+    """Count spikes while inside: yields
+    {LIF name: [spikes (a tensor), places where one could be]}."""
     counts = {}
 
     def add(name, spikes):
@@ -73,8 +75,8 @@ def rates(counts):
 def parameters(net, alive=None):
     """Return sizes and sparsities of a network: a dict with the keys of summary.json.
 
-    alive: {name: bool tensor, True = alive}, none means that all weights are. `sparsity` is over the
-    prunable weights, `sparsity_all` over all parameters (BN and biases are all alive).
+    alive: {name: bool tensor, True = alive}, none means that all weights are. `sparsity` is over
+    the prunable weights, `sparsity_all` over all parameters (BN and biases are all alive).
     """
     layers = []
     for name in scored_by(net):
@@ -90,10 +92,10 @@ def parameters(net, alive=None):
 def fan_out(module, mask, inputs):
     """Return the synaptic operations that a map of spike counts causes in a layer (a float).
 
-    inputs: [C, H, W] or [C], spikes summed over steps and images. mask: bool, like the weight.
-    One convolution with the number of alive weights in place of the weights: borders come out right.
+    inputs: [C, H, W] or [C], spikes summed over steps and images. mask: bool, like the weight. One
+    convolution with the number of alive weights in place of the weights: borders come out right.
     """
-    arrivals = mask.sum(0, dtype=inputs.dtype)  # alive weights that read input channel c, by position
+    arrivals = mask.sum(0, dtype=inputs.dtype)  # alive weights that read channel c, by position
     if isinstance(module, nn.Linear):
         return float((inputs * arrivals).sum())
     return float(F.conv2d(inputs[None], arrivals[None], None, module.stride, module.padding).sum())
@@ -104,8 +106,8 @@ def count(net, batches, alive=None):
     """Run the network over batches of images and return all counts of this file as a dict.
 
     batches: an iterable of [N, C, H, W] or [T, N, C, H, W] images. alive: {name: bool tensor}.
-    Besides the keys of summary.json: `sops_nominal` (rate * MACs * T, which overstates at borders) and
-    `firing_rates` {LIF name: rate}. Memory does not grow with the number of images.
+    Besides the keys of summary.json: `sops_nominal` (rate * MACs * T, which overstates at borders)
+    and `firing_rates` {LIF name: rate}. Memory does not grow with the number of images.
     """
     was_training = net.training
     net.eval()
@@ -131,7 +133,7 @@ def count(net, batches, alive=None):
 
     rate, by_layer = rates(spikes)
     steps = max(runs.values()) / images_seen
-    first_macs = macs[first] * runs[first] / images_seen  # once, or every step for data with a time axis
+    first_macs = macs[first] * runs[first] / images_seen  # once, or with a time axis every step
     sops = nominal = 0.0
     for name, module in layers.items():
         if name == first:
@@ -139,7 +141,8 @@ def count(net, batches, alive=None):
         weight_mask = (torch.ones_like(module.weight, dtype=torch.bool) if alive is None
                        else alive[f"{name}.weight"])
         sops += fan_out(module, weight_mask, sums[name]) / images_seen
-        share = float(sums[name].sum()) / (runs[name] * sums[name].numel()) / net.averaged.get(name, 1)
+        share = (float(sums[name].sum()) / (runs[name] * sums[name].numel())
+                 / net.averaged.get(name, 1))
         nominal += share * macs[name] * steps
     total = sum(macs.values())
     return parameters(net, alive) | dict(

@@ -6,14 +6,14 @@
     label = net(images).sum(0).argmax(1)          # the prediction is the sum over time
 
 The networks are those of LTH-SNN (Kim et al., ECCV 2022, arXiv 2207.01382), the set-up that the
-criticality paper follows. Convolutions are 3x3 without bias, since batch normalisation (BN) follows;
-max-pooling keeps spikes binary. A network slimmed by prune_structured.py is the same code with other
-widths.
+criticality paper follows. Convolutions are 3x3 without bias, since batch normalisation (BN)
+follows; max-pooling keeps spikes binary. A network slimmed by prune_structured.py is the same code
+with other widths.
 
-Time: layers without state see [T*N, ...] in one call; only the LIF sees T. Direct coding: an image is
-the same at every step, so the first convolution and its BN run once and not T times.
-BN has one set of parameters for all steps and takes its statistics over T*N*H*W together. This
-differs from LTH-SNN's code, which calls BN once a step (statistics over N*H*W): one call is faster.
+Time: layers without state see [T*N, ...] in one call; only the LIF sees T. Direct coding: an image
+is the same at every step, so the first convolution and its BN run once and not T times. BN has one
+set of parameters for all steps and takes its statistics over T*N*H*W together. This differs from
+LTH-SNN's code, which calls BN once a step (statistics over N*H*W): one call is faster.
 
 uint8 images are normalised by the network itself: (x / 255 - mean) / std. Images that are floating
 point already are taken as they come.
@@ -30,7 +30,8 @@ from neurons import LIF
 FORMAT = 1  # of model.pt; raised when old files can no longer be read
 
 VGG_PLANS = {  # a number is the default width of conv + BN + LIF, "P" a 2x2 max-pooling
-    "vgg16": [64, 64, "P", 128, 128, "P", 256, 256, 256, "P", 512, 512, 512, "P", 512, 512, 512, "P"],
+    "vgg16": [64, 64, "P", 128, 128, "P", 256, 256, 256, "P",
+              512, 512, 512, "P", 512, 512, 512, "P"],
     "small": [16, "P", 32, "P", 64, 64, "P"],
 }
 RESNET_STAGES = [3, 3, 2]  # blocks a stage; the first block of every stage has stride 2
@@ -49,8 +50,8 @@ def build(name, num_classes, in_channels, image_size, time_steps, widths=None):
     """Return a freshly initialised network; it draws its weights from torch's global generator.
 
     name: "vgg16" | "resnet19" | "small". image_size: pixels, of square images. widths: the channels
-    of each layer (see default_widths). VGG: one a convolution. ResNet-19, 18 numbers: the stem, then
-    inner and outer channels of each of the 8 blocks, then fc1.
+    of each layer (see default_widths). VGG: one a convolution. ResNet-19, 18 numbers: the stem,
+    then inner and outer channels of each of the 8 blocks, then fc1.
     Raises ValueError for names, sizes and widths that do not make a network.
     """
     _check_name(name)
@@ -155,8 +156,8 @@ class VGG(SpikingNet):
                 self.pooled.append(False)
                 in_channels = channels
         if side < 1:
-            raise ValueError(f"image_size is {image_size}, too small for {sum(self.pooled)} poolings; "
-                             f"expected at least {2 ** sum(self.pooled)} pixels")
+            raise ValueError(f"image_size is {image_size}, too small for {sum(self.pooled)} "
+                             f"poolings; expected at least {2 ** sum(self.pooled)} pixels")
         self.fc = nn.Linear(in_channels * side**2, num_classes)
         for module in self.modules():  # LTH-SNN's initialisation; BN's is 1 and 0
             if isinstance(module, nn.Conv2d):
@@ -167,7 +168,8 @@ class VGG(SpikingNet):
     def forward(self, x):
         spikes = None
         for conv, lif, pooled in zip(self.convs, self.lifs, self.pooled):
-            current = self._currents(conv, x, self.pad_to) if spikes is None else fused(conv, spikes)
+            current = (self._currents(conv, x, self.pad_to) if spikes is None
+                       else fused(conv, spikes))
             spikes = lif(current)
             if pooled:
                 spikes = fused(lambda maps: F.max_pool2d(maps, 2), spikes)
@@ -197,17 +199,17 @@ class Block(nn.Module):
 
 
 class ResNet19(SpikingNet):
-    """LTH-SNN's ResNet-19: stem 64, stages of 3, 3, 2 blocks with 128, 256, 512 channels, each stage
-    starting with stride 2, global average pooling, fc1 + LIF, fc2.
+    """LTH-SNN's ResNet-19: stem 64, stages of 3, 3, 2 blocks with 128, 256, 512 channels, each
+    stage starting with stride 2, global average pooling, fc1 + LIF, fc2.
 
-    Another network that goes by this name (tdBN's: stem 128, first stage at full resolution) has four
-    times the MACs there: accuracies of the two are not to be compared.
+    Another network that goes by this name (tdBN's: stem 128, first stage at full resolution) has
+    four times the MACs there: accuracies of the two are not to be compared.
     """
 
     def __init__(self, num_classes, in_channels, image_size, time_steps, widths):
         super().__init__(in_channels, time_steps)
         stem, *pairs, hidden = widths
-        side = math.ceil(image_size / 2 ** len(RESNET_STAGES))  # each stage halves the map, rounding up
+        side = math.ceil(image_size / 2 ** len(RESNET_STAGES))  # stages halve the map, rounding up
         self.averaged = {"fc1": side**2}
         self.stem, self.lif = ConvBN(in_channels, stem), LIF()
         self.blocks, channels = nn.ModuleList(), stem
@@ -242,9 +244,9 @@ class ResNet19(SpikingNet):
 
 
 class Scored(NamedTuple):
-    """Which LIF scores a weight: its name, the weight's dimension that its channels run along (0: the
-    neuron that the weight feeds; 1: the one that it reads), and how many neighbouring indices of that
-    dimension one channel owns (more than 1 where a map was flattened)."""
+    """Which LIF scores a weight: its name, the weight's dimension that its channels run along (0:
+    the neuron that the weight feeds; 1: the one that it reads), and how many neighbouring indices
+    of that dimension one channel owns (more than 1 where a map was flattened)."""
 
     lif: str
     dim: int
@@ -292,7 +294,8 @@ def read(path):
     try:
         packed = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}, expected the model.pt of a run") from None
+        raise FileNotFoundError(f"there is no file {path}, expected the "
+                                f"model.pt of a run") from None
     except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} cannot be read ({first_line}), expected a model.pt that a run of "
@@ -303,8 +306,8 @@ def read(path):
         raise ValueError(f"{path} is no model.pt of this project: expected a dict with the keys "
                          f"{', '.join(sorted(keys))}")
     if packed["format"] != FORMAT:
-        raise ValueError(f"{path} has format {packed['format']}, expected {FORMAT}: it was written by "
-                         f"another version of this project")
+        raise ValueError(f"{path} has format {packed['format']}, expected {FORMAT}: it was written "
+                         f"by another version of this project")
     return packed
 
 
@@ -316,7 +319,8 @@ def unpack(packed, source="model.pt"):
         net.load_state_dict(packed["state_dict"])
     except RuntimeError as error:
         detail = " ".join(str(error).split())
-        raise ValueError(f"{source} does not hold the tensors of its own network: {detail}") from None
+        raise ValueError(f"{source} does not hold the tensors of its own network: "
+                         f"{detail}") from None
     shapes = {name: net.get_parameter(name).shape for name in scored_by(net)}
     for name, mask in packed["masks"].items():
         if name not in shapes or mask.shape != shapes[name] or mask.dtype != torch.bool:

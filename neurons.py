@@ -26,8 +26,8 @@ Written in a_t = dL/dx_t alone this is one recursion, which the code runs:
 
     a_t = g_t * f'(h_t - v_threshold) / tau + (1 - 1 / tau) * (1 - s_t) * a_{t+1},    a_{T+1} = 0
 
-and h is all that it needs, since s_t = 1 exactly where h_t >= v_threshold. Autograd over a plain loop
-would keep several tensors a time step; this keeps one.
+and h is all that it needs, since s_t = 1 exactly where h_t >= v_threshold. Autograd over a plain
+loop would keep several tensors a time step; this keeps one.
 """
 import math
 
@@ -40,7 +40,8 @@ CPU_BLOCK = 2**18
 
 
 def surrogate(u, alpha=2.0):
-    """Return the surrogate of the step function, a value in (0, 1), at u = h - v_threshold (Eq. 4a).
+    """Return the surrogate of the step function, a value in (0, 1),
+    at u = h - v_threshold (Eq. 4a).
 
     Training never needs it, only its derivative; it is here to be read, plotted and tested.
     """
@@ -59,7 +60,8 @@ def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max"):
     """Return how near to its threshold each channel is kept, as a score in (0, alpha / 2] (Eq. 6).
 
     h_seq: [T, N, C, ...], the potential after charging and before the reset. aggregate: "max" (the
-    paper's choice) or "mean" over what follows C. Returns [C] in float64, for linear layers as well.
+    paper's choice) or "mean" over what follows C. Returns [C] in float64, for linear layers as
+    well.
 
     INTERPRETATION: mean over T, then max over H x W, then mean over the samples: in the text the
     aggregation acts on the structure and the average runs over the samples.
@@ -70,7 +72,7 @@ def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max"):
         raise ValueError(f"criticality got shape {tuple(h_seq.shape)}, expected [T, N, C, ...]")
     dtype = torch.promote_types(h_seq.dtype, torch.float32)
     per_neuron = sum(surrogate_grad(h.to(dtype) - v_threshold, alpha) for h in h_seq) / len(h_seq)
-    per_neuron = per_neuron.flatten(2) if h_seq.dim() > 3 else per_neuron.unsqueeze(2)  # [N, C, H*W]
+    per_neuron = per_neuron.flatten(2) if h_seq.dim() > 3 else per_neuron.unsqueeze(2)  # [N, C, HW]
     per_sample = per_neuron.amax(2) if aggregate == "max" else per_neuron.mean(2)
     return per_sample.mean(0, dtype=torch.float64)  # Eq. 6
 
@@ -96,7 +98,7 @@ class _LIF(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_seq, tau, v_threshold, v_reset, alpha):
-        order = sorted(range(1, x_seq.dim()), key=x_seq.stride, reverse=True)  # as it lies in memory
+        order = sorted(range(1, x_seq.dim()), key=x_seq.stride, reverse=True)  # as it is in memory
         x = _as_rows(x_seq, order)
         h = torch.empty_like(x, memory_format=torch.contiguous_format)
         s = torch.empty_like(h)
@@ -112,7 +114,7 @@ class _LIF(torch.autograd.Function):
                 if v_reset != 0:
                     v.add_(s_t, alpha=v_reset)  # ... + s v_reset
                 v_leak = v
-        ctx.set_materialize_grads(False)  # or autograd would fill a tensor of zeros for h's gradient
+        ctx.set_materialize_grads(False)  # or autograd fills a tensor of zeros for h's gradient
         ctx.save_for_backward(h)
         ctx.order, ctx.tau, ctx.v_threshold, ctx.alpha = order, tau, v_threshold, alpha
 
@@ -140,9 +142,10 @@ class _LIF(torch.autograd.Function):
                 if carry is not None:
                     carry = torch.ops.aten.threshold_backward(carry, below, 0)  # (1 - s_t) a_{t+1}
                     carry.mul_(1 - 1 / ctx.tau)
-                slope = torch.addcmul(one, below, below, value=curvature)  # f' = (alpha / 2) / slope
+                slope = torch.addcmul(one, below, below, value=curvature)  # f' = alpha / 2 / slope
                 first = carry if carry is not None else torch.zeros_like(slope)
-                torch.addcdiv(first, g[t, block], slope, value=ctx.alpha / 2 / ctx.tau, out=a[t, block])
+                torch.addcdiv(first, g[t, block], slope, value=ctx.alpha / 2 / ctx.tau,
+                              out=a[t, block])
                 carry = a[t, block]
         return a.unflatten(1, ctx.shape).permute(ctx.inverse), None, None, None, None
 
@@ -150,14 +153,16 @@ class _LIF(torch.autograd.Function):
 class LIF(nn.Module):
     """Leaky integrate-and-fire neurons: input currents over time -> spikes over time (Eqs. 1-4).
 
-    tau: membrane time constant in time steps, > 1. v_threshold, v_reset: potentials, the reset below
-    the threshold. alpha: steepness of the surrogate, > 0. Raises ValueError outside these ranges.
-    INTERPRETATION: tau = 4/3 and alpha = 2 are elided in the paper; its set-up follows LTH-SNN, whose
-    public code uses them, with a decayed input (x / tau) and a detached reset.
+    tau: membrane time constant in time steps, > 1. v_threshold, v_reset: potentials, the reset
+    below the threshold. alpha: steepness of the surrogate, > 0. Raises ValueError outside these
+    ranges.
+    INTERPRETATION: tau = 4/3 and alpha = 2 are elided in the paper; its set-up follows LTH-SNN,
+    whose public code uses them, with a decayed input (x / tau) and a detached reset.
 
-    Called with [T, N, ...] it returns spikes, 0 or 1, of the same shape, dtype and memory format. The
-    potential starts at v_reset in every call: no state is kept, nothing is to be reset between batches.
-    An input that is expanded over T (stride 0, direct coding) is read as it is, never copied.
+    Called with [T, N, ...] it returns spikes, 0 or 1, of the same shape, dtype and memory format.
+    The potential starts at v_reset in every call: no state is kept, nothing is to be reset between
+    batches. An input that is expanded over T (stride 0, direct coding) is read as it is, never
+    copied.
 
     record: None, or "max" | "mean": then each call leaves the criticality of its batch in `score`,
     [C] in float64 (Eq. 6). The potentials are at hand in the forward pass, so this is nearly free.
@@ -166,7 +171,8 @@ class LIF(nn.Module):
     def __init__(self, tau=4 / 3, v_threshold=1.0, v_reset=0.0, alpha=2.0):
         super().__init__()
         if not (math.isfinite(tau) and tau > 1):
-            raise ValueError(f"tau is {tau}, expected a number above 1 (in time steps), such as 4/3")
+            raise ValueError(f"tau is {tau}, expected a number above 1 (in time steps), "
+                             f"such as 4/3")
         if not (math.isfinite(v_threshold) and math.isfinite(v_reset) and v_reset < v_threshold):
             raise ValueError(f"v_reset is {v_reset} and v_threshold {v_threshold}, expected finite "
                              f"numbers, the reset below the threshold, such as 0 and 1")

@@ -2,17 +2,19 @@
 
 Paper: "Brain-Inspired Efficient Pruning: Exploiting Criticality in Spiking Neural Networks",
 arXiv 2311.16141. Gradual magnitude pruning (GMP, Zhu & Gupta 2017) ramps the sparsity up while the
-network trains; at each update it prunes further than asked, and brings back those pruned weights whose
-neurons are kept nearest to their threshold. Then the network is fine-tuned with the mask fixed.
+network trains; at each update it prunes further than asked, and brings back those pruned weights
+whose neurons are kept nearest to their threshold. Then the network is fine-tuned with the mask
+fixed.
 
-    python prune_unstructured.py                             # the whole job on embedded data, 2 minutes
-    python prune_unstructured.py --dataset cifar100 --sparsity 0.9 --regen 0.5     # the paper's setting
-    python prune_unstructured.py --regen 0                   # GMP, the baseline
-    python prune_unstructured.py --sparsity 0                # the dense reference, same schedule
-    python prune_unstructured.py --metric random             # also: gradient, granet
+    python prune_unstructured.py                         # the whole job on embedded data, 2 minutes
+    python prune_unstructured.py --dataset cifar100 --sparsity 0.9 --regen 0.5
+                                                         # the paper's setting
+    python prune_unstructured.py --regen 0               # GMP, the baseline
+    python prune_unstructured.py --sparsity 0            # the dense reference, same schedule
+    python prune_unstructured.py --metric random         # also: gradient, granet
 
-The run's folder, runs/NAME/, holds config.json, metrics.jsonl (a line an epoch), updates.jsonl (a line a
-mask update), checkpoint.pt, model.pt, curves.png and summary.json, written last.
+The run's folder, runs/NAME/, holds config.json, metrics.jsonl (a line an epoch), updates.jsonl (a
+line a mask update), checkpoint.pt, model.pt, curves.png and summary.json, written last.
 """
 import math
 from pathlib import Path
@@ -45,7 +47,8 @@ GRANET_RATE, GRANET_LOWEST_RATE = 0.5, 0.005  # GraNet's code (arXiv 2106.10404)
 
 
 def sparsity_at(update, num_updates, final_sparsity):
-    """Return the sparsity after an update (Eq. 9): a cubic from 0 to final_sparsity, update = 1..n."""
+    """Return the sparsity after an update (Eq. 9): a cubic from 0 to final_sparsity,
+    update = 1..n."""
     if not 1 <= update <= num_updates:
         raise ValueError(f"update is {update}, expected 1 to {num_updates}")
     return final_sparsity * (1 - (1 - update / num_updates) ** 3)  # Eq. 9
@@ -66,12 +69,13 @@ def granet_rate(first, progress):
 
     INTERPRETATION: the time axis is the pruning stage, since the mask is fixed in fine-tuning.
     """
-    return GRANET_LOWEST_RATE + (first - GRANET_LOWEST_RATE) * (1 + math.cos(math.pi * progress)) / 2
+    return (GRANET_LOWEST_RATE
+            + (first - GRANET_LOWEST_RATE) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 def granet_swap(masks, rate, magnitudes, gradients, generator):
-    """GraNet's regeneration: in each layer the smallest share `rate` of the alive weights dies, and as
-    many grow at the largest |gradient| among the dead, those that just died included.
+    """GraNet's regeneration: in each layer the smallest share `rate` of the alive weights dies, and
+    as many grow at the largest |gradient| among the dead, those that just died included.
 
     Returns (died, grown), [M] bool each. A weight that dies and grows at once keeps its value.
     """
@@ -105,8 +109,8 @@ def ranking(args, masks, lifs, magnitudes):
 def prune_and_regenerate(args, masks, optimizer, lifs, target, progress, generator):
     """One update of Algorithm 1: from the masks as they are to exactly the target sparsity.
 
-    progress: share of the pruning stage that is over. Returns (pruned, before, regenerated): [M] bool,
-    the sparsity between the two steps, [M] bool.
+    progress: share of the pruning stage that is over. Returns (pruned, before, regenerated):
+    [M] bool, the sparsity between the two steps, [M] bool.
     """
     magnitudes = masks.magnitudes()  # of before the update
     keep = masks.keep_at(target)
@@ -121,18 +125,20 @@ def prune_and_regenerate(args, masks, optimizer, lifs, target, progress, generat
     # Eq. 7: prune further, to leave room for the regeneration
     pruned = masks.prune(masks.keep_at(prune_further(target, args.regen)), magnitudes, generator)
     before = masks.sparsity
-    # INTERPRETATION of Eq. 5: "all pruned units in the pruned model", so long-dead weights may return;
-    # `new` is the other reading, under which the share that is rescued follows from the schedule
+    # INTERPRETATION of Eq. 5: "all pruned units in the pruned model", so long-dead weights may
+    # return; `new` is the other reading, under which the share that is rescued follows from the
+    # schedule
     candidates = pruned if args.candidates == "new" else ~masks.flat
     count = keep - masks.n_alive
     if count == 0:  # GMP
         return pruned, before, torch.zeros_like(pruned)
     # Eq. 5: regenerate the highest-scored pruned weights, until the sparsity is the target
-    regenerated = masks.regenerate(count, candidates, ranking(args, masks, lifs, magnitudes), generator)
+    regenerated = masks.regenerate(count, candidates, ranking(args, masks, lifs, magnitudes),
+                                   generator)
     return pruned, before, regenerated
 
 
-# ---- the script --------------------------------------------------------------------------------------
+# ---- the script ----------------------------------------------------------------------------------
 
 
 def method_of(args):
@@ -155,16 +161,16 @@ def complete(args):
 def parse_args(argv):
     parser = flags.make_parser(__doc__)
     add = parser.add_argument_group("pruning (Algorithm 1)").add_argument
-    add("--sparsity", type=flags.number(0, 1), help="share of the prunable weights that is dead in the "
-        "end, a fraction in [0, 1); 0 trains the dense reference")
-    add("--regen", type=flags.number(0, 1), help="regeneration rate r, a fraction in [0, 1); 0 is GMP "
-        "(default: the paper's for the nearest sparsity: 0.9: 0.5, 0.95: 0.2, 0.98: 0.1; tiny-imagenet: "
-        "0.3, 0.1, 0.05; granet: 0.5)")
-    add("--metric", choices=("criticality", "gradient", "random", "granet"), help="what ranks the pruned "
-        "weights that come back")
+    add("--sparsity", type=flags.number(0, 1), help="share of the prunable weights that is dead in "
+        "the end, a fraction in [0, 1); 0 trains the dense reference")
+    add("--regen", type=flags.number(0, 1), help="regeneration rate r, a fraction in [0, 1); 0 is "
+        "GMP (default: the paper's for the nearest sparsity: 0.9: 0.5, 0.95: 0.2, 0.98: 0.1; "
+        "tiny-imagenet: 0.3, 0.1, 0.05; granet: 0.5)")
+    add("--metric", choices=("criticality", "gradient", "random", "granet"),
+        help="what ranks the pruned weights that come back")
     add("--aggregate", choices=("max", "mean"), help="how the neurons of a channel make one score")
-    add("--candidates", choices=("all", "new"), help="who may come back: all dead weights, or only those "
-        "pruned in this update")
+    add("--candidates", choices=("all", "new"), help="who may come back: all dead weights, or only "
+        "those pruned in this update")
     add("--interval", type=flags.whole(1), metavar="STEPS", help="iterations between two updates")
     add("--epochs-prune", type=flags.whole(1), metavar="N", help="epochs of the pruning stage")
     add("--epochs-finetune", type=flags.whole(0), metavar="N", help="epochs with the mask fixed")
@@ -187,13 +193,14 @@ def main(argv=None):
                                  prune=args.epochs_prune, finetune=args.epochs_finetune)
         num_updates = stages.steps("prune") // args.interval if args.sparsity > 0 else 0
         if masks.keep_at(args.sparsity) < len(masks.sizes):
-            raise ValueError(f"--sparsity is {args.sparsity}, which leaves {masks.keep_at(args.sparsity)} "
-                             f"of {masks.total} weights alive, expected at least one for each of the "
-                             f"{len(masks.sizes)} layers. Lower --sparsity or raise --width")
+            raise ValueError(f"--sparsity is {args.sparsity}, which leaves "
+                             f"{masks.keep_at(args.sparsity)} of {masks.total} weights alive, "
+                             f"expected at least one for each of the {len(masks.sizes)} layers. "
+                             f"Lower --sparsity or raise --width")
         if args.sparsity > 0 and num_updates == 0:
-            raise ValueError(f"no update would ever run: --interval is {args.interval}, the pruning stage "
-                             f"has {stages.steps('prune')} iterations. Lower --interval or raise "
-                             f"--epochs-prune")
+            raise ValueError(f"no update would ever run: --interval is {args.interval}, the "
+                             f"pruning stage has {stages.steps('prune')} iterations. Lower "
+                             f"--interval or raise --epochs-prune")
         run = Run(args, device, stages, net=net, optimizer=optimizer, masks=masks)
 
     lifs = models.lifs(net)
@@ -206,8 +213,9 @@ def main(argv=None):
 
         # Algorithm 1. The masks start as all ones
         for epoch in range(run.epoch, stages.epochs):
-            for x, y in run.track(data.batches(images.x_train, images.y_train, args.batch_size, args.seed,
-                                               epoch, run.step, args.crop, args.flip, args.cutout)):
+            for x, y in run.track(data.batches(
+                    images.x_train, images.y_train, args.batch_size, args.seed, epoch, run.step,
+                    args.crop, args.flip, args.cutout)):
                 update = run.iteration // args.interval
                 is_update = update <= num_updates and run.iteration == update * args.interval
                 # INTERPRETATION: the samples that are scored are this batch
@@ -220,7 +228,8 @@ def main(argv=None):
                 optimizer.zero_grad()
                 loss.backward()
                 # INTERPRETATION of "cosine": one a stage, from lr to 0
-                training.set_lr(optimizer, training.cosine(args.lr, *stages.position(run.iteration)))
+                training.set_lr(optimizer,
+                                training.cosine(args.lr, *stages.position(run.iteration)))
                 optimizer.step()
                 masks.apply(optimizer)  # w <- w * m, and its momentum
                 run.meter.add(loss, logits, y, run.iteration)
@@ -232,7 +241,8 @@ def main(argv=None):
                         args, masks, optimizer, lifs, target, run.iteration / stages.steps("prune"),
                         torch.Generator().manual_seed(args.seed * 2**32 + run.iteration))
                     for name in masks.guard():
-                        run.say(f"  note: {name} would have lost all weights; its largest one is kept")
+                        run.say(f"  note: {name} would have lost all weights; its largest one "
+                                f"is kept")
                     masks.apply(optimizer)
                     run.add_update(dict(update=update, iteration=run.iteration, target=target,
                                         before=before, **masks.account(pruned, regenerated)))
@@ -243,7 +253,8 @@ def main(argv=None):
         counts = metrics.count(net, images.x_test.split(args.batch_size), masks.alive)
         own = dict(script="prune_unstructured", method=method_of(args), macs_dense=counts["macs"])
         if args.sparsity > 0:
-            own |= dict(regen=args.regen, pruned_accuracy=run.rows[args.epochs_prune - 1]["test_accuracy"],
+            own |= dict(regen=args.regen,
+                        pruned_accuracy=run.rows[args.epochs_prune - 1]["test_accuracy"],
                         dense_accuracy=run.notes.get("dense_accuracy"),
                         survived_by_regeneration=masks.share_regenerated)
         else:

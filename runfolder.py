@@ -1,13 +1,14 @@
 """The folder of a run: its log, its checkpoints, its results. A killed run goes on bit by bit.
 
-    run = Run(args, device, stages, net=net, optimizer=optimizer, masks=masks)     # after all checks
+    run = Run(args, device, stages, net=net, optimizer=optimizer, masks=masks)  # after all checks
     for images, labels in run.track(data.batches(...)):  # counts, saves on Ctrl-C, watches for NaN
         ...
-    run.end_epoch(...)                                   # a line, a row of metrics.jsonl, a checkpoint
-    run.finish(...)                                      # model.pt, curves.png and, last, summary.json
+    run.end_epoch(...)                               # a line, a row of metrics.jsonl, a checkpoint
+    run.finish(...)                                  # model.pt, curves.png and, last, summary.json
 
-Every file is written whole to a temporary name and renamed. What goes wrong under way (a loss that is
-not finite, a full disk) ends the script with exit code 1, with the last good checkpoint in place.
+Every file is written whole to a temporary name and renamed. What goes wrong under way (a loss that
+is not finite, a full disk) ends the script with exit code 1, with the last good checkpoint in
+place.
 """
 import json
 import os
@@ -29,12 +30,12 @@ import models
 from training import Meter
 
 CHECKPOINT_FORMAT = 1
-FILES = ("config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt", "summary.json",
-         "curves.png", "channels.json", "compact.pt", "analysis.npz")
+FILES = ("config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt",
+         "summary.json", "curves.png", "channels.json", "compact.pt", "analysis.npz")
 SUMMARY_KEYS = (
     "script method dataset model seed time_steps train_limit widths test_accuracy pruned_accuracy "
-    "dense_accuracy regen prune_ratio sparsity sparsity_all layers parameters parameters_alive macs "
-    "macs_dense macs_first_once macs_every_step sops energy_mj firing_rate speedup_batch1 "
+    "dense_accuracy regen prune_ratio sparsity sparsity_all layers parameters parameters_alive "
+    "macs macs_dense macs_first_once macs_every_step sops energy_mj firing_rate speedup_batch1 "
     "speedup_batch32 epochs training_cost survived_by_regeneration seconds peak_memory_mib").split()
 
 
@@ -49,7 +50,7 @@ def finished(args):
     return summary
 
 
-# ---- files ----------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------------------
 
 
 def write_whole(path, write, mode="w"):
@@ -84,14 +85,16 @@ def versions():
 
 
 def peak_memory_mib(device):
-    """Return the peak memory of the device (GPU) or of this process (CPU) in MiB, None if unknown."""
+    """Return the peak memory of the device (GPU) or of this process (CPU) in MiB,
+    None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         import resource  # not on Windows
     except ImportError:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            / (2**20 if sys.platform == "darwin" else 2**10))
 
 
 def duration(seconds):
@@ -110,8 +113,10 @@ def draw_curves(rows, path):
     epochs = [row["epoch"] for row in rows]
     with plt.rc_context({"font.size": 9, "xtick.labelsize": 7, "ytick.labelsize": 7}):
         figure, axes = plt.subplots(1, 3, figsize=(7.0, 2.4), layout="constrained")
-        for key, colour, line, label in (("train", blue, "--", "training"), ("test", orange, "-", "test")):
-            style = dict(color=colour, linestyle=line, marker=".", markersize=3, linewidth=1, label=label)
+        for key, colour, line, label in (("train", blue, "--", "training"),
+                                         ("test", orange, "-", "test")):
+            style = dict(color=colour, linestyle=line, marker=".", markersize=3, linewidth=1,
+                         label=label)
             axes[0].plot(epochs, [100 * row[f"{key}_accuracy"] for row in rows], **style)
             axes[1].plot(epochs, [row[f"{key}_loss"] for row in rows], **style)
         axes[2].plot(epochs, [100 * row["sparsity"] for row in rows], color=green, marker=".",
@@ -122,22 +127,22 @@ def draw_curves(rows, path):
             ends = [a["epoch"] for a, b in zip(rows, rows[1:]) if a["stage"] != b["stage"]]
             for end in ends:
                 axis.axvline(end + 0.5, color="grey", linewidth=0.7, linestyle=":")
-                axis.annotate(" " + rows[end - rows[0]["epoch"] + 1]["stage"], (end + 0.5, 0.02), fontsize=7,
-                              xycoords=("data", "axes fraction"), color="grey")
+                axis.annotate(" " + rows[end - rows[0]["epoch"] + 1]["stage"], (end + 0.5, 0.02),
+                              fontsize=7, xycoords=("data", "axes fraction"), color="grey")
         axes[0].legend(fontsize=7, frameon=False)
         axes[2].set_ylim(-3, 103)
         write_whole(path, lambda file: figure.savefig(file, format="png", dpi=200), "wb")
         plt.close(figure)
 
 
-# ---- the run --------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 
 class Run:
     """One run: its folder, its position, its log, its checkpoints.
 
-    epoch, step, iteration: epochs done (over all stages), steps done of the epoch under way, steps done
-    in all. rows, updates: what metrics.jsonl and updates.jsonl hold. parts: {name: object with
+    epoch, step, iteration: epochs done (over all stages), steps done of the epoch under way, steps
+    done in all. rows, updates: what metrics.jsonl and updates.jsonl hold. parts: {name: object with
     state_dict and load_state_dict}, saved and restored together: network, optimizer, masks.
     Nothing is written before all that can be checked was checked: it is made last.
     """
@@ -152,27 +157,27 @@ class Run:
         self.stopped_by = None
         self.seconds = 0.0  # of the epoch under way, before it was resumed
         self._open()
-        self.bar = tqdm(total=self.total_steps, initial=self.iteration, unit="step", dynamic_ncols=True,
-                        disable=not sys.stderr.isatty(), leave=False)
+        self.bar = tqdm(total=self.total_steps, initial=self.iteration, unit="step",
+                        dynamic_ncols=True, disable=not sys.stderr.isatty(), leave=False)
         self.started = self.began = time.monotonic()
         self.first_iteration = self.iteration
 
-    # ---- the folder --------------------------------------------------------------------------------
+    # ---- the folder ------------------------------------------------------------------------------
 
     def _open(self):
         """Make the folder, or go on in it, or say why not."""
         folder, args = self.folder, self.args
         for path in (folder, *folder.parents):
             if path.exists() and not path.is_dir():
-                raise ValueError(f"{path} is a file, expected a folder (or nothing yet) there. Name "
-                                 f"another --run-dir")
+                raise ValueError(f"{path} is a file, expected a folder (or nothing yet) there. "
+                                 f"Name another --run-dir")
         taken = folder.is_dir() and any(folder.iterdir())
         if taken and not (folder / "config.json").exists():
-            raise ValueError(f"{folder} is not empty and holds no run, expected a new folder or one with a "
-                             f"config.json. Name another --run-dir")
+            raise ValueError(f"{folder} is not empty and holds no run, expected a new folder or "
+                             f"one with a config.json. Name another --run-dir")
         if taken and not args.resume and not args.overwrite:
-            raise ValueError(f"{folder} holds a run already. Go on with it by --resume, replace it by "
-                             f"--overwrite, or name another --run-dir")
+            raise ValueError(f"{folder} holds a run already. Go on with it by --resume, replace it "
+                             f"by --overwrite, or name another --run-dir")
         if taken and args.resume:
             self._restore()
         if taken and args.overwrite:
@@ -183,7 +188,8 @@ class Run:
             name = torch.cuda.get_device_name()
         else:
             name = platform.processor() or platform.machine()
-        config = {key: value for key, value in vars(args).items() if key not in ("resume", "overwrite")}
+        config = {key: value for key, value in vars(args).items()
+                  if key not in ("resume", "overwrite")}
         write_json(folder / "config.json", config | versions() | dict(
             script=Path(sys.argv[0]).stem, device_name=name, threads=torch.get_num_threads()))
 
@@ -197,11 +203,13 @@ class Run:
                 raise ValueError(f"format {state['format']}, expected {CHECKPOINT_FORMAT}")
             for name, part in self.parts.items():
                 part.load_state_dict(state["parts"][name])
-            self.rows, self.updates = (self._read_lines(name, state[name]) for name in ("metrics", "updates"))
+            self.rows, self.updates = (self._read_lines(name, state[name])
+                                       for name in ("metrics", "updates"))
         except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
             detail = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ValueError(f"{path} does not fit this run or is damaged ({detail}). Give the flags that "
-                             f"it was made with, or start again with --overwrite") from None
+            raise ValueError(f"{path} does not fit this run or is damaged ({detail}). Give the "
+                             f"flags that it was made with, or start again with "
+                             f"--overwrite") from None
         self.epoch, self.step, self.iteration = state["position"]
         self.seconds, self.notes = state["seconds"], state["notes"]
         self.meter.sums.copy_(state["meter"])
@@ -229,7 +237,7 @@ class Run:
             "rng_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
             "seconds": self.seconds + time.monotonic() - self.began})
 
-    # ---- under way ---------------------------------------------------------------------------------
+    # ---- under way -------------------------------------------------------------------------------
 
     def say(self, line):
         tqdm.write(line)
@@ -237,12 +245,14 @@ class Run:
 
     @contextmanager
     def catching_signals(self):
-        """Let Ctrl-C and SIGTERM end the run at the next step, saved; a second one ends it at once."""
+        """Let Ctrl-C and SIGTERM end the run at the next step, saved;
+        a second one ends it at once."""
         def stop(number, _):
             self.stopped_by = number
             signal.signal(number, previous[number])
 
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, stop)
+                    for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
@@ -253,8 +263,8 @@ class Run:
     def track(self, batches):
         """Yield batches and keep count of them; stop, saved, when a signal came.
 
-        At a batch's body `iteration` counts it, from 1, and `step` does not yet. The loss is checked
-        at each step on a CPU, now and then on a GPU, where looking means waiting.
+        At a batch's body `iteration` counts it, from 1, and `step` does not yet. The loss is
+        checked at each step on a CPU, now and then on a GPU, where looking means waiting.
         """
         for batch in batches:
             self.iteration += 1
@@ -275,12 +285,13 @@ class Run:
         sizes = metrics.parameters(net)
         prunable = sum(layer["weights"] for layer in sizes["layers"])
         stages = ", ".join(f"{name} {epochs}" for name, epochs in self.stages.by_name.items())
-        self.say(f"{Path(sys.argv[0]).stem}  torch {torch.__version__}  {self.args.device}  "
-                 f"{self.args.precision}  seed {self.args.seed}  ->  {self.folder}\n"
-                 f"data {images.name}: {len(images.x_train):,} train, {len(images.x_test):,} test, "
-                 f"{images.num_classes} classes   model {self.args.model}, T = {self.args.time_steps}, "
-                 f"{sizes['parameters']:,} parameters, {prunable:,} prunable\n"
-                 f"epochs: {stages}, {self.stages.steps_per_epoch} steps each   {plan}")
+        self.say(
+            f"{Path(sys.argv[0]).stem}  torch {torch.__version__}  {self.args.device}  "
+            f"{self.args.precision}  seed {self.args.seed}  ->  {self.folder}\n"
+            f"data {images.name}: {len(images.x_train):,} train, {len(images.x_test):,} test, "
+            f"{images.num_classes} classes   model {self.args.model}, T = {self.args.time_steps}, "
+            f"{sizes['parameters']:,} parameters, {prunable:,} prunable\n"
+            f"epochs: {stages}, {self.stages.steps_per_epoch} steps each   {plan}")
         if self.iteration:
             self.say(f"resumed after iteration {self.iteration} of {self.total_steps}")
 
@@ -312,9 +323,11 @@ class Run:
                 / max(1, self.iteration - self.first_iteration))
         self.say(f"{stage:<9}{within + 1:>4}/{count:<4} lr {lr:.4f}  loss {loss:.3f}  train "
                  f"{100 * accuracy:.1f} %  test {100 * test['accuracy']:.1f} %  sparse "
-                 f"{100 * sparsity:.1f} %  firing {test['rate']:.3f}  {seconds:.0f} s  left {duration(left)}")
+                 f"{100 * sparsity:.1f} %  firing {test['rate']:.3f}  {seconds:.0f} s  left "
+                 f"{duration(left)}")
         if test["silent"]:
-            self.say(f"  note: no neuron of {', '.join(test['silent'])} fired on the whole test set")
+            self.say(f"  note: no neuron of {', '.join(test['silent'])} fired on "
+                     f"the whole test set")
 
     def finish(self, net, alive, counts, **summary):
         """Write model.pt, curves.png and, last, summary.json; return the summary.
@@ -328,7 +341,8 @@ class Run:
             dataset=args.dataset, model=args.model, seed=args.seed, time_steps=args.time_steps,
             train_limit=args.train_limit, widths=net.config["widths"], epochs=len(rows),
             test_accuracy=rows[-1]["test_accuracy"], training_cost=sum(densities) / len(densities),
-            seconds=sum(row["seconds"] for row in rows), peak_memory_mib=peak_memory_mib(self.device))
+            seconds=sum(row["seconds"] for row in rows),
+            peak_memory_mib=peak_memory_mib(self.device))
         values = dict.fromkeys(SUMMARY_KEYS) | {
             key: value for key, value in (counts | known | summary).items() if key in SUMMARY_KEYS}
         save_tensors(self.folder / "model.pt", models.pack(net, alive))
@@ -352,6 +366,7 @@ class Run:
             f"{1e3 * values['energy_mj']:.3g} uJ; firing rate {values['firing_rate']:.3f}; "
             f"{values['macs']:,} MACs a step as stored")
         if values["macs"] == values["macs_dense"] and values["sparsity"] > 0:
-            self.say("  masked weights are stored dense: fewer synaptic operations, not a faster GPU")
-        self.say(f"done in {duration(values['seconds'])}: {100 * values['test_accuracy']:.2f} % test accuracy "
-                 f"at {100 * values['sparsity']:.1f} % sparsity -> {self.folder}")
+            self.say("  masked weights are stored dense: fewer synaptic operations, "
+                     "not a faster GPU")
+        self.say(f"done in {duration(values['seconds'])}: {100 * values['test_accuracy']:.2f} % "
+                 f"test accuracy at {100 * values['sparsity']:.1f} % sparsity -> {self.folder}")

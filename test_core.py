@@ -24,7 +24,8 @@ def generator(seed=0):
 
 
 class _Spike(torch.autograd.Function):
-    """A step whose derivative is the surrogate's: for the plain loop that the LIF is compared with."""
+    """A step whose derivative is the surrogate's:
+    for the plain loop that the LIF is compared with."""
 
     @staticmethod
     def forward(ctx, u, alpha):
@@ -54,7 +55,7 @@ def channels_last_seq(x_seq):
     return x_seq.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (T, N))
 
 
-# ---- neurons ---------------------------------------------------------------------------------------
+# ---- neurons -------------------------------------------------------------------------------------
 
 
 def test_lif_worked_example():
@@ -94,7 +95,8 @@ def test_surrogate_grad_is_the_derivative():
         [0.6184865, 0.2884004, 0.0919997], abs=1e-6)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "expanded", "permuted", "linear"])
+@pytest.mark.parametrize("layout", [
+    "contiguous", "channels_last", "expanded", "permuted", "linear"])
 @pytest.mark.parametrize("v_reset", [0.0, -0.25])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_lif_equals_a_plain_loop(layout, v_reset, dtype, monkeypatch):
@@ -180,9 +182,10 @@ def test_criticality_equals_loops(aggregate, shape):
     for c in range(C):
         of_samples = []
         for n in range(N):
-            neurons_ = [sum(float(surrogate_grad(maps[t, n, c, i] - 0.8, 3.0)) for t in range(T)) / T
-                        for i in range(maps.shape[3])]
-            of_samples.append(max(neurons_) if aggregate == "max" else sum(neurons_) / len(neurons_))
+            neurons_ = [sum(float(surrogate_grad(maps[t, n, c, i] - 0.8, 3.0))
+                            for t in range(T)) / T for i in range(maps.shape[3])]
+            of_samples.append(max(neurons_) if aggregate == "max"
+                              else sum(neurons_) / len(neurons_))
         expected.append(sum(of_samples) / N)
     assert criticality(h, 0.8, 3.0, aggregate).tolist() == pytest.approx(expected, abs=1e-12)
     lif = LIF()
@@ -213,7 +216,7 @@ def test_lif_under_compile_equals_eager():
         assert torch.allclose(eager, compiled, atol=1e-6)
 
 
-# ---- models ----------------------------------------------------------------------------------------
+# ---- models --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, classes, prunable, total", [
@@ -224,7 +227,8 @@ def test_parameter_counts_of_the_papers(name, classes, prunable, total):
     sizes = {n: p.numel() for n, p in net.named_parameters() if p.dim() > 1}
     assert list(models.scored_by(net)) == list(sizes)  # every conv and linear weight, in order
     assert sum(sizes.values()) == prunable == Masks(net).total
-    assert sum(p.numel() for p in net.parameters()) == total == metrics.parameters(net)["parameters"]
+    assert (sum(p.numel() for p in net.parameters()) == total
+            == metrics.parameters(net)["parameters"])
 
 
 @pytest.mark.parametrize("name", models.NAMES)
@@ -278,7 +282,8 @@ def test_who_scores_which_weight():
     parts = dict(zip(masks.weights, masks.spread(scores).split(masks.sizes)))
     assert (parts["convs.2.conv.weight"].view(4, 3, 9) == scores["lifs.2"].view(4, 1, 1)).all()
     assert (parts["fc.weight"].view(5, 3, 4) == scores["lifs.3"].view(1, 3, 1)).all()
-    scored = models.scored_by(models.build("resnet19", 5, 1, 16, 2, models.default_widths("resnet19", .1)))
+    scored = models.scored_by(
+        models.build("resnet19", 5, 1, 16, 2, models.default_widths("resnet19", .1)))
     assert scored["blocks.0.conv1.conv.weight"].lif == "blocks.0.lif1"
     for feeds_lif2 in ("blocks.0.conv2.conv.weight", "blocks.0.shortcut.conv.weight"):
         assert scored[feeds_lif2] == ("blocks.0.lif2", 0, 1)
@@ -286,7 +291,8 @@ def test_who_scores_which_weight():
 
 
 def test_flattened_map_belongs_to_its_channel():
-    """A spike of the last LIF's channel c meets just those columns of fc that c is said to score."""
+    """A spike of the last LIF's channel c meets just those columns of fc
+    that c is said to score."""
     net = models.build("small", 5, 1, 16, 1, [2, 3, 4, 3]).eval()
     spikes = torch.zeros(1, 1, 3, 4, 4)
     spikes[:, :, 1] = 1
@@ -327,7 +333,8 @@ def test_model_files_that_are_none(tmp_path):
     name = "convs.1.conv.weight"
     cases = {"format": good | {"format": 0}, "keys": {"a": 1}, "widths": good | {"widths": [2, 2]},
              "tensors": good | {"widths": [2, 2, 2, 3]},
-             "pruned are not 0": good | {"masks": {name: torch.zeros(2, 2, 3, 3, dtype=torch.bool)}},
+             "pruned are not 0": good | {
+                 "masks": {name: torch.zeros(2, 2, 3, 3, dtype=torch.bool)}},
              "fits no weight": good | {"masks": {name: torch.ones(2, 2, dtype=torch.bool)}}}
     for word, content in cases.items():
         torch.save(content, path)
@@ -356,7 +363,7 @@ def test_build_refuses_what_makes_no_network():
             models.build(*arguments)
 
 
-# ---- masks -----------------------------------------------------------------------------------------
+# ---- masks ---------------------------------------------------------------------------------------
 
 
 def brute_force(eligible, k, keys):
@@ -450,11 +457,11 @@ def test_regeneration_by_hand():
     scores = masks.spread({"lif_a": torch.tensor([0.2, 0.9, 0.9])})
     keys = [scores, magnitudes]
     back = masks.regenerate(3, ~masks.flat, keys, generator())
-    assert flat_indices(back) == [2, 3, 4]  # the 0.9s by |w|: 0.4 and 0.3, then 0.2 before 0.15, 0.05
+    assert flat_indices(back) == [2, 3, 4]  # the 0.9s by |w|: 0.4, 0.3, then 0.2 before 0.15, 0.05
     net.a.weight.data.add_(0)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     masks.apply(optimizer)
-    assert net.a.weight.flatten().tolist() == pytest.approx([0.5, 0, 0.4, 0.3, 0.2, 0.6])  # values kept
+    assert net.a.weight.flatten().tolist() == pytest.approx([0.5, 0, 0.4, 0.3, 0.2, 0.6])  # kept
     row = masks.account(pruned, back)
     assert (row["pruned"], row["regenerated"], row["survived"]) == (6, 3, 0.5)
     assert [layer["alive"] for layer in row["layers"]] == [5, 1]
@@ -512,7 +519,8 @@ def test_algorithm_1_counts_are_exact(metric, regen, candidates, equal):
                                                             update / 6, generator(update))
         survivors = before & ~pruned
         if metric != "granet" or regen == 0:
-            assert survivors.sum() == masks.total - round(prune_further(target, regen) * masks.total)
+            assert survivors.sum() == (masks.total
+                                       - round(prune_further(target, regen) * masks.total))
             assert between == 1 - int(survivors.sum()) / masks.total
             assert back.sum() == (round(prune_further(target, regen) * masks.total)
                                   - round(target * masks.total))
@@ -557,7 +565,8 @@ def test_regeneration_equals_brute_force(metric, candidates):
         else:
             scores = torch.cat([w.grad.flatten() for w in masks.weights.values()]).abs()
         target = script.sparsity_at(update, 5, 0.8)
-        pruned, _, back = script.prune_and_regenerate(args, masks, optimizer, lifs, target, 0, generator())
+        pruned, _, back = script.prune_and_regenerate(args, masks, optimizer, lifs, target, 0,
+                                                      generator())
         cut, _, tie_in_cut = brute_force(before, int((before & ~pruned).sum()), [magnitudes])
         competing = pruned if candidates == "new" else ~(before & ~pruned)
         best, rank, _ = brute_force(competing, int(back.sum()), [scores, magnitudes])
@@ -589,8 +598,10 @@ def test_candidates_all_and_new_differ():
 def test_random_brings_back_each_with_the_same_chance():
     counts = torch.zeros(10)
     for seed in range(300):
-        masks = Masks(TwoLayers([[0.1 * i for i in range(1, 6)]], [[0.6], [0.7], [0.8], [0.9], [1.0]]))
-        script.prune_and_regenerate(Flags(metric="random"), masks, None, {}, 0.6, 0, generator(seed))
+        masks = Masks(TwoLayers([[0.1 * i for i in range(1, 6)]],
+                                [[0.6], [0.7], [0.8], [0.9], [1.0]]))
+        script.prune_and_regenerate(Flags(metric="random"), masks, None, {}, 0.6, 0,
+                                    generator(seed))
         assert masks.n_alive == 4 and masks.flat[8:].all()
         counts += masks.flat
     assert ((counts[:8] > 45) & (counts[:8] < 105)).all()  # 75 each, expected: 2 of 8
@@ -640,7 +651,7 @@ def test_masks_state_round_trip():
     assert other.alive["fc.weight"].all() and not masks.flat.all()  # views of its own vector
 
 
-# ---- the script's schedules and GraNet -------------------------------------------------------------
+# ---- the script's schedules and GraNet -----------------------------------------------------------
 
 
 def test_cubic_schedule():
@@ -657,8 +668,8 @@ def test_cubic_schedule():
 
 
 def test_default_regeneration_rates():
-    assert [script.default_regen("criticality", s, "cifar100") for s in (0.9, 0.95, 0.98, 0.5, 0.999)] == [
-        0.5, 0.2, 0.1, 0.5, 0.1]
+    assert [script.default_regen("criticality", s, "cifar100")
+            for s in (0.9, 0.95, 0.98, 0.5, 0.999)] == [0.5, 0.2, 0.1, 0.5, 0.1]
     assert [script.default_regen("random", s, "tiny-imagenet") for s in (0.9, 0.95, 0.98)] == [
         0.3, 0.1, 0.05]
     assert script.default_regen("granet", 0.98, "cifar10") == 0.5
@@ -680,7 +691,8 @@ def test_granet_rate_and_swap_by_hand():
 
 
 def test_granet_zeroes_the_global_cut_before_it_regrows():
-    """A weight cut by the global step returns at 0; one that its layer's death step cut keeps its value."""
+    """A weight cut by the global step returns at 0;
+    one that its layer's death step cut keeps its value."""
     net = TwoLayers([[0.9, 0.5, 0.4, 0.1]], [[1.0, 0.8]])
     net.a.weight.grad = torch.tensor([[0.0, 0.0, 0.5, 9.0]])  # the one that the global step cuts
     net.b.weight.grad = torch.zeros(1, 2)
@@ -695,13 +707,14 @@ def test_granet_zeroes_the_global_cut_before_it_regrows():
     assert net.b.weight.flatten().tolist() == pytest.approx([1.0, 0.8])
 
 
-# ---- training and metrics --------------------------------------------------------------------------
+# ---- training and metrics ------------------------------------------------------------------------
 
 
 def test_loss_is_the_mean_over_time_of_cross_entropy():
     logits, labels = torch.randn(3, 5, 4, generator=generator()), torch.tensor([0, 1, 2, 3, 0])
     by_step = [F.cross_entropy(step, labels) for step in logits]
-    assert training.loss_over_time(logits, labels) == pytest.approx(float(sum(by_step) / 3), abs=1e-6)
+    assert training.loss_over_time(logits, labels) == pytest.approx(
+        float(sum(by_step) / 3), abs=1e-6)
 
 
 def test_cosine_and_stages():
@@ -714,7 +727,8 @@ def test_cosine_and_stages():
 
 
 def test_meter_finds_the_iteration_of_the_first_bad_loss():
-    meter, logits, labels = training.Meter(torch.device("cpu")), torch.eye(3)[None], torch.tensor([0, 1, 0])
+    meter, logits, labels = (
+        training.Meter(torch.device("cpu")), torch.eye(3)[None], torch.tensor([0, 1, 0]))
     meter.add(torch.tensor(0.5), logits, labels, 1)
     meter.check()
     assert meter.means() == (0.5, pytest.approx(2 / 3))
@@ -731,11 +745,13 @@ def test_meter_finds_the_iteration_of_the_first_bad_loss():
     ("resnet19", 100, 555_574_272, 2_770_793_472, 2_777_871_360)])
 def test_macs_of_the_papers(name, size, macs, once, every):
     counts = metrics.count(models.build(name, size, 3, 32, 5), [torch.zeros(1, 3, 32, 32)])
-    assert (counts["macs"], counts["macs_first_once"], counts["macs_every_step"]) == (macs, once, every)
+    assert (counts["macs"], counts["macs_first_once"], counts["macs_every_step"]) == (
+        macs, once, every)
 
 
 def conv(mask, stride=1, padding=1):
-    layer = torch.nn.Conv2d(mask.shape[1], mask.shape[0], mask.shape[2], stride, padding, bias=False)
+    layer = torch.nn.Conv2d(mask.shape[1], mask.shape[0], mask.shape[2], stride, padding,
+                            bias=False)
     return layer, mask
 
 
@@ -778,7 +794,8 @@ def synaptic_operations_one_by_one(net, alive, images):
         for n, c, y, z in x.nonzero().tolist():
             for dy, dx in itertools.product(range(k), range(k)):
                 oy, ox = y + pad - dy, z + pad - dx
-                if oy % stride == ox % stride == 0 and 0 <= oy // stride < side and 0 <= ox // stride < side:
+                if (oy % stride == ox % stride == 0 and 0 <= oy // stride < side
+                        and 0 <= ox // stride < side):
                     total += int(mask[:, c, dy, dx].sum())
     return total / len(images)
 
@@ -786,7 +803,8 @@ def synaptic_operations_one_by_one(net, alive, images):
 @pytest.mark.parametrize("name", ["small", "resnet19"])
 def test_synaptic_operations_equal_loops(name):
     torch.manual_seed(0)
-    net = models.build(name, 3, 1, 10, 2, models.default_widths(name, 0.03 if name == "resnet19" else 0.2))
+    net = models.build(
+        name, 3, 1, 10, 2, models.default_widths(name, 0.03 if name == "resnet19" else 0.2))
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.bias.data.fill_(0.6)  # lively neurons
@@ -799,7 +817,8 @@ def test_synaptic_operations_equal_loops(name):
     counts = metrics.count(net, images.split(2), masks.alive)  # two batches, the last one smaller
     assert counts["sops"] == pytest.approx(synaptic_operations_one_by_one(net, masks.alive, images))
     assert counts["sops"] > 100 and counts["sops"] < counts["sops_nominal"]
-    assert counts["energy_mj"] == pytest.approx((4.6 * counts_first(net) + 0.9 * counts["sops"]) * 1e-9)
+    assert counts["energy_mj"] == pytest.approx(
+        (4.6 * counts_first(net) + 0.9 * counts["sops"]) * 1e-9)
 
 
 def counts_first(net):
@@ -818,7 +837,8 @@ def test_firing_rate_is_over_all_neurons():
     with metrics.firing(net) as counted:
         net(torch.randn(4, 1, 8, 8, generator=generator()))
     rate, by_layer = metrics.rates(counted)
-    assert rate == pytest.approx(sum(int(s.count_nonzero()) for s in spikes) / sum(s.numel() for s in spikes))
+    assert rate == pytest.approx(
+        sum(int(s.count_nonzero()) for s in spikes) / sum(s.numel() for s in spikes))
     assert list(by_layer.values()) == pytest.approx([s.detach().mean().item() for s in spikes])
     assert not any(lif._forward_hooks for lif in models.lifs(net).values())
 
@@ -835,13 +855,14 @@ def test_sparsities():
     assert sum(layer["alive"] for layer in counts["layers"]) == masks.n_alive
 
 
-# ---- the text --------------------------------------------------------------------------------------
+# ---- the text ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("equation, file", [
     ("1", "neurons.py"), ("2", "neurons.py"), ("3", "neurons.py"), ("4a", "neurons.py"),
-    ("4b", "neurons.py"), ("5", "masks.py"), ("6", "neurons.py"), ("7", "masks.py"), ("8", "masks.py"),
-    ("9", "prune_unstructured.py")])
+    ("4b", "neurons.py"), ("5", "masks.py"), ("6", "neurons.py"), ("7", "masks.py"),
+    ("8", "masks.py"), ("9", "prune_unstructured.py")])
 def test_each_equation_has_its_line(equation, file):
     text = (Path(__file__).parent / file).read_text()
-    assert len(re.findall(rf"^\s*[^#\s].*# Eq\. {equation}\b|^\s*# Eq\. {equation}\.", text, re.M)) == 1
+    assert len(re.findall(
+        rf"^\s*[^#\s].*# Eq\. {equation}\b|^\s*# Eq\. {equation}\.", text, re.M)) == 1

@@ -68,28 +68,29 @@ def wrong(capsys, *given, code=2, short=True):
     return error
 
 
-# ---- what a run leaves -----------------------------------------------------------------------------
+# ---- what a run leaves ---------------------------------------------------------------------------
 
 
 def test_a_run_and_its_folder(capsys):
     summary = run("--run-dir", "r", "--sparsity", 0.8)
     assert {path.name for path in Path("r").iterdir()} == {
-        "config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt", "summary.json",
-        "curves.png"}
+        "config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt",
+        "summary.json", "curves.png"}
     assert json.loads(Path("r/summary.json").read_text()) == summary
     assert list(summary) == runfolder.SUMMARY_KEYS
-    assert (summary["method"], summary["dataset"], summary["regen"]) == ("criticality", "fashion-mini", 0.5)
+    assert (summary["method"], summary["dataset"], summary["regen"]) == (
+        "criticality", "fashion-mini", 0.5)
     total = sum(layer["weights"] for layer in summary["layers"])
     alive = sum(layer["alive"] for layer in summary["layers"])
     assert alive == total - round(0.8 * total) and summary["sparsity"] == 1 - alive / total
-    assert summary["test_accuracy"] == lines("r", "metrics")[-1]["test_accuracy"]  # the last, not the best
+    assert summary["test_accuracy"] == lines("r", "metrics")[-1]["test_accuracy"]  # not the best
     assert summary["pruned_accuracy"] == lines("r", "metrics")[1]["test_accuracy"]
     assert 0 < summary["survived_by_regeneration"] <= 1 and summary["sops"] > 0
     rows = lines("r", "metrics")
     assert [(row["stage"], row["epoch"], row["iteration"]) for row in rows] == [
         ("prune", 1, 16), ("prune", 2, 32), ("finetune", 3, 48)]
-    assert set(rows[0]) == {"stage", "epoch", "iteration", "lr", "train_loss", "train_accuracy", "test_loss",
-                            "test_accuracy", "sparsity", "firing_rate", "seconds"}
+    assert set(rows[0]) == {"stage", "epoch", "iteration", "lr", "train_loss", "train_accuracy",
+                            "test_loss", "test_accuracy", "sparsity", "firing_rate", "seconds"}
     densities = [1.0] + [1 - row["sparsity"] for row in rows[:2]]
     assert summary["training_cost"] == pytest.approx(sum(densities) / 3)
 
@@ -97,13 +98,16 @@ def test_a_run_and_its_folder(capsys):
     assert [row["iteration"] for row in updates] == [6, 12, 18, 24, 30]
     for k, row in enumerate(updates, 1):
         assert row["target"] == prune_unstructured.sparsity_at(k, 5, 0.8)
-        assert sum(layer["alive"] for layer in row["layers"]) == total - round(row["target"] * total)
+        assert sum(layer["alive"] for layer in row["layers"]) == (
+            total - round(row["target"] * total))
         assert row["sparsity"] == pytest.approx(row["target"], abs=1 / total)
-        assert row["before"] == pytest.approx(row["target"] + 0.5 * (1 - row["target"]), abs=1 / total)
+        assert row["before"] == pytest.approx(row["target"] + 0.5 * (1 - row["target"]),
+                                              abs=1 / total)
         assert sum(layer["regenerated"] for layer in row["layers"]) == row["regenerated"]
 
     config = json.loads(Path("r/config.json").read_text())
-    assert config["interval"] == 6 and config["lr"] == 0.1 and torch.__version__.startswith(config["version_torch"])
+    assert (config["interval"] == 6 and config["lr"] == 0.1
+            and torch.__version__.startswith(config["version_torch"]))
     assert Path("r/curves.png").read_bytes().startswith(b"\x89PNG")
     net, masks = models.load("r/model.pt"), models.read("r/model.pt")["masks"]
     assert all(net.get_parameter(name)[~mask].count_nonzero() == 0 for name, mask in masks.items())
@@ -111,13 +115,15 @@ def test_a_run_and_its_folder(capsys):
     right = net(images.x_test).sum(0).argmax(1) == images.y_test
     assert right.double().mean().item() == pytest.approx(summary["test_accuracy"])
     printed = capsys.readouterr().out
-    assert f"{100 * summary['test_accuracy']:.2f} % test accuracy at 80.0 % sparsity -> r" in printed
+    assert (f"{100 * summary['test_accuracy']:.2f} % test accuracy at 80.0 % sparsity -> r"
+            in printed)
     assert "\r" not in printed  # no progress bar where the output is no terminal
 
 
 @pytest.mark.parametrize("given, method", [
     (["--metric", "gradient"], "gradient"), (["--metric", "random"], "random"),
-    (["--metric", "granet"], "granet"), (["--candidates", "new", "--aggregate", "mean"], "criticality"),
+    (["--metric", "granet"], "granet"),
+    (["--candidates", "new", "--aggregate", "mean"], "criticality"),
     (["--regen", "0"], "gmp"), (["--regen", "0", "--metric", "granet"], "gmp"),
     (["--precision", "bf16", "--cutout", "6", "--crop", "2", "--no-flip"], "criticality")])
 def test_all_methods(given, method):
@@ -130,7 +136,8 @@ def test_all_methods(given, method):
 
 def test_dense_training_and_init():
     dense = run("--sparsity", 0, "--run-dir", "dense", "--interval", 10**6)  # no interval check
-    assert dense["method"] == "dense" and dense["sparsity"] == 0 and not Path("dense/updates.jsonl").exists()
+    assert (dense["method"] == "dense" and dense["sparsity"] == 0
+            and not Path("dense/updates.jsonl").exists())
     assert dense["dense_accuracy"] == dense["test_accuracy"] and dense["pruned_accuracy"] is None
     pruned = run("--init", "dense/model.pt", "--run-dir", "pruned")
     assert pruned["dense_accuracy"] == dense["test_accuracy"]
@@ -155,25 +162,29 @@ def test_the_paper_setting_on_cifar100_data():
 
 def test_the_defaults_are_the_paper_s(capsys):
     defaults = vars(prune_unstructured.parse_args(["--dataset", "cifar100"]))
-    for flag, value in dict(epochs_prune=200, epochs_finetune=300, lr=0.3, interval=2000, weight_decay=5e-4,
-                            batch_size=128, time_steps=5, model="vgg16", momentum=0.9, regen=0.5).items():
+    for flag, value in dict(
+            epochs_prune=200, epochs_finetune=300, lr=0.3, interval=2000, weight_decay=5e-4,
+            batch_size=128, time_steps=5, model="vgg16", momentum=0.9, regen=0.5).items():
         assert defaults[flag] == value, flag
     tiny = prune_unstructured.parse_args(["--dataset", "tiny-imagenet", "--sparsity", "0.95"])
-    assert (tiny.epochs_prune, tiny.epochs_finetune, tiny.interval, tiny.regen) == (50, 100, 1000, 0.1)
+    assert (tiny.epochs_prune, tiny.epochs_finetune, tiny.interval, tiny.regen) == (
+        50, 100, 1000, 0.1)
     with pytest.raises(SystemExit) as stop:
         prune_unstructured.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    assert "epochs of the pruning stage (default 8: fashion-mini; 6: mnist, fashion-mnist; 200: " in shown
+    assert ("epochs of the pruning stage (default 8: fashion-mini; 6: mnist, fashion-mnist; 200: "
+            in shown)
     assert "a fraction in [0, 1) (default 0.9)" in shown
     assert "None" not in shown
 
 
-# ---- the algorithm, end to end ---------------------------------------------------------------------
+# ---- the algorithm, end to end -------------------------------------------------------------------
 
 
 def test_no_regeneration_is_gmp_bit_by_bit():
-    """Gradual magnitude pruning, written separately: a sort, plain masks, no library of this project."""
+    """Gradual magnitude pruning, written separately:
+    a sort, plain masks, no library of this project."""
     run("--regen", 0, "--run-dir", "r", "--sparsity", 0.7)
     images = data.load("fashion-mini", train_limit=400)
     torch.manual_seed(0)
@@ -266,7 +277,7 @@ def test_scores_are_taken_from_the_batch_of_the_update(monkeypatch):
         assert torch.equal(ranked[0][name], lif.score)
 
 
-# ---- stopping and going on -------------------------------------------------------------------------
+# ---- stopping and going on -----------------------------------------------------------------------
 
 
 def wait_for(condition, process, seconds=120):
@@ -276,18 +287,20 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, code", [
+    (signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_goes_on_bit_by_bit(number, code):
     longer = ["--epochs-prune", "6", "--epochs-finetune", "4", "--train-limit", "1000"]
     run("--run-dir", "unbroken", *longer)
-    process = subprocess.Popen(command("--run-dir", "r", *longer), text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+    process = subprocess.Popen(command("--run-dir", "r", *longer), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for(lambda: Path("r/metrics.jsonl").exists() and len(lines("r", "metrics")) >= 3, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == code, err
     if number != signal.SIGKILL:
-        assert "saved. Go on with: python" in out and "--resume --run-dir r" in out and "Traceback" not in err
+        assert ("saved. Go on with: python" in out and "--resume --run-dir r" in out
+                and "Traceback" not in err)
     assert not Path("r/summary.json").exists()
     assert 0 < torch.load("r/checkpoint.pt", weights_only=True)["position"][2] < 400
     run("--run-dir", "r", "--resume", short=False)  # all other flags come from its config.json
@@ -296,7 +309,8 @@ def test_a_stopped_run_goes_on_bit_by_bit(number, code):
 
 @pytest.mark.parametrize("step", [0, 5, 15, 23, 31, 40])
 def test_resume_from_any_step(step, monkeypatch):
-    """Stop inside an epoch, at an update, at the end of an epoch, in fine-tuning; go on in one process."""
+    """Stop inside an epoch, at an update, at the end of an epoch, in fine-tuning;
+    go on in one process."""
     run("--run-dir", "unbroken")
     add = training.Meter.add
 
@@ -345,22 +359,25 @@ def test_a_loss_that_is_not_finite_stops_the_run(capsys, monkeypatch):
     run("--run-dir", "r", "--resume")
 
 
-# ---- what a wrong command gets ---------------------------------------------------------------------
+# ---- what a wrong command gets -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given, words", [
     ("--sparsity 90", "--sparsity is 90, expected a fraction in [0, 1). For 90 % write 0.9"),
     ("--sparsity 1", "expected a fraction in [0, 1)"), ("--sparsity -0.1", "expected a fraction"),
     ("--sparsity nan", "--sparsity is nan"), ("--sparsity many", "--sparsity is many"),
-    ("--regen 1", "--regen is 1,"), ("--regen inf", "--regen is inf"), ("--regen -1", "--regen is -1"),
+    ("--regen 1", "--regen is 1,"), ("--regen inf", "--regen is inf"),
+    ("--regen -1", "--regen is -1"),
     ("--interval 0", "--interval is 0, expected a whole number of at least 1"),
     ("--interval 2.5", "--interval is 2.5"), ("--batch-size 0", "--batch-size is 0"),
     ("--time-steps 0", "--time-steps is 0"), ("--epochs-prune 0", "--epochs-prune is 0"),
-    ("--epochs-finetune -1", "--epochs-finetune is -1"), ("--lr 0", "--lr is 0, expected a finite number above"),
+    ("--epochs-finetune -1", "--epochs-finetune is -1"),
+    ("--lr 0", "--lr is 0, expected a finite number above"),
     ("--lr nan", "--lr is nan"), ("--lr -1", "--lr is -1"), ("--momentum 1", "--momentum is 1"),
-    ("--weight-decay -1", "--weight-decay is -1"), ("--width 0", "--width is 0"), ("--width inf", "--width is inf"),
-    ("--seed -1", "--seed is -1"), ("--seed 99999999999999999999", "--seed is"),
-    ("--train-limit 0", "--train-limit is 0"), ("--train-limit 5", "--train-limit is 5, expected 10"),
+    ("--weight-decay -1", "--weight-decay is -1"), ("--width 0", "--width is 0"),
+    ("--width inf", "--width is inf"), ("--seed -1", "--seed is -1"),
+    ("--seed 99999999999999999999", "--seed is"), ("--train-limit 0", "--train-limit is 0"),
+    ("--train-limit 5", "--train-limit is 5, expected 10"),
     ("--train-limit 10000", "expected 10"), ("--crop -1", "--crop is -1"),
     ("--model vgg11", "invalid choice: 'vgg11'"), ("--metric magic", "invalid choice: 'magic'"),
     ("--aggregate sum", "invalid choice"), ("--candidates some", "invalid choice"),
@@ -368,13 +385,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(capsys, monkeypatch):
     ("--dataset imagenet", "data set imagenet"), ("--dataset no/such.npz", "no/such.npz"),
     ("--sparcity 0.9", "unrecognized arguments"), ("--sparsity", "expected one argument"),
     ("--resume --init x.pt", "exclude each other"), ("--resume --overwrite", "exclude each other"),
-    ("--init absent.pt", "absent.pt"), ("--init other.npz", "other.npz"), ("--init broken.pt", "broken.pt"),
-    ("--interval 33", "no update would ever run: --interval is 33, the pruning stage has 32 iterations"),
+    ("--init absent.pt", "absent.pt"), ("--init other.npz", "other.npz"),
+    ("--init broken.pt", "broken.pt"),
+    ("--interval 33",
+     "no update would ever run: --interval is 33, the pruning stage has 32 iterations"),
     ("--sparsity 0.9999", "expected at least one for each of the 5 layers"),
     ("--batch-size 401", "--batch-size is 401, but fashion-mini has 400"),
     ("--run-dir a_file", "a_file is a file"), ("--run-dir a_file/deeper", "a_file is a file"),
     ("--run-dir full", "holds no run"), ("--data-dir a_file --dataset cifar10", "a_file"),
-    ("--dataset other.npz", "other.npz"), ("--dataset a_file", "a_file"), ("--dataset full", "full"),
+    ("--dataset other.npz", "other.npz"), ("--dataset a_file", "a_file"),
+    ("--dataset full", "full"),
 ])
 def test_wrong_commands(given, words, capsys, monkeypatch):
     def no_download(*_, **__):
@@ -419,7 +439,8 @@ def test_checkpoints_that_do_not_fit(capsys):
     for bad in (good[:len(good) // 2], b"", Path("other/checkpoint.pt").read_bytes(), b"text"):
         Path("r/checkpoint.pt").write_bytes(bad)
         error = wrong(capsys, "--run-dir", "r", "--resume", short=False)
-        assert "checkpoint.pt does not fit this run or is damaged" in error and "--overwrite" in error
+        assert ("checkpoint.pt does not fit this run or is damaged" in error
+                and "--overwrite" in error)
     Path("r/config.json").write_text("{")
     assert "config.json is damaged" in wrong(capsys, "--run-dir", "r", "--resume", short=False)
 
@@ -433,11 +454,11 @@ def test_init_of_another_network(capsys):
 def test_errors_from_the_real_command():
     done = subprocess.run(command("--sparsity", "90"), capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr == ("prune_unstructured.py: error: --sparsity is 90, expected a fraction in [0, 1). "
-                           "For 90 % write 0.9\n")
+    assert done.stderr == ("prune_unstructured.py: error: --sparsity is 90, expected a fraction "
+                           "in [0, 1). For 90 % write 0.9\n")
 
 
-# ---- the text --------------------------------------------------------------------------------------
+# ---- the text ------------------------------------------------------------------------------------
 
 
 def test_ci_runs_the_test_command_of_the_readme():
@@ -447,7 +468,8 @@ def test_ci_runs_the_test_command_of_the_readme():
 
 def commands_in_the_text():
     text = "\n".join((ROOT / name).read_text() for name in ("README.md", "prune_unstructured.py"))
-    found = re.findall(r"^ *(?:\.venv/bin/)?python prune_unstructured\.py(.*?)(?:  #.*)?$", text, re.M)
+    found = re.findall(
+        r"^ *(?:\.venv/bin/)?python prune_unstructured\.py(.*?)(?:  #.*)?$", text, re.M)
     return sorted({" ".join(arguments.split()) for arguments in found})
 
 

@@ -1,10 +1,10 @@
 """The parts of a training run that all scripts share: set-up, stages, schedule, loss, evaluation.
 
-    device = training.set_up(args)                       # device and seeds
-    net = training.build(args, images)                   # as the flags ask for
+    device = training.set_up(args)                   # device and seeds
+    net = training.build(args, images)               # as the flags ask for
     stages = training.Stages(steps_per_epoch, prune=200, finetune=300)
     logits = net(images); loss = training.loss_over_time(logits, labels)
-    training.evaluate(net, net, images, args)            # loss, accuracy, firing rate of the test set
+    training.evaluate(net, net, images, args)        # loss, accuracy, firing rate of the test set
 """
 import math
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import metrics
 import models
 
-# ---- setting up ------------------------------------------------------------------------------------
+# ---- setting up ----------------------------------------------------------------------------------
 
 
 def set_up(args):
@@ -29,28 +29,34 @@ def set_up(args):
 
 
 def build(args, images):
-    """Return the network of a run, on the CPU: as the flags ask for, or with the weights of --init."""
+    """Return the network of a run, on the CPU: as the flags ask for,
+    or with the weights of --init."""
     if args.batch_size > len(images.x_train):
         raise ValueError(f"--batch-size is {args.batch_size}, but {args.dataset} has "
-                         f"{len(images.x_train)} training images here, expected at most as many. Lower it")
-    net = models.build(args.model, images.num_classes, images.x_train.shape[1], images.x_train.shape[2],
-                       args.time_steps, models.default_widths(args.model, args.width))
+                         f"{len(images.x_train)} training images here, expected at most as many. "
+                         f"Lower it")
+    net = models.build(args.model, images.num_classes, images.x_train.shape[1],
+                       images.x_train.shape[2], args.time_steps,
+                       models.default_widths(args.model, args.width))
     net.set_normalisation(images.mean, images.std)
     if args.init is not None:
         source = models.unpack(models.read(args.init), args.init)
         for key in ("name", "num_classes", "in_channels", "image_size", "widths"):
             if source.config[key] != net.config[key]:
-                raise ValueError(f"{args.init} has {key} {source.config[key]}, expected {net.config[key]} as "
-                                 f"the flags ask for. Give the flags that it was made with, or another file")
+                raise ValueError(f"{args.init} has {key} {source.config[key]}, expected "
+                                 f"{net.config[key]} as the flags ask for. Give the flags that it "
+                                 f"was made with, or another file")
         net.load_state_dict(source.state_dict())
     return net
 
 
 class Stages:
-    """The stages of a run, one after the other: Stages(steps_per_epoch, prune=200, finetune=300)."""
+    """The stages of a run, one after the other:
+    Stages(steps_per_epoch, prune=200, finetune=300)."""
 
     def __init__(self, steps_per_epoch, **epochs):
-        self.steps_per_epoch, self.by_name, self.epochs = steps_per_epoch, epochs, sum(epochs.values())
+        self.steps_per_epoch, self.by_name, self.epochs = (
+            steps_per_epoch, epochs, sum(epochs.values()))
 
     def steps(self, name):
         return self.by_name[name] * self.steps_per_epoch
@@ -70,11 +76,12 @@ class Stages:
         return within * self.steps_per_epoch + step, count * self.steps_per_epoch
 
 
-# ---- the parts of a training step ------------------------------------------------------------------
+# ---- the parts of a training step ----------------------------------------------------------------
 
 
 def cosine(lr, step, steps):
-    """Return the learning rate of a step (from 0) of a stage: a cosine from lr to 0 over its steps."""
+    """Return the learning rate of a step (from 0) of a stage:
+    a cosine from lr to 0 over its steps."""
     return lr * (1 + math.cos(math.pi * step / steps)) / 2
 
 
@@ -100,7 +107,7 @@ class Meter:
 
     def __init__(self, device):
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, samples
-        self.bad = torch.zeros((), dtype=torch.int64, device=device)  # first iteration without a loss
+        self.bad = torch.zeros((), dtype=torch.int64, device=device)  # first iteration with no loss
 
     @torch.no_grad()
     def add(self, loss, logits, labels, iteration=0):
@@ -112,8 +119,9 @@ class Meter:
     def check(self):
         """Raise FloatingPointError if a loss was not finite."""
         if self.bad:
-            raise FloatingPointError(f"the loss is not finite (NaN or infinite) at iteration {int(self.bad)}. "
-                                f"The last good checkpoint is kept; try a lower --lr")
+            raise FloatingPointError(
+                f"the loss is not finite (NaN or infinite) at iteration {int(self.bad)}. "
+                f"The last good checkpoint is kept; try a lower --lr")
 
     def means(self):
         """Return (mean loss, accuracy in 0..1)."""
@@ -122,7 +130,8 @@ class Meter:
 
 
 def evaluate(forward, net, images, args):
-    """Return a dict over the test set, in eval mode: loss, accuracy, rate (firing), silent (LIF names).
+    """Return a dict over the test set, in eval mode:
+    loss, accuracy, rate (firing), silent (LIF names).
 
     forward: the network, or its compiled form. images: what data.load returned.
     """
