@@ -11,8 +11,10 @@ is not finite, a full disk) ends the script with exit code 1, with the last good
 place.
 """
 import json
+import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -95,6 +97,15 @@ def peak_memory_mib(device):
         return None
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def device_name(device):
+    """Return the name of the GPU, or of the processor as far as the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")  # Linux, where platform knows no more than "x86_64"
+    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def duration(seconds):
@@ -184,14 +195,11 @@ class Run:
             for name in FILES:
                 (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        if self.device.type == "cuda":
-            name = torch.cuda.get_device_name()
-        else:
-            name = platform.processor() or platform.machine()
         config = {key: value for key, value in vars(args).items()
                   if key not in ("resume", "overwrite")}
         write_json(folder / "config.json", config | versions() | dict(
-            script=Path(sys.argv[0]).stem, device_name=name, threads=torch.get_num_threads()))
+            script=Path(sys.argv[0]).stem, device_name=device_name(self.device),
+            threads=torch.get_num_threads()))
 
     def _restore(self):
         path = self.folder / "checkpoint.pt"
@@ -309,6 +317,9 @@ class Run:
         """
         stage, within, count = self.stages.place(self.epoch)
         self.meter.check()
+        if not math.isfinite(test["loss"]):
+            raise FloatingPointError(f"the test loss is not finite after iteration {self.iteration}. "
+                                     f"The last good checkpoint is kept; try a lower --lr")
         loss, accuracy = self.meter.means()
         now = time.monotonic()
         seconds, self.seconds, self.began = self.seconds + now - self.began, 0.0, now

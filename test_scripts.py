@@ -466,6 +466,31 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert last_line in (ROOT / "README.md").read_text().splitlines()
 
 
+def results_table():
+    """The rows of the README's table, from the logs in results/."""
+    rows = []
+    for name in ("dense", "gmp-0.9", "criticality-0.9-r0.5"):
+        folders = sorted((ROOT / "results").glob(f"fashion-mini-small-{name}-seed*"))
+        runs = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+        accuracies = [100 * run["test_accuracy"] for run in runs]
+        assert [run["seed"] for run in runs] == [0, 1, 2]
+        for folder, run in zip(folders, runs):
+            assert run["test_accuracy"] == lines(folder, "metrics")[-1]["test_accuracy"]
+        returned = [run["survived_by_regeneration"] for run in runs]
+        rows.append(
+            f"| {runs[0]['method']} | {np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f} | "
+            f"{', '.join(f'{a:.1f}' for a in accuracies)} | {100 * runs[0]['sparsity']:.1f} | "
+            f"{np.mean([run['sops'] for run in runs]) / 1e3:.0f} k | "
+            f"{'-' if returned[0] is None else f'{100 * np.mean(returned):.1f}'} |")
+    return rows
+
+
+def test_the_table_in_the_readme_is_that_of_the_logs():
+    text = (ROOT / "README.md").read_text().splitlines()
+    for row in results_table():
+        assert row in text
+
+
 def commands_in_the_text():
     text = "\n".join((ROOT / name).read_text() for name in ("README.md", "prune_unstructured.py"))
     found = re.findall(
