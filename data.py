@@ -59,7 +59,7 @@ class Dataset(NamedTuple):
         return self._replace(**{key: getattr(self, key).to(device) for key in KEYS})
 
 
-def load(name, data_dir="data", train_limit=None, test_limit=None):
+def load(name, data_dir="data", train_limit=None, at_most=None):
     """Load a data set by its name (one of NAMES) or path (FILE.npz or a folder of class folders).
 
     FILE.npz: x_train, x_test uint8 [N, H, W, C] or [N, H, W]; y_train, y_test integers [N].
@@ -67,7 +67,7 @@ def load(name, data_dir="data", train_limit=None, test_limit=None):
     the rank of its name in train.
     data_dir: where named sets lie, or are downloaded to.
     train_limit: keep the first so many training images, balanced over the classes, in file order;
-    mean and std are then theirs. test_limit: likewise for the test set, all of it if that is less.
+    mean and std are then theirs. at_most: keep no more than so many of both sets, for a trial.
     Raises ValueError or FileNotFoundError, one line each, for whatever is wrong with the files.
     """
     x_train, y_train, x_test, y_test = _read(name, Path(os.path.expanduser(data_dir)))
@@ -75,8 +75,9 @@ def load(name, data_dir="data", train_limit=None, test_limit=None):
     if train_limit is not None and not num_classes <= train_limit <= len(y_train):
         raise _error(ValueError, f"--train-limit is {train_limit}", f"{num_classes} (an image for "
                      f"each class of {name}) to {len(y_train)} (all)", "Change it or leave it out")
-    x_train, y_train = _first_balanced(x_train, y_train, train_limit)
-    x_test, y_test = _first_balanced(x_test, y_test, test_limit)
+    limits = [limit for limit in (train_limit, at_most) if limit is not None]
+    x_train, y_train = _first_balanced(x_train, y_train, min(limits, default=None))
+    x_test, y_test = _first_balanced(x_test, y_test, at_most)
     mean, std = _mean_and_std(x_train)
     x_train, x_test = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (x_train, x_test))
     y_train, y_test = torch.from_numpy(y_train), torch.from_numpy(y_test)

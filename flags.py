@@ -27,7 +27,8 @@ DATASETS = {"fashion-mini": SMALL, "mnist": SMALL | dict(batch_size=128, crop=2,
 COMMON = dict(dataset="fashion-mini", data_dir="data", train_limit=None, width=1.0, momentum=0.9,
               weight_decay=5e-4, cutout=0, init=None, device=None, precision="fp32", compile=False,
               seed=0, run_dir=None, resume=False, overwrite=False, smoke=False)
-SMOKE = dict(width=0.25, batch_size=16, train_limit=256, epochs_prune=1, epochs_finetune=1)
+SMOKE = dict(width=0.25, batch_size=16)  # upper bounds of a trial, like those in a script's settings
+SMOKE_IMAGES = 256
 
 
 @contextmanager
@@ -66,11 +67,13 @@ def number(low, high=math.inf, above=False):
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and low <= value < high) or (above and value == low):
-            wanted = (f"a fraction in [{low:g}, {high:g})" if high < math.inf else
-                      f"a finite number {'above' if above else 'of at least'} {low:g}")
-            hint = ""
-            if high == 1 and 1 <= value <= 100:
-                hint = f". For {value:g} % write {min(value / 100, 0.99):g}"
+            if high == math.inf:
+                wanted = f"a finite number {'above' if above else 'of at least'} {low:g}"
+            elif above:
+                wanted = f"a number above {low:g} and below {high:g}"
+            else:
+                wanted = f"a fraction in [{low:g}, {high:g})"
+            hint = f". For {value:g} % write {value / 100:g}" if high == 1 < value < 100 else ""
             raise argparse.ArgumentTypeError(f"is {text}, expected {wanted}{hint}")
         return value
     return convert
@@ -111,8 +114,9 @@ def make_parser(doc):
         help="side of a square hole in each training image (LTH-SNN's code has 16 on CIFAR)")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=models.NAMES, help="the network")
-    add("--width", type=number(0, above=True), metavar="FACTOR", help="a factor on all its widths")
-    add("--time-steps", type=whole(1), metavar="T", help="time steps of the simulation")
+    add("--width", type=number(0, 100, above=True), metavar="FACTOR",
+        help="a factor on all its widths")
+    add("--time-steps", type=whole(1, 10_000), metavar="T", help="time steps of the simulation")
     add("--init", metavar="MODEL.pt", help="start from this network, a trained dense one, say")
     add = parser.add_argument_group("training").add_argument
     add("--batch-size", type=whole(1), metavar="N", help="images a step")
@@ -155,7 +159,9 @@ def parse(parser, argv, settings, complete, run_name):
         name = given.get("dataset", config.get("dataset", shared["dataset"]))
         smoke = SMOKE | settings["smoke"] if given.get("smoke", config.get("smoke")) else {}
         table = tables.get(name, tables["fashion-mini"])
-        args = argparse.Namespace(**{**shared, **table, **smoke, **config, **given})
+        args = argparse.Namespace(**{**shared, **table, **config, **given})
+        for flag, bound in smoke.items():
+            setattr(args, flag, min(getattr(args, flag), bound))
         complete(args)
         return args
 
@@ -163,7 +169,7 @@ def parse(parser, argv, settings, complete, run_name):
     folder = Path(args.run_dir or Path("runs", ("smoke-" if args.smoke else "") + run_name(args)))
     if args.resume and (folder / "config.json").is_file():
         with exits(2, ValueError, OSError):
-            config = read_config(folder)
+            config = read_config(folder, parser)
         for flag, value in given.items():
             if flag in config and config[flag] != value and flag not in MAY_DIFFER | {"run_dir"}:
                 parser.error(f"{folder} was made with --{flag.replace('_', '-')} {config[flag]}, "
@@ -192,12 +198,19 @@ def explain_defaults(parser, tables, shared):
         action.help = action.help.replace("%", "%%")
 
 
-def read_config(folder):
+def read_config(folder, parser):
+    """Return the config.json of a run; its flags are checked like those of the command line."""
     try:
         config = json.loads((folder / "config.json").read_text())
-    except ValueError:
+        for action in parser._actions:
+            value = config.get(action.dest)
+            if value is not None and action.type is not None:
+                action.type(str(value))
+            if value is not None and action.choices and value not in action.choices:
+                raise ValueError
+    except (ValueError, AttributeError, argparse.ArgumentTypeError):
         config = None
-    if not isinstance(config, dict):
+    if config is None:
         raise ValueError(f"{folder / 'config.json'} is damaged, expected a JSON object. Start "
                          f"again with --overwrite")
     return config

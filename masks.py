@@ -28,12 +28,21 @@ def prune_further(sparsity, regen):
     return sparsity + regen * (1 - sparsity)  # Eq. 7
 
 
+def seeded(*numbers):
+    """Return a CPU generator that depends on all of the numbers, such as a seed and an iteration.
+
+    torch's own seeding keeps 32 bits, and neighbouring seeds start alike; numpy mixes them first.
+    """
+    mixed = np.random.SeedSequence(numbers).generate_state(1)
+    return torch.Generator().manual_seed(int(mixed[0]))
+
+
 def kth_largest(values, k):
     """Return the k-th largest of a flat tensor (k from 1), as a tensor without dimensions."""
-    if values.device.type == "cpu":  # numpy's partition is several times faster than kthvalue
+    if values.device.type == "cpu":  # numpy's partition is several times faster than topk, kthvalue
         array = values.numpy()
         return torch.as_tensor(np.partition(array, len(array) - k)[len(array) - k])
-    return torch.kthvalue(values, len(values) - k + 1).values
+    return values.topk(k, sorted=False).values.min()
 
 
 def select(eligible, k, keys, generator):
@@ -42,7 +51,7 @@ def select(eligible, k, keys, generator):
 
     eligible: [M] bool. keys: list of [M] tensors, maybe empty (a random choice). generator: a CPU
     generator. Returns [M] bool with k True. Raises ValueError if k places are not eligible, and
-    FloatingPointError if a key is not finite there.
+    FloatingPointError if a key is not finite.
     """
     available = int(eligible.count_nonzero())
     if not 0 <= k <= available:
@@ -55,14 +64,14 @@ def select(eligible, k, keys, generator):
         chosen = torch.zeros_like(eligible)
         chosen[places[order.to(places.device)]] = True
         return chosen
+    if not keys[0].isfinite().all():
+        raise FloatingPointError("weights or scores are not finite (NaN or infinite) and cannot be "
+                                 "ranked. A checkpoint saved before is kept; try a lower --lr")
     key = torch.where(eligible, keys[0], -torch.inf)
     threshold = kth_largest(key, k)
     chosen = key > threshold
     missing = k - int(chosen.count_nonzero())
     ties = (key == threshold).nonzero().squeeze(1)
-    if not 0 <= missing <= len(ties) or not threshold.isfinite():  # a comparison with NaN is False
-        raise FloatingPointError("weights or scores are not finite (NaN or infinite) and cannot be "
-                                 "ranked. The last good checkpoint is kept; try a lower --lr")
     among = torch.ones(len(ties), dtype=torch.bool, device=ties.device)
     chosen[ties[select(among, missing, [key[ties] for key in keys[1:]], generator)]] = True
     return chosen
@@ -76,8 +85,8 @@ class Masks:
     """
 
     def __init__(self, net):
-        self.weights = {name: net.get_parameter(name) for name in scored_by(net)}
-        self.scored_by = scored_by(net)
+        self.scored = scored_by(net)
+        self.weights = {name: net.get_parameter(name) for name in self.scored}
         self.sizes = [weight.numel() for weight in self.weights.values()]
         self.total = sum(self.sizes)
         self.device = next(iter(self.weights.values())).device
@@ -131,7 +140,7 @@ class Masks:
     def spread(self, scores):
         """Give each weight the score of its LIF channel: {LIF name: [C]} -> [M] in float32."""
         parts = []
-        for name, (lif, dim, repeat) in self.scored_by.items():
+        for name, (lif, dim, repeat) in self.scored.items():
             weight, score = self.weights[name], scores[lif].to(torch.float32)
             shape = [-1 if d == dim else 1 for d in range(weight.dim())]
             score = score.repeat_interleave(repeat).view(shape)

@@ -314,21 +314,23 @@ def read(path):
 def unpack(packed, source="model.pt"):
     """Return the network that pack() was given, in eval mode; `source` is named in errors."""
     arguments = ("name", "num_classes", "in_channels", "image_size", "time_steps", "widths")
-    net = build(**{key: packed[key] for key in arguments})
     try:
+        net = build(**{key: packed[key] for key in arguments})
         net.load_state_dict(packed["state_dict"])
-    except RuntimeError as error:
+        net.set_normalisation(packed["normalisation"]["mean"], packed["normalisation"]["std"])
+        masks = {name: (mask.shape, mask.dtype) for name, mask in packed["masks"].items()}
+    except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
         detail = " ".join(str(error).split())
         raise ValueError(f"{source} does not hold the tensors of its own network: "
                          f"{detail}") from None
-    shapes = {name: net.get_parameter(name).shape for name in scored_by(net)}
+    for name in scored_by(net):
+        if masks.pop(name, None) != (net.get_parameter(name).shape, torch.bool):
+            raise ValueError(f"{source} holds no mask that fits {name}")
+    if masks:
+        raise ValueError(f"{source} holds masks of no weight of its network: {', '.join(masks)}")
     for name, mask in packed["masks"].items():
-        if name not in shapes or mask.shape != shapes[name] or mask.dtype != torch.bool:
-            raise ValueError(f"{source} holds a mask {name!r} that fits no weight of its network")
         if net.get_parameter(name)[~mask].count_nonzero():
             raise ValueError(f"{source}: weights of {name} that its mask says are pruned are not 0")
-    normalisation = packed["normalisation"]
-    net.set_normalisation(normalisation["mean"], normalisation["std"])
     return net.eval()
 
 

@@ -26,7 +26,7 @@ import flags
 import metrics
 import models
 import training
-from masks import Masks, prune_further, select
+from masks import Masks, prune_further, seeded, select
 from runfolder import Run, finished
 
 # criticality paper, unstructured settings: epochs, interval in iterations, and r for each sparsity
@@ -39,7 +39,7 @@ SETTINGS = {  # the defaults by data set; "all" holds for each of them
     "cifar10": PAPER, "cifar100": PAPER,
     # INTERPRETATION: the main text says 150 epochs of fine-tuning, the appendix 100
     "tiny-imagenet": dict(epochs_prune=50, epochs_finetune=100, interval=1000),
-    "smoke": dict(epochs_prune=1, epochs_finetune=1, interval=4),
+    "smoke": dict(epochs_prune=1, epochs_finetune=1, interval=4),  # upper bounds
 }
 REGEN = {0.90: 0.5, 0.95: 0.2, 0.98: 0.1}
 REGEN_TINY_IMAGENET = {0.90: 0.3, 0.95: 0.1, 0.98: 0.05}
@@ -94,7 +94,7 @@ def granet_swap(masks, rate, magnitudes, gradients, generator):
     return died, grown
 
 
-def ranking(args, masks, lifs, magnitudes):
+def ranking(args, masks, lifs, magnitudes, generator):
     """Return the keys by which pruned weights are brought back, best first: [M] tensors.
 
     Ties are broken by |w| before the update, then at random: within a channel all scores tie.
@@ -103,24 +103,26 @@ def ranking(args, masks, lifs, magnitudes):
         return [masks.spread({name: lif.score for name, lif in lifs.items()}), magnitudes]
     if args.metric == "gradient":
         return [masks.gradients(), magnitudes]
-    return []  # random: a seeded permutation
+    return [torch.rand(masks.total, generator=generator).to(masks.device)]  # random
 
 
 def prune_and_regenerate(args, masks, optimizer, lifs, target, progress, generator):
     """One update of Algorithm 1: from the masks as they are to exactly the target sparsity.
 
-    progress: share of the pruning stage that is over. Returns (pruned, before, regenerated):
-    [M] bool, the sparsity between the two steps, [M] bool.
+    progress: share of the pruning stage that is over. Returns (pruned, before, regenerated,
+    rescued): [M] bool, the sparsity between the two steps, [M] bool, names of layers that would
+    have lost all weights.
     """
     magnitudes = masks.magnitudes()  # of before the update
     keep = masks.keep_at(target)
     if args.metric == "granet" and args.regen > 0:
         pruned = masks.prune(keep, magnitudes, generator)
+        rescued = masks.guard()
         masks.apply(optimizer)  # as GraNet's code runs: what this step cut can come back at 0 only
         died, regenerated = granet_swap(masks, granet_rate(args.regen, progress), magnitudes,
                                         masks.gradients(), generator)
         n_between = int((masks.flat & ~regenerated).count_nonzero())
-        return pruned | died, 1 - n_between / masks.total, regenerated
+        return pruned | died, 1 - n_between / masks.total, regenerated, rescued
 
     # Eq. 7: prune further, to leave room for the regeneration
     pruned = masks.prune(masks.keep_at(prune_further(target, args.regen)), magnitudes, generator)
@@ -130,12 +132,10 @@ def prune_and_regenerate(args, masks, optimizer, lifs, target, progress, generat
     # schedule
     candidates = pruned if args.candidates == "new" else ~masks.flat
     count = keep - masks.n_alive
-    if count == 0:  # GMP
-        return pruned, before, torch.zeros_like(pruned)
+    keys = ranking(args, masks, lifs, magnitudes, generator) if count else []  # none for GMP
     # Eq. 5: regenerate the highest-scored pruned weights, until the sparsity is the target
-    regenerated = masks.regenerate(count, candidates, ranking(args, masks, lifs, magnitudes),
-                                   generator)
-    return pruned, before, regenerated
+    regenerated = masks.regenerate(count, candidates, keys, generator)
+    return pruned, before, regenerated, masks.guard()
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -149,6 +149,8 @@ def run_name(args):
     name = f"{Path(args.dataset).stem}-{args.model}-{method_of(args)}"
     if args.sparsity > 0:
         name += f"-{args.sparsity:g}" + (f"-r{args.regen:g}" if args.regen > 0 else "")
+    if args.regen > 0:  # readings that are not the default have names of their own
+        name += "-new" * (args.candidates == "new") + "-mean" * (args.aggregate == "mean")
     return f"{name}-seed{args.seed}"
 
 
@@ -184,7 +186,7 @@ def main(argv=None):
             return summary
         device = training.set_up(args)
         images = data.load(args.dataset, args.data_dir, args.train_limit,
-                           test_limit=args.train_limit if args.smoke else None).to(device)
+                           flags.SMOKE_IMAGES if args.smoke else None).to(device)
         net = training.build(args, images).to(device, memory_format=torch.channels_last)
         masks = Masks(net)
         optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum,
@@ -205,9 +207,11 @@ def main(argv=None):
 
     lifs = models.lifs(net)
     forward = torch.compile(net) if args.compile else net
-    with flags.exits(1, FloatingPointError, OSError), run.catching_signals():
-        run.header(images, net, f"{num_updates} updates, 0 -> {100 * args.sparsity:g} % sparse, "
-                   f"regeneration {100 * args.regen:g} % by {args.metric}")
+    with flags.exits(1, FloatingPointError, OSError, torch.OutOfMemoryError), run.catching_signals():
+        run.header(images, net, "dense, no updates" if args.sparsity == 0 else
+                   f"{num_updates} updates, 0 -> {100 * args.sparsity:g} % sparse, " +
+                   (f"regeneration {100 * args.regen:g} % by {args.metric}" if args.regen > 0
+                    else "no regeneration (GMP)"))
         if args.init is not None and run.iteration == 0:
             run.notes["dense_accuracy"] = training.evaluate(forward, net, images, args)["accuracy"]
 
@@ -220,7 +224,8 @@ def main(argv=None):
                 is_update = update <= num_updates and run.iteration == update * args.interval
                 # INTERPRETATION: the samples that are scored are this batch
                 scored = is_update and args.regen > 0 and args.metric == "criticality"
-                models.record(net, args.aggregate if scored else None)
+                if scored:
+                    models.record(net, args.aggregate)
 
                 with training.autocast(args):
                     logits = forward(x)  # [T, N, K]
@@ -237,10 +242,11 @@ def main(argv=None):
                 if is_update:
                     run.meter.check()
                     target = sparsity_at(update, num_updates, args.sparsity)
-                    pruned, before, regenerated = prune_and_regenerate(
+                    pruned, before, regenerated, rescued = prune_and_regenerate(
                         args, masks, optimizer, lifs, target, run.iteration / stages.steps("prune"),
-                        torch.Generator().manual_seed(args.seed * 2**32 + run.iteration))
-                    for name in masks.guard():
+                        seeded(args.seed, run.iteration))
+                    models.record(net, None)
+                    for name in rescued:
                         run.say(f"  note: {name} would have lost all weights; its largest one "
                                 f"is kept")
                     masks.apply(optimizer)
@@ -250,7 +256,8 @@ def main(argv=None):
                           training.evaluate(forward, net, images, args), masks.sparsity)
 
         # What came of it
-        counts = metrics.count(net, images.x_test.split(args.batch_size), masks.alive)
+        with training.autocast(args):
+            counts = metrics.count(net, images.x_test.split(args.batch_size), masks.alive)
         own = dict(script="prune_unstructured", method=method_of(args), macs_dense=counts["macs"])
         if args.sparsity > 0:
             own |= dict(regen=args.regen,

@@ -15,13 +15,14 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from tqdm import tqdm
 
 import metrics
 import models
+from flags import MAY_DIFFER
 from training import Meter
 
 CHECKPOINT_FORMAT = 1
@@ -46,9 +48,14 @@ def finished(args):
     path = Path(args.run_dir, "summary.json")
     if not args.resume or not path.exists():
         return None
-    summary = json.loads(path.read_text())
-    print(f"{args.run_dir} is finished: test accuracy {100 * summary['test_accuracy']:.2f} %, "
-          f"{100 * summary['sparsity']:.2f} % sparse. Nothing is left to do")
+    try:
+        summary = json.loads(path.read_text())
+        result = (f"test accuracy {100 * summary['test_accuracy']:.2f} %, "
+                  f"{100 * summary['sparsity']:.2f} % sparse")
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(f"{path} is damaged, expected the summary of a finished run. Remove it to "
+                         f"go on from the checkpoint, or start again with --overwrite") from None
+    print(f"{args.run_dir} is finished: {result}. Nothing is left to do")
     return summary
 
 
@@ -79,7 +86,11 @@ def save_tensors(path, value):
 
 def versions():
     """Return the versions of what a run depends on, flat, for config.json."""
-    found = {f"version_{name}": version(name) for name in ("torch", "torchvision", "numpy")}
+    names = ("torch", "torchvision", "numpy")
+    found = dict.fromkeys((f"version_{name}" for name in names))
+    for name in names:
+        with suppress(PackageNotFoundError):  # torchvision is needed by some data sets only
+            found[f"version_{name}"] = version(name)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
                             capture_output=True) if shutil.which("git") else None
     return found | dict(version_python=platform.python_version(),
@@ -190,16 +201,22 @@ class Run:
             raise ValueError(f"{folder} holds a run already. Go on with it by --resume, replace it "
                              f"by --overwrite, or name another --run-dir")
         if taken and args.resume:
-            self._restore()
-        if taken and args.overwrite:
+            return self._restore()
+        config = {key: value for key, value in vars(args).items()
+                  if key not in ("resume", "overwrite")}
+        config |= versions() | dict(script=Path(sys.argv[0]).stem,
+                                    device_name=device_name(self.device),
+                                    threads=torch.get_num_threads())
+        if taken:
             for name in FILES:
                 (folder / name).unlink(missing_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {key: value for key, value in vars(args).items()
-                  if key not in ("resume", "overwrite")}
-        write_json(folder / "config.json", config | versions() | dict(
-            script=Path(sys.argv[0]).stem, device_name=device_name(self.device),
-            threads=torch.get_num_threads()))
+        write_json(folder / "config.json", config)
+
+    def _flags(self):
+        """Return the flags that a run that goes on must share with its beginning."""
+        free = MAY_DIFFER | {"resume", "overwrite", "run_dir"}
+        return {flag: value for flag, value in vars(self.args).items() if flag not in free}
 
     def _restore(self):
         path = self.folder / "checkpoint.pt"
@@ -209,21 +226,25 @@ class Run:
             state = torch.load(path, map_location="cpu", weights_only=True)
             if state["format"] != CHECKPOINT_FORMAT:
                 raise ValueError(f"format {state['format']}, expected {CHECKPOINT_FORMAT}")
+            for flag, value in self._flags().items():
+                if state["flags"].get(flag) != value:
+                    raise ValueError(f"it was made with {flag} {state['flags'].get(flag)}, not "
+                                     f"{value}")
             for name, part in self.parts.items():
                 part.load_state_dict(state["parts"][name])
             self.rows, self.updates = (self._read_lines(name, state[name])
                                        for name in ("metrics", "updates"))
+            self.epoch, self.step, self.iteration = state["position"]
+            self.seconds, self.notes = state["seconds"], state["notes"]
+            self.meter.restore(state["meter"])
+            torch.set_rng_state(state["rng"])
+            if self.device.type == "cuda" and state["rng_cuda"] is not None:
+                torch.cuda.set_rng_state(state["rng_cuda"])
         except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
             detail = " ".join(str(error).split())[:200] or type(error).__name__
             raise ValueError(f"{path} does not fit this run or is damaged ({detail}). Give the "
                              f"flags that it was made with, or start again with "
                              f"--overwrite") from None
-        self.epoch, self.step, self.iteration = state["position"]
-        self.seconds, self.notes = state["seconds"], state["notes"]
-        self.meter.sums.copy_(state["meter"])
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(state["rng_cuda"])
 
     def _read_lines(self, name, count):
         """Read the first `count` rows of a log: later ones are of work that is done again."""
@@ -235,13 +256,24 @@ class Run:
         return [json.loads(line) for line in lines[:count]]
 
     def save(self):
-        """Write checkpoint.pt: all that is needed to go on bit by bit."""
+        """Write checkpoint.pt: all that is needed to go on bit by bit.
+
+        Nothing that is not finite replaces the last good one. A NaN in a weight need not reach the
+        loss: a potential that is NaN is below every threshold, so that its neuron is silent.
+        """
         self.meter.check()
+        net = self.parts["net"].state_dict()
+        finite = torch.stack([tensor.isfinite().all() for tensor in net.values()]).tolist()
+        if not all(finite):
+            raise FloatingPointError(
+                f"{list(net)[finite.index(False)]} is not finite after iteration {self.iteration}. "
+                f"A checkpoint saved before is kept; try a lower --lr")
         save_tensors(self.folder / "checkpoint.pt", {
             "format": CHECKPOINT_FORMAT, "position": [self.epoch, self.step, self.iteration],
+            "flags": self._flags(),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "metrics": len(self.rows), "updates": len(self.updates), "notes": self.notes,
-            "meter": self.meter.sums.cpu(), "rng": torch.get_rng_state(),
+            "meter": self.meter.state(), "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
             "seconds": self.seconds + time.monotonic() - self.began})
 
@@ -283,10 +315,13 @@ class Run:
                 self.meter.check()
             if self.stopped_by is not None:
                 self.save()
-                self.bar.close()
-                self.say(f"stopped after iteration {self.iteration}, saved. Go on with: "
-                         f"python {sys.argv[0]} --resume --run-dir {self.args.run_dir}")
-                raise SystemExit(128 + self.stopped_by)
+                self._stop()
+
+    def _stop(self):
+        self.bar.close()
+        self.say(f"stopped after iteration {self.iteration}, saved. Go on with: python "
+                 f"{shlex.join([sys.argv[0], '--resume', '--run-dir', self.args.run_dir])}")
+        raise SystemExit(128 + self.stopped_by)
 
     def header(self, images, net, plan):
         """Say what runs, on what, where; plan: what the script does, in a line."""
@@ -318,8 +353,8 @@ class Run:
         stage, within, count = self.stages.place(self.epoch)
         self.meter.check()
         if not math.isfinite(test["loss"]):
-            raise FloatingPointError(f"the test loss is not finite after iteration {self.iteration}. "
-                                     f"The last good checkpoint is kept; try a lower --lr")
+            raise FloatingPointError(f"the test loss is not finite after iteration "
+                                     f"{self.iteration}. A checkpoint saved before is kept; try a lower --lr")
         loss, accuracy = self.meter.means()
         now = time.monotonic()
         seconds, self.seconds, self.began = self.seconds + now - self.began, 0.0, now
@@ -337,8 +372,9 @@ class Run:
                  f"{100 * sparsity:.1f} %  firing {test['rate']:.3f}  {seconds:.0f} s  left "
                  f"{duration(left)}")
         if test["silent"]:
-            self.say(f"  note: no neuron of {', '.join(test['silent'])} fired on "
-                     f"the whole test set")
+            self.say(f"  note: no neuron of {', '.join(test['silent'])} fired on the whole test set")
+        if self.stopped_by is not None:
+            self._stop()
 
     def finish(self, net, alive, counts, **summary):
         """Write model.pt, curves.png and, last, summary.json; return the summary.

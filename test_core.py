@@ -20,7 +20,15 @@ from neurons import LIF, criticality, surrogate, surrogate_grad
 
 
 def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+    return masks_file.seeded(seed)
+
+
+def test_generators_depend_on_all_of_their_numbers():
+    draws = {tuple(torch.rand(3, generator=masks_file.seeded(seed, iteration)).tolist())
+             for seed in range(5) for iteration in (0, 1, 25, 2**32)}
+    assert len(draws) == 20
+    assert torch.equal(torch.rand(3, generator=masks_file.seeded(4, 2)),
+                       torch.rand(3, generator=masks_file.seeded(4, 2)))
 
 
 class _Spike(torch.autograd.Function):
@@ -331,12 +339,23 @@ def test_model_files_that_are_none(tmp_path):
     net = models.build("small", 3, 1, 8, 2, [2, 2, 2, 2])
     good, path = models.pack(net), tmp_path / "model.pt"
     name = "convs.1.conv.weight"
-    cases = {"format": good | {"format": 0}, "keys": {"a": 1}, "widths": good | {"widths": [2, 2]},
-             "tensors": good | {"widths": [2, 2, 2, 3]},
-             "pruned are not 0": good | {
-                 "masks": {name: torch.zeros(2, 2, 3, 3, dtype=torch.bool)}},
-             "fits no weight": good | {"masks": {name: torch.ones(2, 2, dtype=torch.bool)}}}
-    for word, content in cases.items():
+
+    def masks(**changed):
+        return good | {"masks": {n: mask for n, mask in (good["masks"] | changed).items()
+                                 if mask is not None}}
+
+    cases = [
+        ("format", good | {"format": 0}), ("keys", {"a": 1}), ("keys", [1, 2]),
+        ("widths", good | {"widths": [2, 2]}), ("tensors", good | {"widths": [2, 2, 2, 3]}),
+        ("tensors", good | {"widths": 3}), ("tensors", good | {"state_dict": [1]}),
+        ("tensors", good | {"normalisation": {}}), ("tensors", good | {"name": "vgg19"}),
+        ("tensors", good | {"normalisation": {"mean": [0, 0, 0], "std": [1]}}),
+        ("tensors", masks(**{name: "all"})), ("no mask that fits", masks(**{name: None})),
+        ("no mask that fits", masks(**{name: torch.ones(2, 2, dtype=torch.bool)})),
+        ("no mask that fits", masks(**{name: torch.ones(2, 2, 3, 3)})),
+        ("masks of no weight", masks(other=torch.ones(2, dtype=torch.bool))),
+        ("pruned are not 0", masks(**{name: torch.zeros(2, 2, 3, 3, dtype=torch.bool)}))]
+    for word, content in cases:
         torch.save(content, path)
         with pytest.raises(ValueError, match=word):
             models.load(path)
@@ -401,11 +420,13 @@ def test_select_is_seeded_fair_and_strict():
         select(eligible, 9, [zeros], generator())
     for bad in (math.nan, math.inf):
         with pytest.raises(FloatingPointError, match="finite"):
-            select(eligible, 7, [torch.full((8,), bad)], generator())
+            select(eligible, 4, [torch.tensor([bad, 1, 1, 1, 1, 1, 0, 0])], generator())
 
 
-def test_kth_largest_on_both_paths():
-    values = torch.randn(1001, generator=generator())
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a GPU"))])
+def test_kth_largest(device):
+    values = torch.randn(1001, generator=generator()).to(device)
     for k in (1, 2, 500, 1001):
         assert masks_file.kth_largest(values, k) == values.sort(descending=True).values[k - 1]
 
@@ -515,7 +536,7 @@ def test_algorithm_1_counts_are_exact(metric, regen, candidates, equal):
         momentum = torch.cat([optimizer.state[w]["momentum_buffer"].flatten()
                               for w in masks.weights.values()])
         target = script.sparsity_at(update, 6, 0.9)
-        pruned, between, back = script.prune_and_regenerate(args, masks, optimizer, lifs, target,
+        pruned, between, back, _ = script.prune_and_regenerate(args, masks, optimizer, lifs, target,
                                                             update / 6, generator(update))
         survivors = before & ~pruned
         if metric != "granet" or regen == 0:
@@ -565,7 +586,7 @@ def test_regeneration_equals_brute_force(metric, candidates):
         else:
             scores = torch.cat([w.grad.flatten() for w in masks.weights.values()]).abs()
         target = script.sparsity_at(update, 5, 0.8)
-        pruned, _, back = script.prune_and_regenerate(args, masks, optimizer, lifs, target, 0,
+        pruned, _, back, _ = script.prune_and_regenerate(args, masks, optimizer, lifs, target, 0,
                                                       generator())
         cut, _, tie_in_cut = brute_force(before, int((before & ~pruned).sum()), [magnitudes])
         competing = pruned if candidates == "new" else ~(before & ~pruned)
@@ -589,31 +610,35 @@ def test_candidates_all_and_new_differ():
         masks.flat[3] = False  # 0.2, of the channel with the higher score, died long ago
         masks.flat[2] = False
         args = Flags(candidates=candidates)
-        pruned, _, back[candidates] = script.prune_and_regenerate(
+        pruned, _, back[candidates], _ = script.prune_and_regenerate(
             args, masks, torch.optim.SGD(net.parameters(), 0.1), lifs, 1 / 3, 0, generator())
         assert flat_indices(pruned) == [0, 1]
     assert flat_indices(back["all"]) == [2, 3] and flat_indices(back["new"]) == [0, 1]
 
 
+def ten_and_one():
+    """Ten weights of 0.1 to 1.0 and a layer with one large weight: no layer is ever emptied."""
+    net = TwoLayers([[0.1 * i for i in range(1, 11)]], [[5.0]])
+    for weight in (net.a.weight, net.b.weight):
+        weight.grad = torch.zeros_like(weight)
+    return net, Masks(net)
+
+
 def test_random_brings_back_each_with_the_same_chance():
-    counts = torch.zeros(10)
-    for seed in range(300):
-        masks = Masks(TwoLayers([[0.1 * i for i in range(1, 6)]],
-                                [[0.6], [0.7], [0.8], [0.9], [1.0]]))
-        script.prune_and_regenerate(Flags(metric="random"), masks, None, {}, 0.6, 0,
+    counts = torch.zeros(11)
+    for seed in range(400):
+        _, masks = ten_and_one()
+        script.prune_and_regenerate(Flags(metric="random"), masks, None, {}, 6 / 11, 0,
                                     generator(seed))
-        assert masks.n_alive == 4 and masks.flat[8:].all()
+        assert masks.n_alive == 5 and masks.flat[8:].all()  # 3 survive, 2 come back
         counts += masks.flat
-    assert ((counts[:8] > 45) & (counts[:8] < 105)).all()  # 75 each, expected: 2 of 8
+    assert ((counts[:8] > 65) & (counts[:8] < 135)).all()  # 100 each, expected: 2 of 8
 
 
 def test_gradients_of_zero_still_bring_back_the_count():
-    net = TwoLayers([[0.1 * i for i in range(1, 6)]], [[0.6], [0.7], [0.8], [0.9], [1.0]])
-    for weight in (net.a.weight, net.b.weight):
-        weight.grad = torch.zeros_like(weight)
-    masks = Masks(net)
-    script.prune_and_regenerate(Flags(metric="gradient"), masks, None, {}, 0.6, 0, generator())
-    assert flat_indices(masks.flat) == [6, 7, 8, 9]  # all scores tie: by |w|
+    _, masks = ten_and_one()
+    script.prune_and_regenerate(Flags(metric="gradient"), masks, None, {}, 6 / 11, 0, generator())
+    assert flat_indices(masks.flat) == [6, 7, 8, 9, 10]  # all scores tie: by |w|
 
 
 def test_guard_keeps_every_layer_and_the_count():
@@ -698,13 +723,26 @@ def test_granet_zeroes_the_global_cut_before_it_regrows():
     net.b.weight.grad = torch.zeros(1, 2)
     masks = Masks(net)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    pruned, before, back = script.prune_and_regenerate(
+    pruned, before, back, _ = script.prune_and_regenerate(
         Flags(metric="granet", regen=0.34), masks, optimizer, {}, 1 / 6, 0, generator())
     assert flat_indices(pruned) == [1, 2, 3, 5] and flat_indices(back) == [2, 3, 5]
     assert before == pytest.approx(4 / 6)
     masks.apply(optimizer)
     assert net.a.weight.flatten().tolist() == pytest.approx([0.9, 0, 0.4, 0])
     assert net.b.weight.flatten().tolist() == pytest.approx([1.0, 0.8])
+
+
+def test_granet_keeps_the_largest_weight_of_a_layer_that_its_global_cut_would_empty():
+    net = TwoLayers([[0.01, -0.03, 0.02]], [[0.5, 0.6], [0.7, 0.8]])
+    for weight in (net.a.weight, net.b.weight):
+        weight.grad = torch.zeros_like(weight)
+    masks, optimizer = Masks(net), torch.optim.SGD(net.parameters(), 0.1)
+    *_, rescued = script.prune_and_regenerate(Flags(metric="granet", regen=0.5), masks, optimizer,
+                                              {}, 5 / 7, 1, generator())
+    masks.apply(optimizer)
+    assert rescued == ["a.weight"] and masks.per_layer(masks.flat) == [1, 1]
+    assert net.a.weight.flatten().tolist() == pytest.approx([0, -0.03, 0])
+    assert net.b.weight.flatten().tolist() == pytest.approx([0, 0, 0, 0.8])
 
 
 # ---- training and metrics ------------------------------------------------------------------------
@@ -819,6 +857,20 @@ def test_synaptic_operations_equal_loops(name):
     assert counts["sops"] > 100 and counts["sops"] < counts["sops_nominal"]
     assert counts["energy_mj"] == pytest.approx(
         (4.6 * counts_first(net) + 0.9 * counts["sops"]) * 1e-9)
+
+
+@pytest.mark.parametrize("name, expected", [("vgg16", 245_617_664), ("resnet19", 470_264_320)])
+def test_synaptic_operations_at_rate_one(name, expected):
+    """All inputs of all layers but the first spike: the sheet's totals, borders exact."""
+    net, inputs = models.build(name, 10, 3, 32, 1).eval(), {}
+    layers = {n: net.get_submodule(n) for n in
+              (weight.removesuffix(".weight") for weight in models.scored_by(net))}
+    with metrics.hooks(layers, before=lambda n, x: inputs.update({n: x[0].shape})):
+        net(torch.zeros(1, 3, 32, 32))
+    total = sum(metrics.fan_out(module, torch.ones_like(module.weight, dtype=torch.bool),
+                                torch.full(inputs[n], float(net.averaged.get(n, 1))))
+                for n, module in list(layers.items())[1:])
+    assert total == expected
 
 
 def counts_first(net):

@@ -211,8 +211,8 @@ def test_limits_are_balanced_and_in_file_order(tmp_path):
     x = np.zeros((11, 8, 8), np.uint8) + np.arange(11, dtype=np.uint8)[:, None, None]
     path = save(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, y_test=y)
 
-    def kept(train_limit, test_limit=None):
-        dataset = data.load(path, train_limit=train_limit, test_limit=test_limit)
+    def kept(train_limit, at_most=None):
+        dataset = data.load(path, train_limit=train_limit, at_most=at_most)
         assert np.array_equal(dataset.y_train, y[dataset.x_train[:, 0, 0, 0].numpy()])
         assert dataset.num_classes == 3
         return dataset
@@ -224,7 +224,11 @@ def test_limits_are_balanced_and_in_file_order(tmp_path):
         assert dataset.mean == pytest.approx([np.mean(turns[:limit]) / 255], rel=1e-12)
         assert len(dataset.x_test) == 11
     for limit in (1, 4, 11, 50):
-        assert kept(3, limit).x_test[:, 0, 0, 0].tolist() == sorted(turns[:limit])
+        for train_limit in (7, None):
+            dataset = kept(train_limit, limit)
+            first = turns[:min(limit, train_limit or 11)]
+            assert dataset.x_train[:, 0, 0, 0].tolist() == sorted(first)
+            assert dataset.x_test[:, 0, 0, 0].tolist() == sorted(turns[:limit])
     for limit in (12, 2, 0, -1):
         assert f"--train-limit is {limit}" in message_of(ValueError, path, train_limit=limit)
 

@@ -7,6 +7,7 @@
     training.evaluate(net, net, images, args)        # loss, accuracy, firing rate of the test set
 """
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +26,31 @@ def set_up(args):
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same run
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: it is what all else is compared with
     return torch.device(args.device)
 
 
 def build(args, images):
-    """Return the network of a run, on the CPU: as the flags ask for,
-    or with the weights of --init."""
+    """Return the network of a run, on the CPU: as the flags ask for, or with --init's weights."""
+    side = images.x_train.shape[2]
+    for flag in ("crop", "cutout"):
+        if getattr(args, flag) >= side:
+            raise ValueError(f"--{flag} is {getattr(args, flag)}, expected less than the {side} "
+                             f"pixels of an image of {args.dataset}. Lower it")
     if args.batch_size > len(images.x_train):
         raise ValueError(f"--batch-size is {args.batch_size}, but {args.dataset} has "
                          f"{len(images.x_train)} training images here, expected at most as many. "
                          f"Lower it")
-    net = models.build(args.model, images.num_classes, images.x_train.shape[1],
-                       images.x_train.shape[2], args.time_steps,
-                       models.default_widths(args.model, args.width))
+    net = models.build(args.model, images.num_classes, images.x_train.shape[1], side,
+                       args.time_steps, models.default_widths(args.model, args.width))
     net.set_normalisation(images.mean, images.std)
-    if args.init is not None:
-        source = models.unpack(models.read(args.init), args.init)
+    goes_on = args.resume and Path(args.run_dir, "checkpoint.pt").exists()
+    if args.init is not None and not goes_on:
+        packed = models.read(args.init)
+        source = models.unpack(packed, args.init)
+        if not all(mask.all() for mask in packed["masks"].values()):
+            raise ValueError(f"{args.init} is a pruned network, expected a dense one: Algorithm 1 "
+                             f"starts from all weights. Train one with --sparsity 0")
         for key in ("name", "num_classes", "in_channels", "image_size", "widths"):
             if source.config[key] != net.config[key]:
                 raise ValueError(f"{args.init} has {key} {source.config[key]}, expected "
@@ -106,14 +116,15 @@ class Meter:
     """Running sums of an epoch, kept on the device: nothing is copied to the host at each step."""
 
     def __init__(self, device):
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, correct, samples
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
+        self.samples = 0
         self.bad = torch.zeros((), dtype=torch.int64, device=device)  # first iteration with no loss
 
     @torch.no_grad()
     def add(self, loss, logits, labels, iteration=0):
         right = (logits.sum(0).argmax(1) == labels).sum()
-        n = labels.new_tensor(len(labels))
-        self.sums += torch.stack([loss.double() * n, right.double(), n.double()])
+        self.sums += torch.stack([loss.double() * len(labels), right.double()])
+        self.samples += len(labels)
         self.bad = torch.where((self.bad == 0) & ~loss.isfinite(), iteration, self.bad)
 
     def check(self):
@@ -121,12 +132,19 @@ class Meter:
         if self.bad:
             raise FloatingPointError(
                 f"the loss is not finite (NaN or infinite) at iteration {int(self.bad)}. "
-                f"The last good checkpoint is kept; try a lower --lr")
+                f"A checkpoint saved before is kept; try a lower --lr")
 
     def means(self):
         """Return (mean loss, accuracy in 0..1)."""
-        loss, correct, samples = self.sums.tolist()
-        return loss / samples, correct / samples
+        loss, correct = self.sums.tolist()
+        return loss / self.samples, correct / self.samples
+
+    def state(self):
+        return self.sums.cpu(), self.samples
+
+    def restore(self, state):
+        self.sums.copy_(state[0])
+        self.samples = state[1]
 
 
 def evaluate(forward, net, images, args):
@@ -137,7 +155,6 @@ def evaluate(forward, net, images, args):
     """
     meter = Meter(images.x_test.device)
     net.eval()
-    models.record(net, None)
     with torch.inference_mode(), metrics.firing(net) as spikes:
         for x, y in zip(images.x_test.split(args.batch_size), images.y_test.split(args.batch_size)):
             with autocast(args):
