@@ -193,7 +193,7 @@ class Run:
             if path.exists() and not path.is_dir():
                 raise ValueError(f"{path} is a file, expected a folder (or nothing yet) there. "
                                  f"Name another --run-dir")
-        taken = folder.is_dir() and any(folder.iterdir())
+        taken = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
         if taken and not (folder / "config.json").exists():
             raise ValueError(f"{folder} is not empty and holds no run, expected a new folder or "
                              f"one with a config.json. Name another --run-dir")
@@ -354,7 +354,8 @@ class Run:
         self.meter.check()
         if not math.isfinite(test["loss"]):
             raise FloatingPointError(f"the test loss is not finite after iteration "
-                                     f"{self.iteration}. A checkpoint saved before is kept; try a lower --lr")
+                                     f"{self.iteration}. A checkpoint saved before is kept; "
+                                     f"try a lower --lr")
         loss, accuracy = self.meter.means()
         now = time.monotonic()
         seconds, self.seconds, self.began = self.seconds + now - self.began, 0.0, now
