@@ -130,6 +130,8 @@ def test_lif_equals_a_plain_loop(layout, v_reset, dtype, monkeypatch):
         (spikes * weights).sum().backward()
         results.append((spikes, leaf.grad, x))
     (ours, grad, x), (plain, plain_grad, _) = results
+    h = neurons._LIF.apply(x, lif.tau, lif.v_threshold, lif.v_reset, lif.alpha)[1]
+    assert torch.equal(h, plain_lif(x.detach(), lif)[1])  # bit by bit: a true division by tau
     assert ours.shape == plain.shape and ours.dtype == dtype
     assert 0.02 < ours.float().mean() < 0.9
     assert torch.equal(ours, plain)
@@ -487,6 +489,8 @@ def test_regeneration_by_hand():
     assert (row["pruned"], row["regenerated"], row["survived"]) == (6, 3, 0.5)
     assert [layer["alive"] for layer in row["layers"]] == [5, 1]
     assert masks.share_regenerated == 0.5
+    masks.account(masks.prune(3, masks.magnitudes(), generator()), torch.zeros_like(back))
+    assert not (masks.returned & ~masks.flat).any()  # whoever leaves is forgotten
 
 
 def test_prune_further_leaves_room():
