@@ -259,6 +259,18 @@ def test_dead_weights_stay_dead_while_fine_tuning():
             assert state["state"][index]["momentum_buffer"][~masks[name]].count_nonzero() == 0
 
 
+def test_ties_depend_on_the_seed_and_the_update(monkeypatch):
+    seeded, drawn = prune_unstructured.seeded, []
+
+    def watch(*numbers):
+        drawn.append(numbers)
+        return seeded(*numbers)
+
+    monkeypatch.setattr(prune_unstructured, "seeded", watch)
+    run("--seed", 3, "--epochs-finetune", 0)
+    assert drawn == [(3, 6), (3, 12), (3, 18), (3, 24), (3, 30)]
+
+
 def test_scores_are_taken_from_the_batch_of_the_update(monkeypatch):
     """The criticality that ranks is that of the forward pass just before, and of no other batch."""
     ranked, seen = [], []
