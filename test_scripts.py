@@ -363,6 +363,24 @@ def test_resume_from_any_step(step, monkeypatch):
     assert_same_run("unbroken", "r")
 
 
+def test_work_after_the_last_checkpoint_is_done_again(monkeypatch, capsys):
+    """Die inside the second epoch, after updates that no checkpoint knows, without saving."""
+    run("--run-dir", "unbroken")
+    add = training.Meter.add
+
+    def die(self, loss, logits, labels, at=0):
+        add(self, loss, logits, labels, at)
+        if at == 31:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Meter, "add", die)
+    assert "interrupted" in wrong(capsys, "--run-dir", "r", code=130)
+    assert len(lines("r", "updates")) == 5 and len(lines("r", "metrics")) == 1
+    monkeypatch.setattr(training.Meter, "add", add)
+    run("--run-dir", "r", "--resume")
+    assert_same_run("unbroken", "r")
+
+
 @pytest.mark.parametrize("given", [
     ["--metric", "granet", "--no-flip"], ["--metric", "random", "--candidates", "new"],
     ["--precision", "bf16", "--crop", "3", "--cutout", "5"], ["--metric", "gradient"],
