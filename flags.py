@@ -143,8 +143,8 @@ def parse(parser, argv, settings, complete, run_name):
     settings: {data set: {flag: default}}, the script's own, beside DATASETS and COMMON; "all" holds
     for all data sets, "smoke" for --smoke, and a path has those of fashion-mini. Each source
     overrides the one before: COMMON, the data set, --smoke, the config.json of a run that is
-    resumed, what is given. complete(args) fills in what depends on other flags; run_name(args)
-    names the run's folder.
+    resumed, what is given. complete(args, explicit) fills in what depends on other flags; explicit:
+    those that the command line or that config.json gives. run_name(args) names the run's folder.
     """
     tables = {name: DATASETS[name] | settings[name] for name in DATASETS}
     shared = COMMON | settings["all"]
@@ -162,7 +162,8 @@ def parse(parser, argv, settings, complete, run_name):
         args = argparse.Namespace(**{**shared, **table, **config, **given})
         for flag, bound in smoke.items():
             setattr(args, flag, min(getattr(args, flag), bound))
-        complete(args)
+        with exits(2, ValueError):
+            complete(args, config | given)
         return args
 
     args = resolve({})

@@ -77,6 +77,15 @@ def select(eligible, k, keys, generator):
     return chosen
 
 
+def reactivate(pruned, count, keys, generator=None):
+    """Return which pruned units come back, [M] bool: the `count` highest-scored ones (Eq. 5).
+
+    pruned: [M] bool, the candidates: weights, or channels. keys: the score of each unit, then what
+    breaks ties. See select().
+    """
+    return select(pruned, count, keys, generator)  # Eq. 5
+
+
 class Masks:
     """The masks of a network and what happened to them.
 
@@ -161,13 +170,13 @@ class Masks:
         return before & ~self.flat
 
     def regenerate(self, count, candidates, keys, generator):
-        """Bring back the `count` best candidates (Eq. 5); return what came back, [M] bool.
+        """Bring back the `count` best candidates; return what came back, [M] bool.
 
         candidates: [M] bool, none of them alive. keys: the score of each weight, then |w| from
         before the update. A weight that was pruned in this same update still has its value and
         keeps it; one that was dead before comes back at 0 and grows from its next gradient.
         """
-        back = select(candidates & ~self.flat, count, keys, generator)  # Eq. 5
+        back = reactivate(candidates & ~self.flat, count, keys, generator)
         self.flat |= back
         return back
 

@@ -20,12 +20,16 @@ What is counted, and how:
 - Firing rate: spikes / (T * N * neurons), of the network over all its neurons, not the mean of the
   layers' rates.
 """
+import math
+import statistics
+import time
 from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import models
 from models import lifs, scored_by
 
 PJ_PER_MAC, PJ_PER_SOP = 4.6, 0.9
@@ -89,6 +93,32 @@ def parameters(net, alive=None):
                 sparsity=1 - n_alive / prunable, sparsity_all=(prunable - n_alive) / total)
 
 
+@torch.no_grad()
+def macs(config):
+    """Return {layer: MACs of one time step} of the network models.build(**config), without
+    computing anything: it is built and run on torch's meta device."""
+    with torch.device("meta"):
+        net = models.build(**config).eval()
+        layers = {name.removesuffix(".weight"): net.get_submodule(name.removesuffix(".weight"))
+                  for name in scored_by(net)}
+        counted = {}
+
+        def leave(name, y):
+            counted[name] = layers[name].weight.numel() * y.shape[2:].numel()
+
+        with hooks(layers, after=leave):
+            net(torch.empty(1, config["in_channels"], config["image_size"], config["image_size"]))
+    return counted
+
+
+def conventions(layers, time_steps):
+    """Return the three MAC counts of an image from those of macs(): one step; all steps, the first
+    layer once; all steps of every layer."""
+    total, first = sum(layers.values()), next(iter(layers.values()))
+    return dict(macs=total, macs_first_once=time_steps * (total - first) + first,
+                macs_every_step=time_steps * total)
+
+
 def fan_out(module, mask, inputs):
     """Return the synaptic operations that a map of spike counts causes in a layer (a float).
 
@@ -114,18 +144,15 @@ def count(net, batches, alive=None):
     layers = {name.removesuffix(".weight"): net.get_submodule(name.removesuffix(".weight"))
               for name in scored_by(net)}
     first = next(iter(layers))
-    sums, macs, runs, images_seen = {}, {}, {}, 0
+    layer_macs = macs(net.config)
+    sums, runs, images_seen = {}, {}, 0
 
     def arrive(name, x):
         spikes = x.sum(0, dtype=torch.float64) * net.averaged.get(name, 1)
         sums[name] = sums[name] + spikes if name in sums else spikes
         runs[name] = runs.get(name, 0) + len(x)
 
-    def leave(name, y):
-        positions = y.shape[2] * y.shape[3] if y.dim() == 4 else 1
-        macs[name] = layers[name].weight.numel() * positions
-
-    with firing(net) as spikes, hooks(layers, before=arrive, after=leave):
+    with firing(net) as spikes, hooks(layers, before=arrive):
         for images in batches:
             net(images)
             images_seen += len(images) if images.dim() == 4 else images.shape[1]
@@ -133,7 +160,7 @@ def count(net, batches, alive=None):
 
     rate, by_layer = rates(spikes)
     steps = max(runs.values()) / images_seen
-    first_macs = macs[first] * runs[first] / images_seen  # once, or with a time axis every step
+    first_macs = layer_macs[first] * runs[first] / images_seen  # once, or every step
     sops = nominal = 0.0
     for name, module in layers.items():
         if name == first:
@@ -143,10 +170,32 @@ def count(net, batches, alive=None):
         sops += fan_out(module, weight_mask, sums[name]) / images_seen
         share = (float(sums[name].sum()) / (runs[name] * sums[name].numel())
                  / net.averaged.get(name, 1))
-        nominal += share * macs[name] * steps
-    total = sum(macs.values())
-    return parameters(net, alive) | dict(
-        macs=total, macs_first_once=round(steps * (total - macs[first])) + macs[first],
-        macs_every_step=round(steps * total), sops=sops, sops_nominal=nominal,
+        nominal += share * layer_macs[name] * steps
+    return parameters(net, alive) | conventions(layer_macs, round(steps)) | dict(
+        sops=sops, sops_nominal=nominal,
         energy_mj=(PJ_PER_MAC * first_macs + PJ_PER_SOP * sops) * 1e-9,
         firing_rate=rate, firing_rates=by_layer)
+
+
+@torch.inference_mode()
+def speedup(dense, small, images, seconds=2.0):
+    """Return how many times faster `small` predicts than `dense`: the median over pairs of runs,
+    one network after the other, so that both see the same moods of the machine.
+
+    images: a batch on the device of the two networks, which are put into eval mode. seconds: how
+    long to measure; at least 5 pairs, at most 200, after two that only warm up.
+    """
+    def timed(net):
+        started = time.perf_counter()
+        net(images)
+        if images.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    dense.eval(), small.eval()
+    ratios, end = [], math.inf
+    while len(ratios) < 7 or (time.perf_counter() < end and len(ratios) < 202):
+        if len(ratios) == 2:
+            end = time.perf_counter() + seconds
+        ratios.append(timed(dense) / timed(small))
+    return statistics.median(ratios[2:])

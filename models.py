@@ -181,6 +181,13 @@ class VGG(SpikingNet):
         repeat = self.fc.in_features // self.convs[last].conv.out_channels
         return names | {"fc.weight": Scored(f"lifs.{last}", 1, repeat)}
 
+    def removable(self):
+        last = len(self.convs) - 1
+        repeat = self.fc.in_features // self.convs[last].conv.out_channels
+        groups = {f"convs.{i}": Removable(i, f"lifs.{i}", f"convs.{i + 1}.conv.weight")
+                  for i in range(last)}
+        return groups | {f"convs.{last}": Removable(last, f"lifs.{last}", "fc.weight", repeat)}
+
 
 class Block(nn.Module):
     """conv-BN-LIF-conv-BN, plus the shortcut, then LIF: the sum is taken before the neuron."""
@@ -242,6 +249,11 @@ class ResNet19(SpikingNet):
                 scored[f"blocks.{i}.shortcut.conv.weight"] = Scored(f"blocks.{i}.lif2", 0)
         return scored | {"fc1.weight": Scored("lif_fc", 0), "fc2.weight": Scored("lif_fc", 1)}
 
+    def removable(self):
+        return {f"blocks.{i}.conv1": Removable(1 + 2 * i, f"blocks.{i}.lif1",
+                                               f"blocks.{i}.conv2.conv.weight")
+                for i in range(len(self.blocks))}
+
 
 class Scored(NamedTuple):
     """Which LIF scores a weight: its name, the weight's dimension that its channels run along (0:
@@ -261,6 +273,26 @@ def scored_by(net):
     feeds no LIF: its weights take the score of the channel that they read.
     """
     return net.scored_by()
+
+
+class Removable(NamedTuple):
+    """Where the output channels of a ConvBN go: the place of their number in the list of widths,
+    the LIF that they feed, the weight that reads them along its dimension 1, and how many
+    neighbouring indices of it one channel owns (more than 1 where a map was flattened)."""
+
+    width: int
+    lif: str
+    reader: str
+    repeat: int = 1
+
+
+def removable(net):
+    """Return {name of a ConvBN whose channels can be removed: Removable}, in the network's order.
+
+    VGG: every convolution. ResNet-19: the inner channels of each block; block outputs are added to
+    each other, so their number is that of the whole stage.
+    """
+    return net.removable()
 
 
 def lifs(net):

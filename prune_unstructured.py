@@ -21,7 +21,6 @@ from pathlib import Path
 
 import torch
 
-import data
 import flags
 import metrics
 import models
@@ -154,7 +153,7 @@ def run_name(args):
     return f"{name}-seed{args.seed}"
 
 
-def complete(args):
+def complete(args, _):
     """Fill in the defaults that depend on other flags."""
     if args.regen is None:
         args.regen = default_regen(args.metric, args.sparsity, args.dataset)
@@ -185,14 +184,11 @@ def main(argv=None):
         if (summary := finished(args)) is not None:
             return summary
         device = training.set_up(args)
-        images = data.load(args.dataset, args.data_dir, args.train_limit,
-                           flags.SMOKE_IMAGES if args.smoke else None).to(device)
-        net = training.build(args, images).to(device, memory_format=torch.channels_last)
-        masks = Masks(net)
-        optimizer = torch.optim.SGD(net.parameters(), args.lr, args.momentum,
-                                    weight_decay=args.weight_decay)
-        stages = training.Stages(data.num_batches(len(images.x_train), args.batch_size),
-                                 prune=args.epochs_prune, finetune=args.epochs_finetune)
+        images = training.load(args, device)
+        net = training.build(args, images)
+        masks, optimizer = Masks(net), training.sgd(args, net)
+        stages = training.stages(args, images, prune=args.epochs_prune,
+                                 finetune=args.epochs_finetune)
         num_updates = stages.steps("prune") // args.interval if args.sparsity > 0 else 0
         if masks.keep_at(args.sparsity) < len(masks.sizes):
             raise ValueError(f"--sparsity is {args.sparsity}, which leaves "
@@ -217,9 +213,7 @@ def main(argv=None):
 
         # Algorithm 1. The masks start as all ones
         for epoch in range(run.epoch, stages.epochs):
-            for x, y in run.track(data.batches(
-                    images.x_train, images.y_train, args.batch_size, args.seed, epoch, run.step,
-                    args.crop, args.flip, args.cutout)):
+            for x, y in run.track(images, epoch):
                 update = run.iteration // args.interval
                 is_update = update <= num_updates and run.iteration == update * args.interval
                 # INTERPRETATION: the samples that are scored are this batch

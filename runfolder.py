@@ -1,7 +1,7 @@
 """The folder of a run: its log, its checkpoints, its results. A killed run goes on bit by bit.
 
     run = Run(args, device, stages, net=net, optimizer=optimizer, masks=masks)  # after all checks
-    for images, labels in run.track(data.batches(...)):  # counts, saves on Ctrl-C, watches for NaN
+    for x, y in run.track(images, epoch):            # counts, saves on Ctrl-C, watches for NaN
         ...
     run.end_epoch(...)                               # a line, a row of metrics.jsonl, a checkpoint
     run.finish(...)                                  # model.pt, curves.png and, last, summary.json
@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import data
 import metrics
 import models
 from flags import MAY_DIFFER
@@ -35,7 +36,7 @@ from training import Meter
 
 CHECKPOINT_FORMAT = 1
 FILES = ("config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt",
-         "summary.json", "curves.png", "channels.json", "compact.pt", "analysis.npz")
+         "summary.json", "curves.png", "channels.json", "gamma.npz", "compact.pt", "analysis.npz")
 SUMMARY_KEYS = (
     "script method dataset model seed time_steps train_limit widths test_accuracy pruned_accuracy "
     "dense_accuracy regen prune_ratio sparsity sparsity_all layers parameters parameters_alive "
@@ -57,6 +58,35 @@ def finished(args):
                          f"go on from the checkpoint, or start again with --overwrite") from None
     print(f"{args.run_dir} is finished: {result}. Nothing is left to do")
     return summary
+
+
+def read_checkpoint(folder):
+    """Return what the checkpoint of a run holds, None if there is none."""
+    path = Path(folder, "checkpoint.pt")
+    if not path.exists():
+        return None
+    with fits(path):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != CHECKPOINT_FORMAT:
+            raise ValueError(f"format {state['format']}, expected {CHECKPOINT_FORMAT}")
+        return state
+
+
+@contextmanager
+def fits(path):
+    """Turn whatever a bad checkpoint raises into one ValueError that says what to do."""
+    try:
+        yield
+    except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
+        detail = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} does not fit this run or is damaged ({detail}). Give the flags "
+                         f"that it was made with, or start again with --overwrite") from None
+
+
+def saved_widths(args):
+    """Return the widths of the network that --resume goes on with, None if it starts anew."""
+    state = read_checkpoint(args.run_dir) if args.resume else None
+    return state["widths"] if state else None
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -219,13 +249,10 @@ class Run:
         return {flag: value for flag, value in vars(self.args).items() if flag not in free}
 
     def _restore(self):
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
+        state = read_checkpoint(self.folder)
+        if state is None:
             return
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["format"] != CHECKPOINT_FORMAT:
-                raise ValueError(f"format {state['format']}, expected {CHECKPOINT_FORMAT}")
+        with fits(self.folder / "checkpoint.pt"):
             for flag, value in self._flags().items():
                 if state["flags"].get(flag) != value:
                     raise ValueError(f"it was made with {flag} {state['flags'].get(flag)}, not "
@@ -240,11 +267,6 @@ class Run:
             torch.set_rng_state(state["rng"])
             if self.device.type == "cuda" and state["rng_cuda"] is not None:
                 torch.cuda.set_rng_state(state["rng_cuda"])
-        except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
-            detail = " ".join(str(error).split())[:200] or type(error).__name__
-            raise ValueError(f"{path} does not fit this run or is damaged ({detail}). Give the "
-                             f"flags that it was made with, or start again with "
-                             f"--overwrite") from None
 
     def _read_lines(self, name, count):
         """Read the first `count` rows of a log: later ones are of work that is done again."""
@@ -270,7 +292,7 @@ class Run:
                 f"A checkpoint saved before is kept; try a lower --lr")
         save_tensors(self.folder / "checkpoint.pt", {
             "format": CHECKPOINT_FORMAT, "position": [self.epoch, self.step, self.iteration],
-            "flags": self._flags(),
+            "flags": self._flags(), "widths": self.parts["net"].config["widths"],
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "metrics": len(self.rows), "updates": len(self.updates), "notes": self.notes,
             "meter": self.meter.state(), "rng": torch.get_rng_state(),
@@ -300,13 +322,21 @@ class Run:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def track(self, batches):
-        """Yield batches and keep count of them; stop, saved, when a signal came.
+    def epochs_of(self, stage):
+        """Yield the epochs of a stage that are still to be done, counted over all stages."""
+        while self.epoch < self.stages.epochs and self.stages.place(self.epoch)[0] == stage:
+            yield self.epoch
+
+    def track(self, images, epoch):
+        """Yield the batches of an epoch that are still to be done, and keep count of them; stop,
+        saved, when a signal came.
 
         At a batch's body `iteration` counts it, from 1, and `step` does not yet. The loss is
         checked at each step on a CPU, now and then on a GPU, where looking means waiting.
         """
-        for batch in batches:
+        args = self.args
+        for batch in data.batches(images.x_train, images.y_train, args.batch_size, args.seed, epoch,
+                                  self.step, args.crop, args.flip, args.cutout):
             self.iteration += 1
             yield batch
             self.step += 1

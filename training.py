@@ -1,10 +1,12 @@
 """The parts of a training run that all scripts share: set-up, stages, schedule, loss, evaluation.
 
     device = training.set_up(args)                   # device and seeds
+    images = training.load(args, device)             # the data set
     net = training.build(args, images)               # as the flags ask for
-    stages = training.Stages(steps_per_epoch, prune=200, finetune=300)
+    stages = training.stages(args, images, prune=200, finetune=300)
     logits = net(images); loss = training.loss_over_time(logits, labels)
     training.evaluate(net, net, images, args)        # loss, accuracy, firing rate of the test set
+    training.score_channels(net, images, args)       # criticality over the whole training set
 """
 import ctypes
 import math
@@ -13,7 +15,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
+import data
+import flags
 import metrics
 import models
 
@@ -44,8 +49,18 @@ def _keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def build(args, images):
-    """Return the network of a run, on the CPU: as the flags ask for, or with --init's weights."""
+def load(args, device):
+    """Return the data set that the flags ask for, on the device."""
+    return data.load(args.dataset, args.data_dir, args.train_limit,
+                     flags.SMOKE_IMAGES if args.smoke else None).to(device)
+
+
+def build(args, images, widths=None):
+    """Return the network of a run, where the images are: as the flags ask for, or with --init's
+    weights.
+
+    widths: of a slimmed network, where a checkpoint holds one.
+    """
     side = images.x_train.shape[2]
     for flag in ("crop", "cutout"):
         if getattr(args, flag) >= side:
@@ -56,14 +71,14 @@ def build(args, images):
                          f"{len(images.x_train)} training images here, expected at most as many. "
                          f"Lower it")
     net = models.build(args.model, images.num_classes, images.x_train.shape[1], side,
-                       args.time_steps, models.default_widths(args.model, args.width))
+                       args.time_steps, widths or models.default_widths(args.model, args.width))
     net.set_normalisation(images.mean, images.std)
     goes_on = args.resume and Path(args.run_dir, "checkpoint.pt").exists()
     if args.init is not None and not goes_on:
         packed = models.read(args.init)
         source = models.unpack(packed, args.init)
         if not all(mask.all() for mask in packed["masks"].values()):
-            raise ValueError(f"{args.init} is a pruned network, expected a dense one: Algorithm 1 "
+            raise ValueError(f"{args.init} is a pruned network, expected a dense one: pruning "
                              f"starts from all weights. Train one with --sparsity 0")
         for key in ("name", "num_classes", "in_channels", "image_size", "widths"):
             if source.config[key] != net.config[key]:
@@ -71,7 +86,17 @@ def build(args, images):
                                  f"{net.config[key]} as the flags ask for. Give the flags that it "
                                  f"was made with, or another file")
         net.load_state_dict(source.state_dict())
-    return net
+    return net.to(images.x_train.device, memory_format=torch.channels_last)
+
+
+def sgd(args, net):
+    return torch.optim.SGD(net.parameters(), args.lr, args.momentum,
+                           weight_decay=args.weight_decay)
+
+
+def stages(args, images, **epochs):
+    """Return the Stages of a run from their lengths in epochs."""
+    return Stages(data.num_batches(len(images.x_train), args.batch_size), **epochs)
 
 
 class Stages:
@@ -107,6 +132,12 @@ def cosine(lr, step, steps):
     """Return the learning rate of a step (from 0) of a stage:
     a cosine from lr to 0 over its steps."""
     return lr * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def step_down(lr, step, steps):
+    """Return the learning rate of a step (from 0) of a stage: x 0.1 at half of it, and again at
+    three quarters: at epochs 80 and 120 of 160."""
+    return lr * 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
 
 
 def set_lr(optimizer, lr):
@@ -179,3 +210,40 @@ def evaluate(forward, net, images, args):
     rate, by_layer = metrics.rates(spikes)
     return dict(loss=loss, accuracy=accuracy, rate=rate,
                 silent=[name for name, layer in by_layer.items() if layer == 0])
+
+
+def score_channels(net, images, args, metric="criticality", aggregate="max"):
+    """Score the channels of models.removable(net) in one pass over the training set.
+
+    In eval mode, without augmentation; batches are streamed and sums are float64, so that neither
+    memory nor the score depends on how many there are. metric: "criticality", the mean over the
+    samples (Eq. 6), or "gradient", the mean over the batches of |dL/dgamma|.
+    Returns rows over the channels of all layers, on the CPU: [M] float64, and [M] bool, True where
+    a channel spiked at all.
+    """
+    groups = models.removable(net)
+    neurons = {name: net.get_submodule(group.lif) for name, group in groups.items()}
+    gammas = [net.get_submodule(name).bn.weight for name in groups]
+    scores, spiked = 0, dict.fromkeys(groups, False)
+
+    def watch(name, spikes):
+        spiked[name] = spiked[name] | spikes.transpose(0, 2).flatten(1).any(1)
+
+    net.eval()
+    for lif in neurons.values():
+        lif.record = aggregate if metric == "criticality" else None
+    pairs = list(zip(images.x_train.split(args.batch_size), images.y_train.split(args.batch_size)))
+    for x, y in tqdm(pairs, "scoring", disable=not sys.stderr.isatty(), leave=False):
+        with (torch.set_grad_enabled(metric == "gradient"), autocast(args),
+              metrics.hooks(neurons, after=watch)):
+            loss = loss_over_time(net(x), y)
+        if metric == "gradient":
+            grads = torch.autograd.grad(loss, gammas)
+            scores = scores + torch.cat(grads).abs().double() / len(pairs)
+        else:
+            batch = torch.cat([lif.score for lif in neurons.values()])
+            scores = scores + batch * (len(x) / len(images.x_train))
+    for lif in neurons.values():
+        lif.record = lif.score = None
+    net.train()
+    return scores.cpu(), torch.cat(list(spiked.values())).cpu()
