@@ -18,17 +18,16 @@ import models
 import prune_unstructured
 import runfolder
 import training
+from conftest import TIMES, assert_same_run, lines, one_line, stop_after
 from masks import Masks
 
 ROOT = Path(__file__).parent
 SHORT = ["--train-limit", "400", "--epochs-prune", "2", "--epochs-finetune", "1", "--interval", "6",
          "--width", "0.25", "--batch-size", "25"]  # 16 steps an epoch, 5 updates
-TIMES = {"seconds", "peak_memory_mib"}
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def the_name_of_the_script(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prune_unstructured.py"])
 
 
@@ -40,32 +39,12 @@ def command(*given):
     return [sys.executable, str(ROOT / "prune_unstructured.py"), *SHORT, *given]
 
 
-def lines(folder, name):
-    return [json.loads(line) for line in Path(folder, f"{name}.jsonl").read_text().splitlines()]
-
-
-def assert_same_run(one, other):
-    """Weights, masks, logs and summary agree bit by bit; times, memory and paths apart."""
-    a, b = (models.read(Path(folder, "model.pt")) for folder in (one, other))
-    for part in ("state_dict", "masks"):
-        assert a[part].keys() == b[part].keys()
-        for name in a[part]:
-            assert torch.equal(a[part][name], b[part][name]), name
-    assert lines(one, "updates") == lines(other, "updates")
-    for row, same in zip(lines(one, "metrics"), lines(other, "metrics"), strict=True):
-        assert {k: row[k] for k in row.keys() - TIMES} == {k: same[k] for k in same.keys() - TIMES}
-    a, b = (json.loads(Path(folder, "summary.json").read_text()) for folder in (one, other))
-    assert {k: a[k] for k in a.keys() - TIMES} == {k: b[k] for k in b.keys() - TIMES}
-
-
 def wrong(capsys, *given, code=2, short=True):
     """Run a command that must fail; return its one line on stderr."""
     with pytest.raises(SystemExit) as stop:
         run(*given, short=short)
     assert stop.value.code == code
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "Traceback" not in error, error
-    return error
+    return one_line(capsys)
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------
@@ -337,28 +316,12 @@ def test_a_stopped_run_goes_on_bit_by_bit(number, code):
     assert_same_run("unbroken", "r")
 
 
-def stop_after(iteration, monkeypatch, *given):
-    """Run until an iteration, and get SIGTERM there."""
-    add = training.Meter.add
-
-    def stop(self, loss, logits, labels, at=0):
-        add(self, loss, logits, labels, at)
-        if at == iteration:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(training.Meter, "add", stop)
-    with pytest.raises(SystemExit) as stopped:
-        run(*given)
-    assert stopped.value.code == 143
-    monkeypatch.setattr(training.Meter, "add", add)
-
-
 @pytest.mark.parametrize("step", [0, 5, 15, 23, 31, 40])
 def test_resume_from_any_step(step, monkeypatch):
     """Stop inside an epoch, at an update, at the end of an epoch, in fine-tuning;
     go on in one process."""
     run("--run-dir", "unbroken")
-    stop_after(step + 1, monkeypatch, "--run-dir", "r")
+    stop_after(step + 1, monkeypatch, run, "--run-dir", "r")
     run("--run-dir", "r", "--resume")
     assert_same_run("unbroken", "r")
 
@@ -391,7 +354,7 @@ def test_resume_of_other_runs_with_a_smaller_last_batch(given, monkeypatch):
         run("--sparsity", 0, "--run-dir", "dense", "--epochs-prune", 1, "--epochs-finetune", 0)
         Path("dense/model.pt").rename("dense.pt")
     run("--run-dir", "unbroken", *given)
-    stop_after(10, monkeypatch, "--run-dir", "r", *given)
+    stop_after(10, monkeypatch, run, "--run-dir", "r", *given)
     Path("dense.pt").unlink(missing_ok=True)  # a run that goes on does not need it again
     run("--run-dir", "r", "--resume", short=False)
     assert_same_run("unbroken", "r")

@@ -229,6 +229,7 @@ def score_channels(net, images, args, metric="criticality", aggregate="max"):
     def watch(name, spikes):
         spiked[name] = spiked[name] | spikes.transpose(0, 2).flatten(1).any(1)
 
+    was_training = net.training
     net.eval()
     for lif in neurons.values():
         lif.record = aggregate if metric == "criticality" else None
@@ -245,5 +246,5 @@ def score_channels(net, images, args, metric="criticality", aggregate="max"):
             scores = scores + batch * (len(x) / len(images.x_train))
     for lif in neurons.values():
         lif.record = lif.score = None
-    net.train()
+    net.train(was_training)
     return scores.cpu(), torch.cat(list(spiked.values())).cpu()

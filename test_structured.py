@@ -1,0 +1,592 @@
+"""Structured pruning: removal against masking, the choice against brute force, GReg by hand, the
+script from its command line."""
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
+
+import channels
+import data
+import metrics
+import models
+import prune_structured
+import runfolder
+import training
+from conftest import TIMES, assert_same_run, lines, one_line, stop_after
+from masks import Masks
+
+NETS = [("vgg16", 0.15), ("resnet19", 0.12), ("small", 0.5)]
+
+
+def rng(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_net(name, factor, seed=0, dtype=torch.float64):
+    """A network with random weights and BN, all of whose layers fire."""
+    torch.manual_seed(seed)
+    net = models.build(name, 10, 1, 28, 4, models.default_widths(name, factor)).to(dtype)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.3, 2)
+            torch.nn.init.uniform_(module.bias, -0.5, 2)
+            module.running_mean.uniform_(-1, 1)
+            module.running_var.uniform_(0.5, 2)
+            module.num_batches_tracked += 7
+    if name == "resnet19":  # no BN before its hidden layer
+        torch.nn.init.normal_(net.fc1.weight, 0, 1)
+        torch.nn.init.uniform_(net.fc1.bias, 0, 2)
+    net.set_normalisation([0.3], [0.3])
+    return net.eval()
+
+
+def random_kept(net, seed=0, drive=True):
+    """Keep about half of each layer's channels, one at least; the others get a beta that fires."""
+    kept = {}
+    for name, size in zip(*channels.layers(net)):
+        keep = torch.rand(size, generator=rng(seed + size)) < 0.5
+        keep[seed % size] = True
+        kept[name] = keep
+        if drive:  # a constant current of 1.5 or more crosses the threshold
+            net.get_submodule(name).bn.bias.data[~keep] = 1.5 + torch.rand(
+                int((~keep).sum()), generator=rng(seed), dtype=net.mean.dtype)
+    return kept
+
+
+def real_images(count=16, offset=0):
+    return data.load("fashion-mini").x_test[offset:offset + count]
+
+
+# ---- removing ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("name, factor", NETS)
+def test_silenced_and_rebuilt_networks_agree(name, factor, mode, seed):
+    net = random_net(name, factor, seed)
+    kept = random_kept(net, seed)
+    net.train(mode == "train")
+    masked, small = channels.silence(net, kept), channels.remove(net, kept)
+    assert masked.training == small.training == (mode == "train")
+    for offset in (0, 16):
+        found = channels.differences(masked, small, kept, real_images(offset=offset))
+        assert found["logits_differ_by"] <= 1e-10 and found["spikes_that_differ"] == 0
+        assert found["spikes_compared"] > 10_000
+    for one in (net, small):  # a silent network would agree with anything
+        with metrics.firing(one) as counts, torch.inference_mode():
+            one.eval()(real_images())
+        rate, by_layer = metrics.rates(counts)
+        assert 0.05 < rate < 0.9 and all(r > 0 for r in by_layer.values())
+
+
+@pytest.mark.parametrize("name, factor", NETS)
+def test_float32_rounds_few_spikes(name, factor, capsys):
+    net = random_net(name, factor, dtype=torch.float32)
+    kept = random_kept(net)
+    found = channels.differences(channels.silence(net, kept), channels.remove(net, kept), kept,
+                                 real_images())
+    with capsys.disabled():
+        print(f"\n{name}, float32: {found['spikes_that_differ']} of {found['spikes_compared']} "
+              f"spikes differ, logits by {found['logits_differ_by']:.2g}", end=" ")
+    assert found["spikes_that_differ"] <= 1e-4 * found["spikes_compared"]
+    if found["spikes_that_differ"] == 0:
+        assert found["logits_differ_by"] <= 1e-5
+
+
+def tampered(net, kept, change):
+    """The rebuilt network with a mistake: change(state of the small, state of the net, kept)."""
+    small = channels.remove(net, kept)
+    state = {name: tensor.clone() for name, tensor in small.state_dict().items()}
+    change(state, net.state_dict())
+    small.load_state_dict(state)
+    return small
+
+
+@pytest.mark.parametrize("place", [1, -2])
+@pytest.mark.parametrize("name, factor", NETS)
+def test_the_comparison_sees_mistakes(name, factor, place):
+    """Negative controls: each of the usual mistakes must show, in a layer with many after it in the
+    spikes, and in one of the last also in the logits."""
+    net = random_net(name, factor)
+    kept = random_kept(net, 2)
+    masked, images = channels.silence(net, kept), real_images()
+    layer, group = list(models.removable(net).items())[place]
+    n = int(kept[layer].sum())
+    assert not kept[layer][:n].all()
+
+    def statistics(state, dense):
+        for part in ("running_mean", "running_var"):
+            state[f"{layer}.bn.{part}"] = dense[f"{layer}.bn.{part}"][:n]
+
+    def columns(state, dense):
+        state[group.reader] = state[group.reader].roll(1, dims=1)
+
+    def rows(state, dense):
+        width = state[f"{layer}.conv.weight"].shape[1]
+        state[f"{layer}.conv.weight"] = dense[f"{layer}.conv.weight"][:n, :width].clone()
+
+    def beta(state, dense):
+        state[f"{layer}.bn.bias"] = dense[f"{layer}.bn.bias"][:n]
+
+    driven = channels.silence(net, kept)  # gamma only: beta still drives the channels
+    for other in kept:
+        driven.get_submodule(other).bn.bias.data.copy_(net.get_submodule(other).bn.bias)
+    cases = [(masked, tampered(net, kept, mistake)) for mistake in (statistics, columns, rows, beta)]
+    for one, other in [*cases, (driven, channels.remove(net, kept))]:
+        found = channels.differences(one, other, kept, images)
+        assert found["spikes_that_differ"] > 0
+        assert place == 1 or found["logits_differ_by"] > 1e-3
+
+
+@pytest.mark.parametrize("name, factor", [("small", 0.5), ("vgg16", 0.15)])
+def test_columns_of_a_flattened_map_are_channel_major(name, factor):
+    torch.manual_seed(0)
+    side = 3 if name == "small" else 2
+    net = models.build(name, 10, 1, 28 if name == "small" else 64, 4,
+                       models.default_widths(name, factor)).double()
+    kept = random_kept(net, 3, drive=False)
+    small, last = channels.remove(net, kept), list(kept)[-1]
+    assert net.fc.in_features == len(kept[last]) * side**2
+    maps = net.fc.weight.unflatten(1, (-1, side, side))[:, kept[last]]
+    assert torch.equal(small.fc.weight.unflatten(1, (-1, side, side)), maps)
+    minor = net.fc.weight[:, torch.cat([kept[last]] * side**2)]  # the usual mistake
+    assert minor.shape == small.fc.weight.shape and not torch.equal(minor, small.fc.weight)
+    assert torch.equal(small.fc.bias, net.fc.bias)
+
+
+@pytest.mark.parametrize("name, factor", NETS)
+def test_every_tensor_is_copied(name, factor):
+    net = random_net(name, factor)
+    kept = random_kept(net, 5, drive=False)
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    drawn_before = torch.get_rng_state()
+    small = channels.remove(net, kept)
+    assert torch.equal(drawn_before, torch.get_rng_state())
+    state, groups = small.state_dict(), models.removable(net)
+    assert state.keys() == before.keys()
+    readers = {group.reader: name for name, group in groups.items()}
+    for key, tensor in before.items():
+        assert torch.equal(net.state_dict()[key], tensor)  # the old network is as it was
+        expected = tensor
+        layer = key.rsplit(".", 2)[0]
+        if layer in kept and tensor.dim() > 0:
+            expected = expected[kept[layer]]
+        if key in readers:
+            columns = kept[readers[key]].repeat_interleave(groups[readers[key]].repeat)
+            expected = expected[:, columns]
+        assert torch.equal(state[key], expected), key
+        if tensor.is_floating_point():
+            assert state[key].data_ptr() != net.state_dict()[key].data_ptr()
+    assert torch.equal(small.mean, net.mean) and torch.equal(small.std, net.std)
+    assert small.config["widths"] == channels.kept_widths(net, kept)
+    assert small.averaged == net.averaged and not small.training
+    assert all(parameter.requires_grad for parameter in small.parameters())
+    again = models.unpack(models.pack(small)).double()  # through a file: widths and tensors
+    with torch.inference_mode():
+        assert torch.equal(again(real_images()), small.float().double()(real_images()))
+
+
+def test_removing_twice_is_removing_at_once():
+    net = random_net("small", 1)
+    names, sizes = channels.layers(net)
+    first = {name: torch.arange(size) % 4 != 0 for name, size in zip(names, sizes)}
+    once = channels.remove(net, first)
+    second = {name: torch.arange(int(keep.sum())) % 3 != 1 for name, keep in first.items()}
+    twice = channels.remove(once, second)
+    at_once = {}
+    for name, keep in first.items():
+        at_once[name] = keep.clone()
+        at_once[name][keep.nonzero().squeeze(1)[~second[name]]] = False
+    straight = channels.remove(net, at_once)
+    assert all(torch.equal(a, b) for a, b in zip(twice.state_dict().values(),
+                                                 straight.state_dict().values(), strict=True))
+
+
+def test_what_cannot_be_removed():
+    net = random_net("resnet19", 0.12)
+    size = net.blocks[0].conv1.conv.out_channels
+    for kept, words in [({"blocks.0.conv2": torch.ones(15, dtype=torch.bool)}, "cannot be removed"),
+                        ({"blocks.0.conv1": torch.zeros(size, dtype=torch.bool)}, "at least one"),
+                        ({"blocks.0.conv1": torch.ones(size + 1, dtype=torch.bool)}, "bools"),
+                        ({"blocks.0.conv1": torch.ones(size)}, "bools")]:
+        with pytest.raises(ValueError, match=words):
+            channels.remove(net, kept)
+    alone = {"blocks.0.conv1": torch.arange(size) == 2}  # layers that are not named keep all
+    assert channels.remove(net, alone).config["widths"] == [
+        *net.config["widths"][:1], 1, *net.config["widths"][2:]]
+
+
+# ---- what is saved -------------------------------------------------------------------------------
+
+
+def test_a_worked_block():
+    """layer1's second block, 128 -> 128 at 16x16, with 62 inner channels."""
+    net = models.build("resnet19", 10, 3, 32, 5)
+    kept = {"blocks.1.conv1": torch.arange(128) < 62}
+    small = channels.remove(net, kept)
+    before, after = metrics.macs(net.config), metrics.macs(small.config)
+    assert small.blocks[1].conv1.conv.weight.numel() == 71_424
+    assert small.blocks[1].conv2.conv.weight.numel() == 71_424
+    layers = ("blocks.1.conv1.conv", "blocks.1.conv2.conv")
+    assert sum(before[name] for name in layers) == 75_497_472
+    assert sum(after[name] for name in layers) == 36_569_088
+    assert {name: n for name, n in before.items() if name not in layers} == {
+        name: n for name, n in after.items() if name not in layers}
+    assert channels.macs_removed(net, kept) == pytest.approx(
+        (75_497_472 - 36_569_088) / 555_551_232)
+
+
+@pytest.mark.parametrize("name, ratio, inner, reported", [
+    ("resnet19", 0.512, 50.56, 49.46), ("resnet19", 0.658, 64.70, 69.47),
+    ("vgg16", 0.4522, 69.9, 43.76), ("vgg16", 0.6764, 89.4, 58.02)])
+def test_the_macs_of_the_paper_s_ratios_in_every_layer_alike(name, ratio, inner, reported, capsys):
+    net = models.build(name, 100, 3, 32, 5)
+    kept = {layer: torch.arange(size) >= round(ratio * size)
+            for layer, size in zip(*channels.layers(net))}
+    small = channels.remove(net, kept)
+    savings = {key: 100 * (1 - after / before)
+               for key, (before, after) in channels.savings(net, small).items()}
+    with capsys.disabled():
+        print(f"\n{name} p = {ratio} alike: " + ", ".join(
+            f"{key} -{value:.2f} %" for key, value in savings.items()), f"(paper {reported} %)",
+            end=" ")
+    assert savings["macs"] == pytest.approx(inner, abs=0.2)
+    assert abs(savings["macs"] - savings["macs_first_once"]) < 0.6
+    assert savings["macs_every_step"] == pytest.approx(savings["macs"])
+    assert 100 * channels.macs_removed(net, kept) == pytest.approx(savings["macs"])
+
+
+def test_macs_of_a_removed_network_are_those_that_run():
+    net = channels.remove(random_net("resnet19", 0.12), random_kept(random_net("resnet19", 0.12)))
+    counted = {}
+
+    def seen(name, output):
+        counted[name] = modules[name].weight.numel() * (
+            output.shape[2] * output.shape[3] if output.dim() == 4 else 1)
+
+    modules = {name.removesuffix(".weight"): net.get_submodule(name.removesuffix(".weight"))
+               for name in models.scored_by(net)}
+    with metrics.hooks(modules, after=seen), torch.inference_mode():
+        net(real_images(2))
+    assert metrics.macs(net.config) == counted
+
+
+def test_speedup_is_the_median_of_interleaved_pairs(monkeypatch):
+    clock, calls = [0.0], []
+    costs = {"dense": [9, 9, 6, 4, 8, 4, 40], "small": [1, 1, 2, 2, 2, 1, 2]}
+
+    def net(name):
+        def forward(_):
+            calls.append(name)
+            clock[0] += costs[name][calls.count(name) - 1]
+        forward.eval = lambda: None
+        return forward
+
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    found = metrics.speedup(net("dense"), net("small"), torch.zeros(1), seconds=0)
+    assert found == 4  # of 3, 2, 4, 4, 20; the first two pairs only warm up
+    assert calls == ["dense", "small"] * 7
+
+
+# ---- choosing ------------------------------------------------------------------------------------
+
+
+def test_the_worked_example_of_slimming():
+    gamma, sizes = torch.tensor([0.9, 0.05, 0.4, 0.3, 0.3, 0.02, 0.7]), [3, 4]
+    for ratio in (0.3, 0.5):  # index 2 and 3, threshold 0.3, strict: ties go
+        kept = channels.largest(gamma, ratio, "official")
+        assert kept.tolist() == [True, False, True, False, False, False, True]
+    kept = channels.largest(gamma, 0.3)  # round(2.1) = 2
+    assert kept.tolist() == [True, False, True, True, True, False, True]
+    kept = channels.largest(gamma, 0.45)  # round(3.15) = 3: of a tie the lower index goes
+    assert kept.tolist() == [True, False, True, False, True, False, True]
+    gamma, sizes = torch.tensor([0.9, 0.8, 0.1, 0.2]), [2, 2]
+    kept = channels.largest(gamma, 0.5, "official")
+    assert kept.tolist() == [True, False, False, False]
+    assert channels.guard(kept, gamma, sizes).tolist() == [False, False, False, True]
+    assert channels.guard(kept, gamma, sizes, k_min=2).tolist() == [False, True, True, True]
+    assert channels.guard(kept, torch.ones(4), sizes).tolist() == [False, False, True, False]
+    kept, back, rescued = prune_structured.prune_and_regenerate(gamma, None, sizes, 0.5, 0)
+    assert kept.tolist() == [True, True, False, True] and rescued.tolist() == [False] * 3 + [True]
+    assert not back.any()
+
+
+@pytest.mark.parametrize("total, ratio, regen, exact, official, cut", [
+    (4224, 0.4522, 0.1, 1910, 1911, 2141), (4224, 0.6764, 0.05, 2857, 2858, 2925),
+    (2176, 0.512, 0.3, 1114, 1115, 1433), (2176, 0.658, 0.1, 1432, 1432, 1506)])
+def test_counts_of_the_published_ratios(total, ratio, regen, exact, official, cut):
+    name = "vgg16" if total == 4224 else "resnet19"
+    with torch.device("meta"):
+        _, sizes = channels.layers(models.build(name, 100, 3, 32, 5))
+    assert sum(sizes) == total
+    gamma = torch.rand(total, generator=rng(), dtype=torch.float64)
+    assert int((~channels.largest(gamma, ratio)).sum()) == exact
+    assert int((~channels.largest(gamma, ratio, "official")).sum()) == official
+    kept, back, rescued = prune_structured.prune_and_regenerate(
+        gamma, torch.rand(total, generator=rng(1)).double(), sizes, ratio, regen)
+    assert not rescued.any()
+    assert (int((~kept).sum()), int(back.sum())) == (exact, cut - exact)
+    assert int((~channels.largest(gamma, ratio + regen * (1 - ratio))).sum()) == cut
+
+
+@drawn(st.floats(0, 0.999), st.floats(0, 0.999), st.lists(st.integers(1, 9), min_size=1, max_size=5),
+       st.integers(0, 99), st.sampled_from(["kept", "pruned"]), st.sampled_from(["global", "layer"]),
+       st.booleans())
+@settings(deadline=None, max_examples=200)
+def test_kept_counts_are_exact_and_regenerated_channels_are_brute_force(
+        ratio, regen, sizes, seed, base, scope, ties):
+    total = sum(sizes)
+    if base == "pruned" and ratio / (1 - regen) > 1:
+        return
+    gamma = torch.rand(total, generator=rng(seed), dtype=torch.float64)
+    scores = torch.rand(total, generator=rng(seed + 1), dtype=torch.float64)
+    if ties:
+        gamma, scores = (3 * gamma).floor() / 3, (3 * scores).floor() / 3
+    kept, back, rescued = prune_structured.prune_and_regenerate(
+        gamma, scores, sizes, ratio, regen, base, scope)
+    further = ratio + regen * (1 - ratio) if base == "kept" else ratio / (1 - regen)
+    cut = sorted(range(total), key=lambda i: (float(gamma[i]), i))[:round(further * total)]
+    assert int((kept & ~rescued).sum()) == total - round(ratio * total)
+    assert all(keep.any() for keep in kept.split(sizes)) and not (back & rescued).any()
+    count = round(further * total) - round(ratio * total)
+    assert int(back.sum()) == count and set(back.nonzero().flatten().tolist()) <= set(cut)
+    order = sorted(cut, key=lambda i: (-float(scores[i]), -float(gamma[i]), i))
+    if scope == "global":
+        assert back.nonzero().flatten().tolist() == sorted(order[:count])
+    else:
+        start = 0
+        for size in sizes:
+            mine = [i for i in order if start <= i < start + size]
+            chosen = [i for i in mine if back[i]]
+            assert chosen == mine[:len(chosen)]  # the best of the layer
+            assert abs(len(chosen) - count * len(mine) / max(1, len(cut))) < 1  # its part
+            start += size
+    for start, size in zip(np.cumsum([0, *sizes]), sizes):  # guard: the largest gamma of a layer
+        layer = slice(start, start + size)
+        if rescued[layer].any():
+            assert int(rescued[layer].sum()) == int(kept[layer].sum()) == 1
+            assert int(rescued[layer].nonzero()) == int(gamma[layer].argmax())
+
+
+def test_the_worked_example_of_regeneration():
+    gamma = torch.arange(1, 11).double() / 10
+    scores = torch.full((10,), 0.1).double()
+    scores[3], scores[5] = 0.9, 0.8
+    for survivors in (0.1, 1.0):  # their scores do not matter
+        scores[7:] = survivors
+        kept, back, _ = prune_structured.prune_and_regenerate(gamma, scores, [10], 0.5, 0.4)
+        assert back.nonzero().flatten().tolist() == [3, 5]
+        assert kept.nonzero().flatten().tolist() == [3, 5, 7, 8, 9]
+    _, back, _ = prune_structured.prune_and_regenerate(gamma, scores, [10], 0.5, 0.4, "pruned")
+    assert int(back.sum()) == round(0.5 / 0.6 * 10) - 5 == 3
+
+
+def test_the_ratio_for_a_target_is_the_nearest():
+    net = random_net("small", 0.5)
+    gamma = channels.gammas(net)
+    names, sizes = channels.layers(net)
+
+    def kept(n):
+        return prune_structured.prune_and_regenerate(gamma, None, sizes, n / len(gamma), 0)[0]
+
+    removed = [channels.macs_removed(net, dict(zip(names, kept(n).split(sizes))))
+               for n in range(len(gamma) - len(names) + 1)]
+    assert removed == sorted(removed)
+    for target in (0.001, 0.3, 0.5, 0.77):
+        ratio = channels.ratio_for(net, target, lambda p: kept(round(p * len(gamma))))
+        best = min(range(len(removed)), key=lambda n: abs(removed[n] - target))
+        assert removed[round(ratio * len(gamma))] == removed[best]
+
+
+# ---- scoring -------------------------------------------------------------------------------------
+
+
+def scored(net, metric="criticality", batch_size=7, count=20, aggregate="max"):
+    images = data.load("fashion-mini")
+    images = images._replace(x_train=images.x_train[:count], y_train=images.y_train[:count])
+    args = SimpleNamespace(batch_size=batch_size, device="cpu", precision="fp32")
+    return images, training.score_channels(net, images, args, metric, aggregate)
+
+
+@pytest.mark.parametrize("name, factor", [("small", 0.5), ("resnet19", 0.12)])
+@pytest.mark.parametrize("aggregate", ["max", "mean"])
+def test_scores_are_means_over_the_training_set_whatever_the_batches(name, factor, aggregate):
+    net = random_net(name, factor).train()
+    before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    images, (scores, spiked) = scored(net, aggregate=aggregate)
+    assert net.training and all(lif.record is None for lif in models.lifs(net).values())
+    potentials = {}
+    with metrics.hooks({group.lif: net.get_submodule(group.lif)
+                        for group in models.removable(net).values()},
+                       before=potentials.__setitem__), torch.inference_mode():
+        net.eval()(images.x_train)
+    expected, fired = [], []
+    for current in potentials.values():  # a plain loop over time: charge, fire, reset, score
+        v, total, any_spike = 0.0, 0.0, 0.0
+        for x in current:
+            h = v + (x - v) / (4 / 3)
+            s = (h >= 1).double()
+            v, any_spike = (1 - s) * h, any_spike + s
+            total = total + 1 / (1 + (math.pi * (h - 1)) ** 2)
+        per_pixel = (total / len(current)).flatten(2)
+        expected.append((per_pixel.amax(2) if aggregate == "max" else per_pixel.mean(2)).mean(0))
+        fired.append(any_spike.sum((0, 2, 3)) > 0)
+    assert torch.allclose(scores, torch.cat(expected), rtol=0, atol=1e-12)
+    assert torch.equal(spiked, torch.cat(fired)) and scores.dtype == torch.float64
+    for batch_size in (1, 20, 64):
+        _, (other, _) = scored(net, batch_size=batch_size, aggregate=aggregate)
+        assert torch.allclose(scores, other, rtol=0, atol=1e-12)
+    assert all(torch.equal(before[key], tensor) for key, tensor in net.state_dict().items())
+
+
+def test_scoring_streams_its_batches():
+    net = random_net("small", 0.25)
+    sizes = []
+    with metrics.hooks({"": net}, before=lambda _, x: sizes.append(len(x))):
+        scored(net, batch_size=8, count=20)
+    assert sizes == [8, 8, 4]
+
+
+def test_gradient_scores_are_means_over_batches():
+    net = random_net("small", 0.5)
+    images, (scores, spiked) = scored(net, "gradient", batch_size=8)
+    total = 0
+    for start in (0, 8, 16):
+        net.zero_grad()
+        logits = net(images.x_train[start:start + 8])
+        labels = images.y_train[start:start + 8]
+        torch.stack([torch.nn.functional.cross_entropy(step, labels) for step in logits]
+                    ).mean().backward()
+        total = total + torch.cat([conv.bn.weight.grad.abs() for conv in net.convs])
+    assert torch.allclose(scores, total / 3) and spiked.any()
+
+
+def test_a_channel_that_never_spikes_is_named():
+    net = random_net("small", 0.5)
+    net.convs[1].bn.weight.data[3], net.convs[1].bn.bias.data[3] = 0, -5
+    _, (scores, spiked) = scored(net)
+    silent = channels.layers(net)[1][0] + 3
+    assert not spiked[silent] and spiked[silent - 1]
+    assert scores[silent] < 0.1
+
+
+# ---- GReg ----------------------------------------------------------------------------------------
+
+
+def greg_weight(value=1.0, filters=2):
+    weight = torch.full((filters, 1, 1, 1), value, requires_grad=True)
+    weight.data[1:] = 5
+    return weight
+
+
+def greg_run(method, weights, plan, steps, ratio=0.5, lr=0.1):
+    """Steps of plain SGD with a loss gradient of 0; yields (step, state) after each."""
+    state = prune_structured.greg_start(weights, method, ratio)
+    for step in range(steps):
+        for weight in weights.values():
+            weight.grad = torch.zeros_like(weight)
+        prune_structured.greg_grow(state, weights, step, plan, ratio)
+        for weight in weights.values():
+            weight.data -= lr * weight.grad
+        yield step, state
+
+
+def test_greg_by_hand():
+    weight = greg_weight()  # a penalty of 0.5, lr 0.1
+    plan = SimpleNamespace(interval=10**6, stop=10, grow=0.5, pick=0)
+    values = [float(weight.detach()[0]) for _ in greg_run("greg1", {"a": weight}, plan, 2)]
+    assert values == pytest.approx([0.95, 0.9025])
+    weight = greg_weight()  # K = 2, delta 0.25, limit 1
+    plan = SimpleNamespace(interval=2, stop=100, grow=0.25, pick=0)
+    penalties, values, done = [], [], []
+    for _, state in greg_run("greg1", {"a": weight}, plan, 10):
+        penalties.append(float(state["a"]["penalty"][0]))
+        values.append(float(weight.detach()[0]))
+        done.append(state["a"]["done"])
+        assert state["a"]["penalty"][1] == 0  # what stays is left alone
+    assert penalties == [.25, .25, .5, .5, .75, .75, 1, 1, 1.25, 1.25]
+    assert values[:8] == pytest.approx(
+        [0.975, 0.950625, 0.903094, 0.857939, 0.793594, 0.734074, 0.660667, 0.594600], abs=1e-6)
+    assert done == [False] * 8 + [True] * 2 and float(weight.detach()[1]) == 5
+
+
+def test_greg_is_held_when_it_is_time_to_stabilise():
+    plan = SimpleNamespace(interval=1, stop=3, grow=0.1, pick=0)
+    penalties = [float(state["a"]["penalty"][0])
+                 for _, state in greg_run("greg1", {"a": greg_weight()}, plan, 6)]
+    assert penalties == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3, 0.3])
+
+
+def test_greg_counts_filters_by_layer():
+    for filters, ratio, gone in ((5, 0.5, 3), (5, 1.0, 4), (4, 0.5, 2), (1, 0.5, 0), (8, 0.01, 1)):
+        size = torch.arange(filters, 0, -1).float()
+        goes = prune_structured.smallest(size, ratio)
+        assert goes.tolist() == [False] * (filters - gone) + [True] * gone
+
+
+def test_greg1_chooses_before_and_greg2_after_all_have_shrunk():
+    sizes = torch.tensor([3.0, 1.0, 2.0, 4.0])
+    weight = sizes.view(4, 1, 1, 1).clone().requires_grad_()
+    state = prune_structured.greg_start({"a": weight}, "greg1", 0.5)
+    assert state["a"]["goes"].tolist() == [False, True, True, False]
+    plan = SimpleNamespace(interval=2, stop=100, grow=0.1, pick=0.004)
+    seen = []
+    for step, state in greg_run("greg2", {"a": weight}, plan, 12, lr=0):
+        if step == 3:
+            weight.data[:, 0, 0, 0] = torch.tensor([1.0, 3.0, 2.0, 4.0])  # some resisted
+        seen.append(state["a"]["penalty"].tolist())
+        assert (state["a"]["goes"] is None) == (step < 4)  # 0.004, 0.008, then 0.012 >= 0.01
+    assert seen[0] == pytest.approx([0.004] * 4) and seen[4] == pytest.approx([0.012] * 4)
+    assert state["a"]["goes"].tolist() == [True, False, True, False]
+    assert seen[6] == pytest.approx([0.112, -1e-4, 0.112, -1e-4])
+    assert seen[10] == pytest.approx([0.312, -1e-4, 0.312, -1e-4])  # recover is set, not added
+
+
+def test_greg_ends_early_when_the_weights_are_small_enough():
+    for method, ended in (("greg1", [False, False]), ("greg2", [True, False])):
+        small, other = greg_weight(1e-4), greg_weight(1.0)  # kept / pruned is 50,000 and 5
+        plan = SimpleNamespace(interval=1, stop=100, grow=0.01, pick=0.01 * (method == "greg2"))
+        for _, state in greg_run(method, {"a": small, "b": other}, plan, 3, lr=0):
+            pass
+        assert [state[name]["done"] for name in "ab"] == ended  # greg1 waits for all layers
+    for _, state in greg_run("greg1", {"a": greg_weight(1e-4), "b": greg_weight(2e-4)}, plan, 1):
+        assert [state[name]["done"] for name in "ab"] == [True, True]
+    weight = greg_weight(1.0)  # the ratio is a moving average: 5, then 0.9 * 5 + 0.1 * 5000
+    ratios = []
+    for _, state in greg_run("greg1", {"a": weight}, plan, 2, lr=0):
+        ratios.append(state["a"]["mean_ratio"])
+        weight.data[0] = 1e-3
+    assert ratios == pytest.approx([5, 4.5 + 500])
+
+
+@pytest.mark.parametrize("steps, method, interval, updates, lr, exponent", [
+    (111_111, "greg1", 10, 10_000, 1e-3, 500), (8689, "greg1", 10, 782, 1e-3, 39.1),
+    (2222, "greg1", 5, 400, 1e-3, 10), (556, "greg1", 1, 500, 1e-2, 25),
+    (1000, "greg2", 2, 400, 1e-2, 40)])
+def test_the_scaled_schedule(steps, method, interval, updates, lr, exponent):
+    plan = prune_structured.greg_plan(method, steps, 0.9)
+    assert (plan.interval, plan.lr) == (interval, lr)
+    assert 1 / plan.grow == pytest.approx(updates, rel=2e-3)
+    assert plan.exponent == pytest.approx(exponent, rel=2e-3)
+    assert plan.stop == steps - round(0.1 * steps)
+    if method == "greg2":
+        assert plan.pick * (round(0.1 * steps) // interval) == pytest.approx(0.01)
+    else:
+        assert plan.pick == 0
+
+
+def test_greg_leaves_the_first_convolution_of_a_vgg_alone():
+    assert list(prune_structured.greg_layers(random_net("small", 0.5))) == [
+        "convs.1", "convs.2", "convs.3"]
+    assert list(prune_structured.greg_layers(random_net("resnet19", 0.12))) == [
+        f"blocks.{i}.conv1" for i in range(8)]
