@@ -151,9 +151,8 @@ def greg_grow(state, weights, iteration, plan, ratio):
 
 
 def method_of(args):
-    if args.prune_ratio == 0 or args.method != "criticality":
-        return "dense" if args.prune_ratio == 0 else args.method
-    return args.metric if args.regen > 0 else "slimming"
+    name = args.method if args.method != "criticality" or args.regen > 0 else "slimming"
+    return "dense" if args.prune_ratio == 0 else args.metric if name == "criticality" else name
 
 
 def run_name(args):
@@ -248,15 +247,16 @@ def greg(run, images, ratio):
     """GReg's stage: train while the penalty grows; return what goes, {layer: [C] bool}."""
     weights, method = greg_layers(run.parts["net"]), run.args.method
     plan = greg_plan(method, run.stages.steps("prune"), run.args.momentum)
-    run.say(f"  {method}: lr {plan.lr:g}, what goes shrinks to about "
-            f"{100 * math.exp(-plan.exponent):.2g} %"
-            + ". Raise --epochs-prune to reach 0.1 %" * (plan.exponent < 7))
+    run.say(f"  {method}: lr {plan.lr:g}, shrinkage exponent E = {plan.exponent:.1f}"
+            + ". Raise --epochs-prune: it should reach 7" * (plan.exponent < 7))
     state = run.notes.setdefault("greg", greg_start(weights, method, ratio))
     for layer in state.values():  # from a checkpoint they come on the CPU
         layer |= {key: layer[key].to(run.device) for key in ("penalty", "goes")
                   if layer[key] is not None}
     train(run, "prune", images, lr=plan.lr,
           greg=lambda step: greg_grow(state, weights, step, plan, ratio))
+    ratios = ", ".join(f"{layer['mean_ratio']:.3g}" for layer in state.values())
+    run.say(f"  {method}: mean |w| of what stays / of what goes, by layer: {ratios}")
     return {name: layer["goes"] for name, layer in run.notes.pop("greg").items()}
 
 
@@ -305,7 +305,7 @@ def finish(run, images, dense):
     """Measure what came of it, and write the last files. dense: a net of the dense widths."""
     args, net, notes = run.args, run.parts["net"], run.notes
     for name, (before, after) in channels.savings(dense, net).items():
-        run.say(f"  {name:<24}{before:,} -> {after:,} (-{100 * (1 - after / before):.2f} %)")
+        run.say(f"  {name:<24}{before:,} -> {after:,} ({100 * (1 - after / before):.2f} % less)")
     with training.autocast(args):
         counts = metrics.count(net, images.x_test.split(args.batch_size))
         speed = {n: metrics.speedup(dense, net, images.x_test[:1].expand(n, -1, -1, -1),

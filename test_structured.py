@@ -590,3 +590,389 @@ def test_greg_leaves_the_first_convolution_of_a_vgg_alone():
         "convs.1", "convs.2", "convs.3"]
     assert list(prune_structured.greg_layers(random_net("resnet19", 0.12))) == [
         f"blocks.{i}.conv1" for i in range(8)]
+
+
+# ---- the script ----------------------------------------------------------------------------------
+
+SHORT = ["--train-limit", "400", "--epochs-pretrain", "2", "--epochs-finetune", "2", "--width", "0.5",
+         "--batch-size", "25"]  # 16 steps an epoch
+TINY = ["--train-limit", "100", "--epochs-pretrain", "1", "--epochs-finetune", "1", "--width", "0.25",
+        "--batch-size", "25"]  # 4 steps an epoch
+
+
+@pytest.fixture(autouse=True)
+def the_name_of_the_script(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prune_structured.py"])
+    speedup = metrics.speedup
+    monkeypatch.setattr(metrics, "speedup", lambda *nets, seconds: speedup(*nets, seconds=0))
+
+
+def run(*given, short=SHORT):
+    return prune_structured.main([*short, *map(str, given)])
+
+
+def record(folder):
+    return json.loads(Path(folder, "channels.json").read_text())
+
+
+def row(folder, key):
+    return torch.tensor([value for layer in record(folder)["layers"] for value in layer[key]],
+                        dtype=torch.float64)
+
+
+def test_a_run_and_its_folder(capsys):
+    summary = run("--run-dir", "r", "--prune-ratio", 0.4)
+    assert {path.name for path in Path("r").iterdir()} == {
+        "config.json", "metrics.jsonl", "checkpoint.pt", "model.pt", "summary.json", "curves.png",
+        "channels.json", "gamma.npz"}
+    assert json.loads(Path("r/summary.json").read_text()) == summary
+    assert list(summary) == runfolder.SUMMARY_KEYS
+    assert (summary["script"], summary["method"], summary["regen"], summary["prune_ratio"]) == (
+        "prune_structured", "criticality", 0.3, 0.4)
+
+    net, found = models.load("r/model.pt"), record("r")
+    dense = models.build("small", 10, 1, 28, 4, models.default_widths("small", 0.5))
+    assert net.config["widths"] == summary["widths"] == [
+        len(layer["kept"]) for layer in found["layers"]]
+    assert (sum(summary["widths"]) == found["kept"]
+            == 88 - round(0.4 * 88) + found["rescued"])
+    before, after = metrics.parameters(dense), metrics.parameters(net)
+    assert summary["parameters"] == summary["parameters_alive"] == after["parameters"]
+    assert [layer["weights"] for layer in summary["layers"]] == [
+        layer["weights"] for layer in before["layers"]]
+    assert [layer["alive"] for layer in summary["layers"]] == [
+        layer["weights"] for layer in after["layers"]]
+    kept = sum(layer["alive"] for layer in summary["layers"])
+    total = sum(layer["weights"] for layer in summary["layers"])
+    assert summary["sparsity"] == pytest.approx(1 - kept / total)
+    assert summary["sparsity_all"] == pytest.approx(1 - after["parameters"] / before["parameters"])
+    assert summary["macs"] == sum(metrics.macs(net.config).values())
+    assert summary["macs_dense"] == sum(metrics.macs(dense.config).values())
+    assert found["macs_removed"] == pytest.approx(1 - summary["macs"] / summary["macs_dense"])
+    assert summary["speedup_batch1"] > 0 and summary["speedup_batch32"] > 0
+    assert summary["survived_by_regeneration"] == found["regenerated"] / found["kept"]
+    assert summary["sops"] > 0 and summary["energy_mj"] > 0
+
+    rows = lines("r", "metrics")
+    assert [(r["stage"], r["epoch"], r["iteration"], r["lr"]) for r in rows] == [
+        ("pretrain", 1, 16, 0.1), ("pretrain", 2, 32, pytest.approx(0.001)),
+        ("finetune", 3, 48, 0.1), ("finetune", 4, 64, pytest.approx(0.001))]
+    assert [r["sparsity"] for r in rows] == [0, 0, summary["sparsity"], summary["sparsity"]]
+    assert summary["training_cost"] == pytest.approx((2 + 2 * (1 - summary["sparsity"])) / 4)
+    assert summary["dense_accuracy"] == rows[1]["test_accuracy"]
+    assert summary["pruned_accuracy"] == found["accuracy_removed"]
+    assert summary["test_accuracy"] == rows[-1]["test_accuracy"]
+    assert found["spikes_that_differ"] == 0 and found["accuracy_silenced"] == (
+        found["accuracy_removed"])
+    images = data.load("fashion-mini")
+    right = net(images.x_test).sum(0).argmax(1) == images.y_test
+    assert right.double().mean().item() == pytest.approx(summary["test_accuracy"])
+
+    gammas = np.load("r/gamma.npz")
+    assert gammas.files == [layer["name"] for layer in found["layers"]]
+    for layer in found["layers"]:
+        assert gammas[layer["name"]].shape == (2, len(layer["kept"]))  # a row an epoch
+        assert np.array_equal(gammas[layer["name"]][-1],
+                              net.get_submodule(layer["name"]).bn.weight.detach().numpy())
+    printed = capsys.readouterr().out
+    for words in (f"kept {found['kept']} of 88 channels", "MACs removed", "macs_first_once",
+                  "macs_every_step", "at batch 32", "synaptic operations", "uJ"):
+        assert words in printed
+    assert "\r" not in printed
+
+
+def test_the_choice_of_a_run_is_that_of_its_own_numbers():
+    run("--run-dir", "r", "--prune-ratio", 0.6, "--regen", 0.4, "--l1", 0.01)
+    found = record("r")
+    gamma, score = row("r", "gamma"), row("r", "score")
+    total, sizes = len(gamma), [layer["channels"] for layer in found["layers"]]
+    order = sorted(range(total), key=lambda i: (float(gamma[i]), i))
+    cut = order[:round((0.6 + 0.4 * 0.4) * total)]
+    back = sorted(cut, key=lambda i: (-float(score[i]), -float(gamma[i]), i))[
+        :len(cut) - round(0.6 * total)]
+    kept = set(order[len(cut):]) | set(back)
+    start = 0
+    for layer, size in zip(found["layers"], sizes):
+        mine = {i - start for i in kept if start <= i < start + size}
+        assert set(layer["kept"]) - set(layer["rescued"]) == mine
+        assert set(layer["regenerated"]) == {i - start for i in back if start <= i < start + size}
+        start += size
+
+
+def test_scores_and_gammas_of_a_run_are_those_of_the_dense_network(monkeypatch):
+    """The dense network, trained again by hand: L1 as a subgradient, scored before anything goes."""
+    run("--run-dir", "r", "--l1", 0.02, short=TINY)
+    images = data.load("fashion-mini", train_limit=100)
+    torch.manual_seed(0)
+    net = models.build("small", 10, 1, 28, 4, [4, 8, 16, 16]).to(memory_format=torch.channels_last)
+    net.set_normalisation(images.mean, images.std)
+    sgd = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=1e-4)
+    for step, (x, y) in enumerate(data.batches(images.x_train, images.y_train, 25, 0, 0, flip=True)):
+        sgd.param_groups[0]["lr"] = [0.1, 0.1, 0.01, 0.001][step]
+        loss = training.loss_over_time(net(x), y)
+        sgd.zero_grad()
+        loss.backward()
+        for conv in net.convs:
+            conv.bn.weight.grad.add_(torch.sign(conv.bn.weight.detach()), alpha=0.02)
+        sgd.step()
+    assert torch.equal(row("r", "gamma"), channels.gammas(net).double())
+    args = SimpleNamespace(batch_size=25, device="cpu", precision="fp32")
+    scores, _ = training.score_channels(net, images, args)
+    assert torch.equal(row("r", "score"), scores)
+
+
+def test_the_l1_step_by_hand():
+    """gamma = [2, -3, 0], no gradient of the loss, l1 0.1, lr 1: [1.9, -2.9, 0]."""
+    net = models.build("small", 2, 1, 8, 1, [3, 1, 1, 1])
+    net.convs[0].bn.weight.data = torch.tensor([2.0, -3.0, 0.0])
+    net.fc.weight.data.zero_()  # no gradient reaches the layers below
+    args = SimpleNamespace(compile=False, device="cpu", precision="fp32", lr=1.0, batch_size=4)
+    batch = [(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))]
+    fake = SimpleNamespace(
+        args=args, parts=dict(net=net, optimizer=torch.optim.SGD(net.parameters(), 1.0)),
+        epochs_of=lambda _: [0], track=lambda *_: batch, iteration=1, notes={},
+        stages=SimpleNamespace(position=lambda _: (0, 9)), meter=training.Meter(net.mean.device),
+        end_epoch=lambda *_: None)
+    images = SimpleNamespace(x_test=batch[0][0], y_test=batch[0][1])
+    prune_structured.train(fake, "pretrain", images, l1=0.1)
+    assert net.convs[0].bn.weight.tolist() == pytest.approx([1.9, -2.9, 0.0])
+    assert net.convs[1].bn.weight.tolist() == pytest.approx([0.9])
+    prune_structured.train(fake, "pretrain", images)
+    assert net.convs[0].bn.weight.tolist() == pytest.approx([1.9, -2.9, 0.0])
+
+
+def test_no_regeneration_is_slimming_bit_by_bit():
+    run("--run-dir", "a", "--regen", 0, short=TINY)
+    run("--run-dir", "b", "--method", "slimming", short=TINY)
+    run("--run-dir", "c", short=TINY)
+    assert_same_run("a", "b")
+    assert json.loads(Path("a/summary.json").read_text())["method"] == "slimming"
+    assert row("a", "gamma").equal(row("c", "gamma"))  # the same dense network
+    assert record("a")["regenerated"] == 0 < record("c")["regenerated"]
+
+
+def test_the_same_seed_gives_the_same_run():
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run("--run-dir", folder, "--seed", seed, "--metric", "random", short=TINY)
+    assert_same_run("a", "b")
+    assert not row("a", "gamma").equal(row("c", "gamma"))
+    assert not row("a", "score").equal(row("c", "score"))
+
+
+@pytest.mark.parametrize("given, method", [
+    (["--metric", "gradient"], "gradient"), (["--metric", "random"], "random"),
+    (["--regen-base", "pruned"], "criticality"), (["--finetune-l1"], "criticality"),
+    (["--method", "greg1"], "greg1"), (["--method", "greg2", "--epochs-prune", "2"], "greg2"),
+    (["--prune-ratio", "0"], "dense"), (["--target-macs", "0.6"], "criticality"),
+    (["--precision", "bf16", "--crop", "2"], "criticality"),
+    (["--model", "resnet19", "--time-steps", "2", "--width", "0.1"], "criticality"),
+    (["--model", "vgg16", "--time-steps", "2", "--width", "0.1", "--epochs-finetune", "0"],
+     "criticality")])
+def test_all_methods(given, method):
+    summary = run("--run-dir", "r", *given, short=TINY)
+    found = record("r")
+    assert summary["method"] == method and math.isfinite(lines("r", "metrics")[-1]["train_loss"])
+    channels_ = found["channels"]
+    if method.startswith("greg"):
+        assert [len(layer["kept"]) for layer in found["layers"]] == [4, 4, 8, 8]  # all but the first
+        assert summary["survived_by_regeneration"] == 0
+    else:
+        gone = round(found["ratio"] * channels_) - found["rescued"]
+        assert found["kept"] == channels_ - gone
+    if method == "dense":
+        assert summary["sparsity"] == 0 and summary["macs"] == summary["macs_dense"]
+    if "--target-macs" in given:
+        assert found["macs_removed"] == pytest.approx(0.6, abs=0.05)
+        assert summary["prune_ratio"] == found["ratio"]
+    if "pruned" in given:  # round(0.5 / 0.7 * 44) are cut, 22 stay
+        assert found["regenerated"] == 31 - 22
+    if method == "random":
+        assert row("r", "score").equal(torch.rand(44, generator=prune_structured.seeded(
+            0, 4)).double())
+
+
+def test_l1_in_the_fine_tuning():
+    for folder, given in (("without", []), ("with", ["--finetune-l1"])):
+        run("--run-dir", folder, *given, "--l1", 0.05, short=TINY)
+    assert record("without") == record("with")
+    sizes = [sum(np.abs(gamma[-1]).sum() for gamma in np.load(f"{folder}/gamma.npz").values())
+             for folder in ("with", "without")]
+    assert sizes[0] < sizes[1]
+
+
+def test_greg_shrinks_what_goes(monkeypatch, capsys):
+    """At the end of its stage, what is removed is a small part of what stays. It is larger than
+    exp(-E): BN divides the scale out again, so that the loss pulls the harder on smaller filters."""
+    seen, remove = {}, channels.remove
+
+    def watch(net, kept):
+        for name, keep in kept.items():
+            size = prune_structured.mean_size(net.get_submodule(name).conv.weight)
+            seen[name] = float(size[keep].mean() / size[~keep].mean()) if not keep.all() else None
+        return remove(net, kept)
+
+    monkeypatch.setattr(channels, "remove", watch)
+    run("--run-dir", "r", "--method", "greg1", "--epochs-prune", 8, "--epochs-finetune", 0)
+    assert seen.pop("convs.0") is None
+    assert all(5 < ratio < 100 for ratio in seen.values()), seen
+    assert lines("r", "metrics")[2]["lr"] == 0.01
+    rows = lines("r", "metrics")
+    assert [r["stage"] for r in rows] == ["pretrain"] * 2 + ["prune"] * 8
+    config = json.loads(Path("r/config.json").read_text())
+    assert (config["l1"], config["weight_decay"]) == (0, 5e-4)
+    printed = capsys.readouterr().out
+    assert "E = 5.8. Raise --epochs-prune" in printed and "of what stays / of what goes" in printed
+
+
+def test_init_skips_the_pretraining():
+    dense = run("--run-dir", "dense", "--prune-ratio", 0, short=TINY)
+    found = run("--run-dir", "r", "--init", "dense/model.pt", "--prune-ratio", 0.5,
+                short=TINY[:2] + TINY[4:])
+    assert [r["stage"] for r in lines("r", "metrics")] == ["finetune"]
+    assert found["dense_accuracy"] == dense["test_accuracy"]
+    assert row("r", "gamma").equal(channels.gammas(models.load("dense/model.pt")).double())
+
+
+# ---- stopping and going on -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given, steps", [
+    (["--finetune-l1"], (1, 3, 4, 5, 6, 8)), (["--method", "greg2", "--epochs-prune", "2"], (5, 8, 12, 13)),
+    (["--metric", "gradient", "--target-macs", "0.5"], (4, 5)),
+    (["--model", "resnet19", "--width", "0.1", "--time-steps", "2"], (5,))])
+def test_resume_from_any_step(given, steps, monkeypatch):
+    """Stop in each stage, at its first and at its last step; go on in one process."""
+    run("--run-dir", "unbroken", *given, short=TINY)
+    for step in steps:
+        stop_after(step, monkeypatch, lambda *a: run(*a, short=TINY), "--run-dir", f"r{step}", *given)
+        run("--run-dir", f"r{step}", "--resume", short=[])
+        assert_same_run("unbroken", f"r{step}")
+
+
+@pytest.mark.parametrize("where", ["score_channels", "evaluate"])
+def test_a_kill_between_the_stages(where, monkeypatch):
+    """Die while channels are scored, and while the removal is measured: nothing is saved there."""
+    run("--run-dir", "unbroken", short=TINY)
+    function, calls = getattr(training, where), []
+
+    def die(*arguments, **named):
+        calls.append(None)
+        if len(calls) == dict(score_channels=1, evaluate=4)[where]:
+            raise KeyboardInterrupt
+        return function(*arguments, **named)
+
+    monkeypatch.setattr(training, where, die)
+    with pytest.raises(SystemExit) as stop:
+        run("--run-dir", "r", short=TINY)
+    assert stop.value.code == 130
+    assert torch.load("r/checkpoint.pt", weights_only=True)["position"] == [1, 0, 4]
+    monkeypatch.setattr(training, where, function)
+    run("--run-dir", "r", "--resume", short=[])
+    assert_same_run("unbroken", "r")
+
+
+def test_a_checkpoint_after_the_removal_does_not_choose_again(monkeypatch):
+    run("--run-dir", "unbroken", short=TINY)
+    stop_after(5, monkeypatch, lambda *a: run(*a, short=TINY), "--run-dir", "r")
+    monkeypatch.setattr(training, "score_channels", None)
+    run("--run-dir", "r", "--resume", short=[])
+    assert_same_run("unbroken", "r")
+
+
+# ---- what a wrong command gets -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given, words", [
+    ("--prune-ratio 50", "--prune-ratio is 50, expected a fraction in [0, 1). For 50 % write 0.5"),
+    ("--prune-ratio 1", "--prune-ratio is 1, expected a fraction in [0, 1)"),
+    ("--prune-ratio -0.1", "--prune-ratio is -0.1"), ("--prune-ratio nan", "--prune-ratio is nan"),
+    ("--regen 1", "--regen is 1, expected a fraction in [0, 1)"), ("--regen -1", "--regen is -1"),
+    ("--regen nan", "--regen is nan"),
+    ("--target-macs 0", "--target-macs is 0"), ("--target-macs 1", "--target-macs is 1"),
+    ("--target-macs 0.9999", "--target-macs is 0.9999, expected at most 0.9617"),
+    ("--target-macs 0.5 --prune-ratio 0.5", "not allowed with argument"),
+    ("--prune-ratio 0.98", "leaves 1 of 44 channels, expected at least one for each of the 4 layers"),
+    ("--l1 -1", "--l1 is -1"), ("--l1 nan", "--l1 is nan"),
+    ("--epochs-pretrain 0", "--epochs-pretrain is 0, expected at least 1, or a network by --init"),
+    ("--epochs-pretrain -1", "--epochs-pretrain is -1"),
+    ("--epochs-finetune -1", "--epochs-finetune is -1"),
+    ("--epochs-prune 2", "--epochs-prune is 2, which --method criticality does not use"),
+    ("--method greg1 --epochs-prune 0", "--epochs-prune above 0"),
+    ("--method greg1 --prune-ratio 0", "--prune-ratio above 0"),
+    ("--method greg1 --l1 0.1", "--l1 is 0.1, which --method greg1 does not use"),
+    ("--method slimming --regen 0.3", "--regen is 0.3, which --method slimming does not use"),
+    ("--method greg2 --metric random", "--metric is random, which --method greg2 does not use"),
+    ("--method slimming --regen-base pruned", "--regen-base is pruned"),
+    ("--regen-base pruned --prune-ratio 0.8 --regen 0.3", "which prunes more than all channels"),
+    ("--method magic", "invalid choice: 'magic'"), ("--metric granet", "invalid choice: 'granet'"),
+    ("--sparsity 0.9", "unrecognized arguments"), ("--batch-size 101", "but fashion-mini has 100"),
+    ("--init absent.pt", "absent.pt"), ("--init other.pt", "has widths [2, 3, 6, 6], expected"),
+    ("--init masked.pt", "is a pruned network"), ("--run-dir a_file", "a_file is a file"),
+    ("--run-dir full", "holds no run"), ("--dataset no/such.npz", "no/such.npz"),
+])
+def test_wrong_commands(given, words, capsys):
+    Path("a_file").write_text("text")
+    Path("full").mkdir()
+    Path("full/thesis.txt").write_text("text")
+    net = models.build("small", 10, 1, 28, 4, [4, 8, 16, 16])
+    other = models.build("small", 10, 1, 28, 4, [2, 3, 6, 6])
+    masks = Masks(net)
+    masks.prune(10, masks.magnitudes(), rng())
+    masks.apply(torch.optim.SGD(net.parameters(), 0.1))
+    torch.save(models.pack(net, masks.alive), "masked.pt")
+    torch.save(models.pack(other), "other.pt")
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        run(*given.split(), short=TINY)
+    assert stop.value.code == 2
+    assert words in one_line(capsys)
+    assert sorted(Path().rglob("*")) == before  # nothing was written
+
+
+def test_a_run_of_other_flags_or_of_the_other_script(capsys):
+    run("--run-dir", "r", "--epochs-finetune", 0, short=TINY)
+    for given, words in ((["--prune-ratio", "0.4"], "was made with --prune-ratio 0.5"),
+                         (["--target-macs", "0.4"], "was made with --target-macs None")):
+        with pytest.raises(SystemExit) as stop:
+            run("--run-dir", "r", "--resume", *given, short=[])
+        assert stop.value.code == 2 and words in one_line(capsys)
+    Path("r/summary.json").unlink()
+    Path("r/checkpoint.pt").write_bytes(Path("r/checkpoint.pt").read_bytes()[:-9000])
+    with pytest.raises(SystemExit) as stop:
+        run("--run-dir", "r", "--resume", short=[])
+    assert stop.value.code == 2 and "does not fit this run or is damaged" in one_line(capsys)
+
+
+def test_the_defaults_are_the_paper_s(capsys):
+    for given, expected in {
+            "--dataset cifar100": dict(
+                prune_ratio=0.4522, regen=0.1, l1=1e-4, epochs_pretrain=160, epochs_finetune=160,
+                lr=0.3, momentum=0.9, batch_size=128, time_steps=5, weight_decay=1e-4,
+                model="vgg16", epochs_prune=0, finetune_l1=False),
+            "--dataset cifar100 --prune-ratio 0.67": dict(prune_ratio=0.67, regen=0.05),
+            "--dataset cifar100 --model resnet19": dict(prune_ratio=0.512, regen=0.3),
+            "--model resnet19 --prune-ratio 0.658": dict(regen=0.1),
+            "--dataset cifar100 --method greg2": dict(
+                epochs_prune=282, weight_decay=5e-4, l1=0, regen=0),
+            "": dict(prune_ratio=0.5, regen=0.3, model="small", method="criticality"),
+            "--target-macs 0.5": dict(prune_ratio=None, regen=0.3, target_macs=0.5)}.items():
+        args = vars(prune_structured.parse_args(given.split()))
+        assert {flag: args[flag] for flag in expected} == expected
+    steps = [training.step_down(0.3, epoch * 391, 160 * 391) for epoch in (0, 79, 80, 119, 120, 159)]
+    assert steps == pytest.approx([0.3, 0.3, 0.03, 0.03, 0.003, 0.003])
+    assert training.step_down(0.3, 80 * 391 - 1, 160 * 391) == 0.3
+    with pytest.raises(SystemExit):
+        prune_structured.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "default: the paper's, vgg16: 0.4522, resnet19: 0.512; small: 0.5" in shown
+    assert "None" not in shown
+
+
+def test_names_of_runs():
+    names = {flags_: prune_structured.parse_args(flags_.split()).run_dir for flags_ in (
+        "", "--method slimming", "--method greg1", "--method greg2", "--prune-ratio 0", "--seed 1",
+        "--metric random", "--target-macs 0.5", "--regen 0.2", "--prune-ratio 0.4", "--finetune-l1",
+        "--regen-base pruned", "--dataset a/mine.npz", "--model resnet19")}
+    assert len(set(names.values())) == len(names)
+    assert names[""] == "runs/fashion-mini-small-structured-criticality-0.5-r0.3-seed0"
+    assert (prune_structured.parse_args(["--regen", "0"]).run_dir == names["--method slimming"])
