@@ -205,19 +205,18 @@ def differences(masked, small, kept, images):
 def account(net, ratio, kept, regenerated, rescued, scores=None, spiked=None):
     """Return what channels.json says of the choice of channels, a dict.
 
-    net: the dense network. ratio: as asked. Rows over the channels, [M]: kept,
-    regenerated, rescued (by the guard), scores, spiked (False: never in the pass that scored).
+    net: the dense network. ratio: as asked. Rows over the channels, [M]: kept, regenerated, rescued
+    (by the guard), scores, spiked (False: never in the pass that scored).
     """
     names, sizes = layers(net)
     alike = {name: torch.arange(size) >= min(size - 1, round(ratio * size))
              for name, size in zip(names, sizes)}
-    back = regenerated & kept
-    rows = [row.split(sizes) for row in (kept, back, rescued, gammas(net))]
+    rows = [row.split(sizes) for row in (kept, regenerated, rescued, gammas(net))]
     scores = [None] * len(names) if scores is None else [s.tolist() for s in scores.split(sizes)]
     return dict(
         ratio=ratio, reached=1 - int(kept.sum()) / len(kept), channels=len(kept),
-        kept=int(kept.sum()), regenerated=int(back.sum()), rescued=int(rescued.sum()),
-        regenerated_never_spiked=None if spiked is None else int((back & ~spiked).sum()),
+        kept=int(kept.sum()), regenerated=int(regenerated.sum()), rescued=int(rescued.sum()),
+        regenerated_never_spiked=None if spiked is None else int((regenerated & ~spiked).sum()),
         macs_removed=macs_removed(net, dict(zip(names, kept.split(sizes)))),
         macs_removed_if_alike=macs_removed(net, alike),
         layers=[dict(name=name, channels=len(keep), kept=keep.nonzero().flatten().tolist(),
@@ -227,11 +226,13 @@ def account(net, ratio, kept, regenerated, rescued, scores=None, spiked=None):
 
 
 def describe(record):
-    """Return account() as lines for the screen."""
+    """Return what channels.json holds as lines for the screen: account(), differences() and the
+    accuracies of the silenced and of the rebuilt network."""
     silent = record["regenerated_never_spiked"]
     lines = [f"  kept {record['kept']:,} of {record['channels']:,} channels, "
-             f"{record['regenerated']:,} of them by regeneration"
-             + (f" ({silent:,} of these never spiked)" if silent is not None else "")]
+             f"{record['regenerated']:,} of them ({100 * record['regenerated'] / record['kept']:.1f}"
+             f" %) by regeneration" + (f"; {silent:,} of these never spiked" if silent is not None
+                                       else "")]
     for row in record["layers"]:
         back = len(row["regenerated"])
         lines.append(f"    {row['name']:<16}{row['channels']:>4} -> {len(row['kept']):>4}"
@@ -244,6 +245,11 @@ def describe(record):
                      f"{record['reached']:.4f}")
     lines.append(f"  MACs removed: {100 * record['macs_removed']:.2f} % (the same ratio in every "
                  f"layer: {100 * record['macs_removed_if_alike']:.2f} %)")
+    lines.append(
+        f"  silenced {100 * record['accuracy_silenced']:.2f} %, removed "
+        f"{100 * record['accuracy_removed']:.2f} % test accuracy; logits differ by "
+        f"{record['logits_differ_by']:.2g}, {record['spikes_that_differ']:,} of "
+        f"{record['spikes_compared']:,} spikes do")
     return "\n".join(lines)
 
 

@@ -179,7 +179,7 @@ def draw_curves(rows, path):
             ends = [a["epoch"] for a, b in zip(rows, rows[1:]) if a["stage"] != b["stage"]]
             for end in ends:
                 axis.axvline(end + 0.5, color="grey", linewidth=0.7, linestyle=":")
-                axis.annotate(" " + rows[end - rows[0]["epoch"] + 1]["stage"], (end + 0.5, 0.02),
+                axis.annotate(rows[end - rows[0]["epoch"] + 1]["stage"], (end + 0.5, 1.01),
                               fontsize=7, xycoords=("data", "axes fraction"), color="grey")
         axes[0].legend(fontsize=7, frameon=False)
         axes[2].set_ylim(-3, 103)

@@ -917,7 +917,7 @@ def test_sparsities():
 @pytest.mark.parametrize("equation, file", [
     ("1", "neurons.py"), ("2", "neurons.py"), ("3", "neurons.py"), ("4a", "neurons.py"),
     ("4b", "neurons.py"), ("5", "masks.py"), ("6", "neurons.py"), ("7", "masks.py"),
-    ("8", "masks.py"), ("9", "prune_unstructured.py")])
+    ("8", "masks.py"), ("9", "prune_unstructured.py"), ("10", "prune_structured.py")])
 def test_each_equation_has_its_line(equation, file):
     text = (Path(__file__).parent / file).read_text()
     assert len(re.findall(

@@ -1,4 +1,5 @@
 """Each script from its command line, on tiny budgets: files, resume, wrong flags, the README."""
+import importlib
 import json
 import math
 import os
@@ -554,49 +555,74 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert f"    {last_line}\n" in (ROOT / "README.md").read_text()
 
 
-def results_table():
-    """The rows of the README's table, from the logs in results/."""
+def summaries(name):
+    """The summaries of a run's three seeds in results/, after a look at their logs."""
+    folders = sorted((ROOT / "results").glob(f"fashion-mini-small-{name}-seed*"))
+    runs = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    assert [run["seed"] for run in runs] == [0, 1, 2]
+    for folder, run in zip(folders, runs):
+        assert run["test_accuracy"] == lines(folder, "metrics")[-1]["test_accuracy"]
+    return runs
+
+
+def mean(runs, key, scale=1):
+    return scale * np.mean([run[key] for run in runs])
+
+
+def accuracy_cells(runs):
+    accuracies = [100 * run["test_accuracy"] for run in runs]
+    return (f"| {runs[0]['method']} | {np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f} | "
+            f"{', '.join(f'{a:.1f}' for a in accuracies)} |")
+
+
+def results_tables():
+    """The rows of the README's tables, from the logs in results/."""
     rows = []
     for name in ("dense", "gmp-0.9", "criticality-0.9-r0.5"):
-        folders = sorted((ROOT / "results").glob(f"fashion-mini-small-{name}-seed*"))
-        runs = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-        accuracies = [100 * run["test_accuracy"] for run in runs]
-        assert [run["seed"] for run in runs] == [0, 1, 2]
-        for folder, run in zip(folders, runs):
-            assert run["test_accuracy"] == lines(folder, "metrics")[-1]["test_accuracy"]
-        returned = [run["survived_by_regeneration"] for run in runs]
+        runs = summaries(name)
+        returned = runs[0]["survived_by_regeneration"]
         rows.append(
-            f"| {runs[0]['method']} | {np.mean(accuracies):.1f} ± "
-            f"{np.std(accuracies, ddof=1):.1f} | "
-            f"{', '.join(f'{a:.1f}' for a in accuracies)} | {100 * runs[0]['sparsity']:.1f} | "
-            f"{np.mean([run['sops'] for run in runs]) / 1e3:.0f} k | "
-            f"{'-' if returned[0] is None else f'{100 * np.mean(returned):.1f}'} |")
+            f"{accuracy_cells(runs)} {100 * runs[0]['sparsity']:.1f} | "
+            f"{mean(runs, 'sops', 1e-3):.0f} k | " + (
+                "-" if returned is None else f"{mean(runs, 'survived_by_regeneration', 100):.1f}")
+            + " |")
+    for name in ("dense", "slimming-0.5", "greg1-0.5", "criticality-0.5-r0.3", "slimming-macs0.7",
+                 "greg1-macs0.7", "greg2-macs0.7", "criticality-macs0.7-r0.3"):
+        runs = summaries(f"structured-{name}")
+        removed = 100 * (1 - np.mean([run["macs"] / run["macs_dense"] for run in runs]))
+        rows.append(
+            f"{accuracy_cells(runs)} {mean(runs, 'prune_ratio', 100):.1f} | {removed:.1f} | "
+            f"{mean(runs, 'sparsity', 100):.1f} | {mean(runs, 'sops', 1e-3):.0f} k | "
+            f"{mean(runs, 'speedup_batch32'):.2f} | "
+            f"{mean(runs, 'survived_by_regeneration', 100):.1f} |")
     return rows
 
 
-def test_the_table_in_the_readme_is_that_of_the_logs():
+def test_the_tables_in_the_readme_are_those_of_the_logs():
     text = (ROOT / "README.md").read_text().splitlines()
-    for row in results_table():
+    for row in results_tables():
         assert row in text
 
 
 def commands_in_the_text():
-    text = "\n".join((ROOT / name).read_text() for name in ("README.md", "prune_unstructured.py"))
+    text = "\n".join((ROOT / name).read_text() for name in
+                     ("README.md", "prune_unstructured.py", "prune_structured.py"))
     found = re.findall(
-        r"^ *(?:\.venv/bin/)?python prune_unstructured\.py(.*?)(?:  #.*)?$", text, re.M)
-    found = (" ".join(arguments.split()).replace("$seed", "1") for arguments in found)
-    return sorted(set(found) - {"--help"})
+        r"^ *(?:\.venv/bin/)?python (prune_[a-z]*)\.py(.*?)(?:  #.*)?$", text, re.M)
+    found = {(script, " ".join(arguments.split()).replace("$seed", "1"))
+             for script, arguments in found}
+    return sorted((script, arguments) for script, arguments in found if arguments != "--help")
 
 
-@pytest.mark.parametrize("arguments", commands_in_the_text())
-def test_each_command_in_the_text_runs(arguments):
+@pytest.mark.parametrize("script, arguments", commands_in_the_text())
+def test_each_command_in_the_text_runs(script, arguments):
     x = np.random.default_rng(0).integers(0, 256, (5000, 32, 32, 3), dtype=np.uint8)
     Path("data").mkdir()
     for path, classes in (("data/cifar100.npz", 100), ("mine.npz", 10)):
         y = np.arange(5000) % classes
         np.savez(path, x_train=x, y_train=y, x_test=x[:100], y_test=y[:100])
-    summary = prune_unstructured.main([*arguments.split(), "--smoke"])
-    assert 0 <= summary["test_accuracy"] <= 1
+    summary = importlib.import_module(script).main([*arguments.split(), "--smoke"])
+    assert 0 <= summary["test_accuracy"] <= 1 and list(summary) == runfolder.SUMMARY_KEYS
 
 
 def test_files_keep_to_their_size():

@@ -2,7 +2,6 @@
 script from its command line."""
 import json
 import math
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ import models
 import prune_structured
 import runfolder
 import training
-from conftest import TIMES, assert_same_run, lines, one_line, stop_after
+from conftest import assert_same_run, lines, one_line, stop_after
 from masks import Masks
 
 NETS = [("vgg16", 0.15), ("resnet19", 0.12), ("small", 0.5)]
