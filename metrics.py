@@ -1,7 +1,9 @@
-"""What a network costs: parameters, sparsity, MACs, synaptic operations, energy, firing rates.
+"""What a network costs: parameters, sparsity, MACs, synaptic operations, energy, firing rates; and
+what can be seen inside it: features, their spread over each class, the entropy of its spike counts.
 
     counts = metrics.count(net, batches_of_images, masks.alive)
     counts["sops"], counts["energy_mj"], counts["firing_rate"]
+    mean, variance = metrics.class_statistics(net, batches_of_images_and_labels, num_classes)
 
 What is counted, and how:
 - MACs: multiply-accumulates of convolutions and linear layers on the stored shapes, taps on the
@@ -25,6 +27,7 @@ import statistics
 import time
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -136,8 +139,9 @@ def count(net, batches, alive=None):
     """Run the network over batches of images and return all counts of this file as a dict.
 
     batches: an iterable of [N, C, H, W] or [T, N, C, H, W] images. alive: {name: bool tensor}.
-    Besides the keys of summary.json: `sops_nominal` (rate * MACs * T, which overstates at borders)
-    and `firing_rates` {LIF name: rate}. Memory does not grow with the number of images.
+    Besides the keys of summary.json: `sops_nominal` (rate * MACs * T, which overstates at borders),
+    `firing_rates` {LIF name: rate} and `layer_sops` {layer: SOPs}. Memory does not grow with the
+    number of images.
     """
     was_training = net.training
     net.eval()
@@ -161,19 +165,19 @@ def count(net, batches, alive=None):
     rate, by_layer = rates(spikes)
     steps = max(runs.values()) / images_seen
     first_macs = layer_macs[first] * runs[first] / images_seen  # once, or every step
-    sops = nominal = 0.0
+    nominal, sops = 0.0, {}
     for name, module in layers.items():
         if name == first:
             continue
         weight_mask = (torch.ones_like(module.weight, dtype=torch.bool) if alive is None
                        else alive[f"{name}.weight"])
-        sops += fan_out(module, weight_mask, sums[name]) / images_seen
+        sops[name] = fan_out(module, weight_mask, sums[name]) / images_seen
         share = (float(sums[name].sum()) / (runs[name] * sums[name].numel())
                  / net.averaged.get(name, 1))
         nominal += share * layer_macs[name] * steps
     return parameters(net, alive) | conventions(layer_macs, round(steps)) | dict(
-        sops=sops, sops_nominal=nominal,
-        energy_mj=(PJ_PER_MAC * first_macs + PJ_PER_SOP * sops) * 1e-9,
+        sops=sum(sops.values()), sops_nominal=nominal, layer_sops=sops,
+        energy_mj=(PJ_PER_MAC * first_macs + PJ_PER_SOP * sum(sops.values())) * 1e-9,
         firing_rate=rate, firing_rates=by_layer)
 
 
@@ -199,3 +203,77 @@ def speedup(dense, small, images, seconds=2.0):
             end = time.perf_counter() + seconds
         ratios.append(timed(dense) / timed(small))
     return statistics.median(ratios[2:])
+
+
+# ---- what can be seen inside ---------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def class_statistics(net, batches, num_classes):
+    """Return the mean feature of each class, [K, F], and its intra-cluster variance, [K], float64.
+
+    A feature is what enters the classifier, averaged over T and divided by its L2 norm
+    (INTERPRETATION of "normalize"; one without a spike stays 0). The variance of a class is the
+    mean squared Euclidean distance of its samples to their mean, as E|x|^2 - |E x|^2: one pass,
+    and no memory beyond classes x features. batches: an iterable of (images, labels). A class
+    without a sample gets NaN.
+    """
+    classifier = list(scored_by(net))[-1].removesuffix(".weight")
+    seen, sums, squares, count = {}, 0, 0, 0
+    with hooks({classifier: net.get_submodule(classifier)}, before=seen.__setitem__):
+        for images, labels in batches:
+            net(images)
+            feature = seen[classifier].unflatten(0, (-1, len(labels))).double().mean(0)  # [N, F]
+            feature = F.normalize(feature)
+            member = F.one_hot(labels, num_classes).double().T  # [K, N]
+            sums, count = sums + member @ feature, count + member.sum(1)
+            squares = squares + member @ feature.square().sum(1)
+    mean = sums / count[:, None]
+    return mean, (squares / count - mean.square().sum(1)).clamp(min=0)  # 0, and not -1e-17
+
+
+@torch.inference_mode()
+def spike_counts(net, batches, aggregate="max"):
+    """Return {LIF name: (entropy, criticality)} over batches of images, [C] in float64 each.
+
+    entropy: in bits, of the distribution of a neuron's spike count over the T steps of an image,
+    averaged over the neurons of a channel: 0 for a neuron that does the same for all images, at
+    most log2(T + 1). criticality: Eq. 6. Memory does not grow with the number of images.
+    """
+    histograms, scores, total = {}, {}, 0
+
+    def watch(name, spikes):
+        spikes = spikes.sum(0)  # [N, C, ...]
+        rows = torch.stack([(spikes == n).sum(0) for n in range(net.time_steps + 1)])
+        histograms[name] = histograms.get(name, 0) + rows
+        scores[name] = scores.get(name, 0) + neurons[name].score * len(spikes)
+
+    neurons = lifs(net)
+    models.record(net, aggregate)
+    with hooks(neurons, after=watch):
+        for images in batches:
+            net(images)
+            total += images.shape[-4]
+    models.record(net, None)
+    return {name: (entropy(rows).flatten(1).mean(1) if rows.dim() > 2 else entropy(rows),
+                   scores[name] / total) for name, rows in histograms.items()}
+
+
+def entropy(histogram):
+    """Return the entropy in bits of distributions that run along dimension 0, given as counts."""
+    share = histogram.double() / histogram.sum(0)
+    return torch.special.entr(share).sum(0) / math.log(2)
+
+
+def ranks(values):
+    """Return the rank of each value; ties share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+
+
+def spearman(one, other):
+    """Return Spearman's rank correlation of two rows, NaN where one of them is constant."""
+    one, other = ranks(one), ranks(other)
+    if np.ptp(one) == 0 or np.ptp(other) == 0:
+        return np.nan
+    return np.corrcoef(one, other)[0, 1]

@@ -1,0 +1,509 @@
+"""analyze.py, records.py, plots.py: statistics by hand, each figure from tiny runs of the demo's own
+list, broken folders, commands that make the runs again."""
+import base64
+import csv
+import json
+import math
+import re
+import shutil
+from contextlib import chdir
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import analyze
+import metrics
+import models
+import prune_structured
+import prune_unstructured
+import records
+from conftest import one_line
+from neurons import LIF
+
+SCRIPTS = dict(prune_unstructured=prune_unstructured, prune_structured=prune_structured)
+ROOT = Path(__file__).parent
+
+
+# ---- statistics ----------------------------------------------------------------------------------
+
+
+class Reads(nn.Module):
+    """A classifier that reads its input at each of T = 2 steps, the second time tripled."""
+
+    def __init__(self, features):
+        super().__init__()
+        self.fc = nn.Linear(features, 2)
+
+    def scored_by(self):
+        return {"fc.weight": None}
+
+    def forward(self, x):
+        return self.fc(torch.stack([x, 3 * x]).flatten(0, 1))
+
+
+def test_class_statistics_of_three_points_and_two_classes():
+    points, labels = torch.tensor([[3.0, 4.0], [0.0, 2.0], [5.0, 0.0]]), torch.tensor([0, 0, 1])
+    mean, variance = metrics.class_statistics(Reads(2), [(points, labels)], 2)
+    # unit vectors (0.6, 0.8), (0, 1) and (1, 0)
+    assert mean.tolist() == [pytest.approx([0.3, 0.9]), [1, 0]]
+    assert variance.tolist() == pytest.approx([0.1, 0])
+    other = torch.tensor([[0.0, 1.0], [1.0, 0.0]])  # cosine of (0.3, 0.9) and (0, 1)
+    assert torch.cosine_similarity(mean, other).tolist() == pytest.approx([3 / math.sqrt(10), 1])
+
+
+def test_class_statistics_agree_with_numpy_however_they_are_batched():
+    x = torch.rand(50, 7, generator=torch.manual_seed(0))
+    x[3] = 0  # a feature without a spike
+    y = torch.arange(50) % 3
+    unit = (x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)).double().numpy()
+    for size in (50, 7):
+        mean, variance = metrics.class_statistics(
+            Reads(7), zip(x.split(size), y.split(size)), 4)
+        for k in range(3):
+            mine = unit[y.numpy() == k]
+            assert mean[k].numpy() == pytest.approx(mine.mean(0))
+            assert variance[k] == pytest.approx(((mine - mine.mean(0)) ** 2).sum(1).mean())
+        assert mean[3].isnan().all() and variance[3].isnan()  # a class without a sample
+
+
+@pytest.mark.parametrize("counts, bits", [
+    ([1, 1, 1, 1, 1], math.log2(5)), ([0, 9, 0, 0, 0], 0), ([4, 0, 0, 0, 4], 1),
+    ([1, 1, 2, 0, 0], 1.5)])
+def test_entropy_of_known_distributions(counts, bits):
+    assert metrics.entropy(torch.tensor(counts)[:, None]).item() == pytest.approx(bits)
+
+
+class Spikes(nn.Module):
+    """One LIF that sees the images as they are, at each step."""
+
+    def __init__(self, time_steps):
+        super().__init__()
+        self.lif, self.time_steps = LIF(), time_steps
+
+    def forward(self, x):
+        return self.lif(x.expand(self.time_steps, *x.shape))
+
+
+def test_spike_counts_are_those_of_a_plain_count():
+    x = 4 * torch.rand(30, 3, 2, 2, generator=torch.manual_seed(0))
+    net = Spikes(4)
+    (bits, score), = metrics.spike_counts(net, x.split(8)).values()
+    counts = net(x).sum(0).int().numpy()
+    for c in range(3):
+        expected = 0
+        for neuron in counts[:, c].reshape(30, 4).T:
+            share = np.bincount(neuron, minlength=5) / 30
+            expected -= sum(p * np.log2(p) for p in share if p) / 4
+        assert bits[c] == pytest.approx(expected) and expected > 0.5
+    net.lif.record = "max"
+    net(x)
+    assert score.tolist() == pytest.approx(net.lif.score.tolist())
+
+
+def test_a_neuron_that_takes_all_counts_alike_has_the_greatest_entropy():
+    # tau 4/3, threshold 1: a constant current of 1.05 charges to 0.79, 0.98, 1.03: a spike in 3
+    currents = torch.tensor([0.5, 1.05, 2.0])
+    net = Spikes(3)
+    assert net(currents[:, None]).sum(0).flatten().tolist() == [0, 1, 3]
+    (bits, _), = metrics.spike_counts(net, [currents[:, None, None, None]]).values()
+    assert bits.tolist() == [pytest.approx(math.log2(3))]
+
+
+def test_spearman():
+    assert metrics.spearman([1, 2, 3], [10, 20, 90]) == pytest.approx(1)
+    assert metrics.spearman([1, 2, 3], [9, 5, 2]) == pytest.approx(-1)
+    # ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4: covariance 4.5 of deviations 4.5 and 5
+    assert metrics.spearman([1, 2, 2, 3], [1, 3, 2, 4]) == pytest.approx(4.5 / math.sqrt(22.5))
+    assert math.isnan(metrics.spearman([1, 1], [1, 2]))
+
+
+# ---- which runs are compared ---------------------------------------------------------------------
+
+
+def fake(method, seed=0, regen=0.0, accuracy=0.5, script="prune_unstructured", **config):
+    base = dict.fromkeys(records.SAME[script]) | dict(dataset="d", model="m", sparsity=0.9)
+    return SimpleNamespace(folder=Path(f"{method}{seed}"), files={}, method=method, seed=seed,
+                           regen=regen, script=script, config=base | config | dict(seed=seed),
+                           summary=dict(test_accuracy=accuracy, method=method))
+
+
+def test_runs_are_compared_at_equal_settings_and_shared_seeds():
+    runs = [fake("gmp", 0), fake("gmp", 1), fake("gmp", 2, dataset="other"),
+            fake("dense", 1, sparsity=0.0, interval=7),
+            fake("criticality", 1, 0.5), fake("criticality", 2, 0.5)]
+    assert records.compared(runs, "criticality", "baseline") == {
+        "prune_unstructured": dict(gmp=[runs[1]], criticality=[runs[4]])}
+    assert records.compared(runs, "dense", "criticality") == {
+        "prune_unstructured": dict(dense=[runs[3]], criticality=[runs[4]])}
+    assert records.compared(runs[:4], "criticality") == {}
+    assert records.compared(runs, "greg1") == {}
+    (script, methods), = records.compared(runs).items()  # none named: all of the group
+    assert {name: len(mine) for name, mine in methods.items()} == dict(
+        dense=1, gmp=2, criticality=2)
+
+
+def test_another_target_or_schedule_is_another_group():
+    runs = [fake("gmp"), fake("criticality", 0, 0.5, sparsity=0.95),
+            fake("criticality", 0, 0.5, epochs_prune=3)]
+    assert records.compared(runs, "criticality", "baseline") == {}
+    assert len(records.groups(runs, "prune_unstructured")) == 2
+    free, = (group for group in records.groups(runs, "prune_unstructured", ["epochs_prune"])
+             if runs[2] in group)
+    assert runs[0] in free and runs[1] not in free
+
+
+def test_the_rate_with_the_most_seeds_counts_then_the_usual_one_and_never_the_best():
+    rates = [fake("criticality", 0, r, a) for r, a in ((0.1, 0.9), (0.4, 0.1), (0.9, 0.95))]
+    assert records.of(rates, "criticality") == [rates[1]]
+    more = [*rates, fake("criticality", 1, 0.9)]
+    assert [run.seed for run in records.of(more, "criticality")] == [0, 1]
+    assert records.of(rates, "gmp") == []
+
+
+# ---- the demo's runs, shrunk, and their figures --------------------------------------------------
+
+
+def start(words, **_):
+    """Run a script of the demo in this process, on few images."""
+    script, folder, given = Path(words[1]).stem, words[-2], [str(word) for word in words[2:]]
+    small = " --width 0.5 --time-steps 2 --batch-size 16 --dataset few.npz --train-limit 96"
+    given = " ".join(given).replace("--train-limit 3000", "").replace("l1 0.01", "l1 0.001")
+    given = re.sub(r"--epochs-(pretrain|finetune) \d", r"--epochs-\1 2", given)
+    SCRIPTS[script].main((given + small).split())
+    assert Path(folder, "summary.json").exists()
+    return SimpleNamespace(returncode=0)
+
+
+@pytest.fixture(scope="session")
+def shop(tmp_path_factory):
+    """A folder in which the demo has run, with its figures and report."""
+    folder = tmp_path_factory.mktemp("shop")
+    x = np.random.default_rng(0).integers(0, 256, (160, 16, 16), dtype=np.uint8)
+    y = np.arange(160) % 4
+    x[np.arange(160), 4 * y, :] = 255
+    with chdir(folder), pytest.MonkeyPatch.context() as patch:
+        np.savez("few.npz", x_train=x[:96], y_train=y[:96], x_test=x[96:], y_test=y[96:])
+        patch.setattr(analyze, "subprocess", SimpleNamespace(run=start))
+        patch.setattr(metrics, "speedup", lambda *_, **__: 1.0)
+        drawn = analyze.main(["report", "--demo"])
+        assert list(drawn) == list(analyze.FIGURES)  # the demo suffices for all
+    return folder
+
+
+@pytest.fixture
+def there(shop, tmp_path, monkeypatch):
+    """A copy of it, to break things in."""
+    shutil.copytree(shop, tmp_path / "shop")
+    monkeypatch.chdir(tmp_path / "shop")
+    return tmp_path / "shop"
+
+
+def table(path):
+    """Return the comments of a CSV and its rows."""
+    text = Path(path).read_text().splitlines()
+    notes = [line for line in text if line.startswith("#")]
+    return notes, list(csv.DictReader(text[len(notes):]))
+
+
+@pytest.mark.parametrize("name", analyze.FIGURES)
+def test_each_figure_of_the_demo(shop, name):
+    out = shop / "figures" / "demo"
+    picture = plt.imread(out / f"{name}.png")
+    assert picture.shape[0] >= 400 and picture.std() > 0.02
+    assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+    notes, rows = table(out / f"{name}.csv")
+    assert notes[0].startswith(f"# {name}: demo, short runs; few.npz") and "seeds 0" in notes[0]
+    assert "runs/demo/" in notes[1] and len(rows) >= 3
+    assert not list(out.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", analyze.FIGURES)
+def test_no_panel_is_empty_and_all_axes_are_named(shop, name, monkeypatch):
+    monkeypatch.chdir(shop)
+    runs = [records.read_run(folder) for folder in sorted(Path("runs/demo").iterdir())]
+    figure, _, used, says = analyze.FIGURES[name][0](runs)
+    for axis in figure.axes:
+        assert axis.get_xlabel() or len(axis.get_xticklabels()) == 2  # or bars with names
+        assert axis.get_ylabel() and (axis.lines or axis.patches)
+    assert any(axis.get_legend() for axis in figure.axes)
+    assert used and says and not any(run.method == "dense" for run in used) * (name == "layers")
+    plt.close(figure)
+
+
+def summary(shop, name):
+    return json.loads((shop / "runs" / "demo" / name / "summary.json").read_text())
+
+
+def test_ratio_and_epochs_draw_what_the_summaries_say(shop):
+    _, rows = table(shop / "figures/demo/ratio.csv")
+    found = {(row["method"], float(row["regen"])): float(row["accuracy"]) for row in rows}
+    assert len(found) == 18
+    for (method, rate), accuracy in found.items():
+        name = {"dense": "dense", "gmp": "epochs4-r0"}.get(method, f"{method}-r{rate:g}")
+        name = "epochs4-r0.5" if name == "criticality-r0.5" else name
+        assert accuracy == pytest.approx(100 * summary(shop, name)["test_accuracy"])
+    _, rows = table(shop / "figures/demo/epochs.csv")
+    assert {(row["method"], row["epochs_prune"]): float(row["accuracy"]) for row in rows} == {
+        (method, length): pytest.approx(100 * summary(
+            shop, f"epochs{length}-r{rate}")["test_accuracy"])
+        for method, rate in (("gmp", 0), ("criticality", 0.5)) for length in "248"}
+
+
+def test_survival_draws_what_the_logs_say(shop):
+    _, rows = table(shop / "figures/demo/survival.csv")
+    updates = [json.loads(line) for line in (
+        shop / "runs/demo/epochs4-r0.5/updates.jsonl").read_text().splitlines()]
+    drawn = [float(row["share"]) for row in rows if row["what"] == "pruned in update"]
+    assert drawn == pytest.approx([100 * row["survived"] for row in updates])
+    final = {row["what"]: float(row["share"]) for row in rows}
+    for what, name in (("weights", "epochs4-r0.5"), ("channels", "channels-criticality")):
+        assert final[f"alive {what}"] == pytest.approx(
+            100 * summary(shop, name)["survived_by_regeneration"])
+
+
+def test_importance_follows_the_channels_that_only_one_kept(shop):
+    _, rows = table(shop / "figures/demo/importance.csv")
+    drawn = {(row["method"], int(row["epoch"])): float(row["importance"]) for row in rows}
+    kept, gammas, start = {}, {}, {}
+    for method in ("criticality", "slimming"):
+        folder = shop / "runs/demo" / f"channels-{method}-l1"
+        layers = json.loads((folder / "channels.json").read_text())["layers"]
+        kept[method] = {(row["name"], c) for row in layers for c in row["kept"]}
+        start[method] = {(row["name"], c): row["gamma"][c] for row in layers for c in row["kept"]}
+        with np.load(folder / "gamma.npz") as file:
+            gammas[method] = {(row["name"], c): np.abs(file[row["name"]][:, i])
+                              for row in layers for i, c in enumerate(row["kept"])}
+    for method, other in (("criticality", "slimming"), ("slimming", "criticality")):
+        only = kept[method] - kept[other]
+        assert only
+        assert drawn[method, 0] == pytest.approx(
+            np.mean([start[method][c] for c in only]) / np.mean(list(start[method].values())))
+        for epoch in (1, 2):
+            now = {c: gamma[epoch - 1] for c, gamma in gammas[method].items()}
+            assert drawn[method, epoch] == pytest.approx(
+                np.mean([now[c] for c in only]) / np.mean(list(now.values())))
+    assert (drawn["criticality", 0] < drawn["slimming", 0])  # slimming keeps the largest
+
+
+def test_variance_and_similarity_of_a_run_are_those_of_numpy(shop, monkeypatch):
+    monkeypatch.chdir(shop)
+    folder = Path("runs/demo/channels-criticality")
+    net, features = models.load(folder / "model.pt"), []
+    net.fc.register_forward_pre_hook(lambda _, given: features.append(given[0]))
+    images = np.load("few.npz")
+    means = {}
+    for part in ("train", "test"):
+        features.clear()
+        with torch.no_grad():
+            net(torch.from_numpy(images[f"x_{part}"])[:, None])
+        found = features[0].unflatten(0, (2, -1)).mean(0).double().numpy()
+        found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+        classes = [found[images[f"y_{part}"] == k] for k in range(4)]
+        means[part] = [rows.mean(0) for rows in classes]
+    look = records.look(records.read_run(folder))
+    assert look["variance"] == pytest.approx(
+        [((rows - rows.mean(0)) ** 2).sum(1).mean() for rows in classes])
+    assert (look["variance"] > 0).all() and (look["similarity"] > 0).all()
+    assert look["similarity"] == pytest.approx([
+        a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        for a, b in zip(means["train"], means["test"])])
+    _, rows = table("figures/demo/variance.csv")
+    drawn = {int(row["label"]): float(row["mean"]) for row in rows
+             if (row["pruned"], row["method"]) == ("channels", "criticality")}
+    assert drawn == {k: pytest.approx(v) for k, v in enumerate(look["variance"])}
+
+
+def test_what_is_seen_of_a_layer_adds_up_to_what_the_run_measured(shop):
+    for name in ("epochs4-r0", "channels-slimming"):
+        run = records.read_run(shop / "runs/demo" / name)
+        assert sum(records.layers_of(run, "sops").values()) == pytest.approx(run.summary["sops"])
+        assert set(records.layers_of(run, "rate")) == set(records.layers_of(run, "entropy"))
+    _, rows = table(shop / "figures/demo/layers.csv")
+    mine = [row for row in rows if (row["pruned"], row["method"]) == ("weights", "gmp")]
+    assert [float(row["mean"]) for row in mine] == [
+        pytest.approx(100 * layer["alive"] / layer["weights"])
+        for layer in summary(shop, "epochs4-r0")["layers"]]
+
+
+def test_several_seeds_give_a_mean_and_a_spread(there):
+    for method, rate in (("gmp", "0"), ("criticality", "0.5")):
+        source = there / f"runs/demo/epochs4-r{rate}"
+        copy = shutil.copytree(source, there / f"runs/{method}-seed1")
+        for name in ("config", "summary"):
+            values = json.loads((copy / f"{name}.json").read_text()) | dict(seed=1)
+            if name == "summary":
+                values["test_accuracy"] += 0.02
+            (copy / f"{name}.json").write_text(json.dumps(values))
+    analyze.main(["ratio", "--runs", *map(str, Path("runs/demo").iterdir()), "runs/gmp-seed1",
+                  "runs/criticality-seed1"])
+    _, rows = table("figures/ratio.csv")
+    found = {(row["method"], float(row["regen"])): row for row in rows}
+    for key in (("gmp", 0.0), ("criticality", 0.5)):
+        assert found[key]["seeds"] == "2"
+        assert float(found[key]["std"]) == pytest.approx(2 / math.sqrt(2))
+    assert float(found["random", 0.5]["std"]) == 0
+
+
+# ---- the command line ----------------------------------------------------------------------------
+
+
+def test_runs_in_the_default_folder_are_found(there, capsys):
+    for name in ("epochs4-r0", "epochs4-r0.5"):
+        shutil.copytree(there / "runs/demo" / name, there / "runs" / name)
+    drawn = analyze.main([])
+    assert set(drawn) == {"survival", "variance", "similarity", "curves", "layers"}
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == len(analyze.FIGURES)  # one line each
+    assert "importance  not drawn; the runs that it needs: python prune_structured.py " in out
+    assert "--dataset few.npz" in out and "--width 0.5" in out
+    assert sorted(path.name for path in Path("figures").glob("*.png")) == [
+        f"{name}.png" for name in sorted(drawn)]
+
+
+def test_one_figure_of_the_runs_named(there, capsys):
+    drawn = analyze.main(["layers", "--runs", "runs/demo/epochs4-r0", "--out", "elsewhere"])
+    assert list(drawn) == ["layers"] and drawn["layers"][2][0].method == "gmp"
+    assert {path.name for path in Path("elsewhere").iterdir()} == {
+        "layers.png", "layers.pdf", "layers.csv"}
+
+
+def test_results_are_drawn_without_weights_or_data(there, monkeypatch):
+    before = Path("figures/demo/variance.csv").read_text()
+    Path("few.npz").unlink()
+    for path in Path("runs/demo").glob("*/model.pt"):
+        path.unlink()
+    analyze.main(["variance", "--runs", *map(str, sorted(Path("runs/demo").iterdir()))])
+    assert Path("figures/variance.csv").read_text() == before
+
+
+def test_what_is_no_run_is_named_and_skipped(there, capsys):
+    Path("runs/demo/dense/summary.json").unlink()
+    Path("runs/demo/random-r0.1/config.json").write_text('{"data')
+    Path("runs/demo/random-r0.3/summary.json").write_text('{"method": "random"}')
+    Path("runs/demo/random-r0.5/summary.json").write_text("[]")
+    analyze.main(["layers", "--runs", *map(str, sorted(Path("runs/demo").iterdir())), "figures",
+                  "few.npz", "absent"])
+    skipped = dict(re.findall("skipped (.*?): (.*)", capsys.readouterr().out))
+    assert skipped == {
+        "runs/demo/dense": "the run is not finished: it has no summary.json",
+        "runs/demo/random-r0.1": "config.json is damaged",
+        "runs/demo/random-r0.3": skipped["runs/demo/random-r0.3"],
+        "runs/demo/random-r0.5": "summary.json is damaged",
+        **dict.fromkeys(("figures", "few.npz", "absent"),
+                        "it is no run: it has no config.json")}
+    assert "summary.json has no script, dataset" in skipped["runs/demo/random-r0.3"]
+
+
+@pytest.mark.parametrize("figure, name, damage, says", [
+    ("survival", "updates.jsonl", None, "it has no updates.jsonl"),
+    ("curves", "metrics.jsonl", "{", "metrics.jsonl is damaged"),
+    ("variance", "analysis.npz", "PK", "analysis.npz is damaged")])
+def test_a_run_with_a_bad_file_is_named_and_left_out(there, capsys, figure, name, damage, says):
+    path = Path("runs/demo/epochs4-r0.5") / name
+    path.unlink() if damage is None else path.write_text(damage)
+    drawn = analyze.main([figure, "--runs", *map(str, sorted(Path("runs/demo").iterdir()))])
+    assert f"{figure:<12}without runs/demo/epochs4-r0.5: {says}\n" in capsys.readouterr().out
+    used = {run.folder.name for run in drawn[figure][2]}
+    assert "epochs4-r0.5" not in used and used & {"criticality-r0.3", "criticality-r0.7"}
+
+
+def test_a_run_without_weights_and_analysis_is_named(there, capsys):
+    for name in ("model.pt", "analysis.npz"):
+        Path("runs/demo/channels-slimming", name).unlink()
+    analyze.main(["variance", "--runs", *map(str, sorted(Path("runs/demo").iterdir()))])
+    assert ("without runs/demo/channels-slimming: there is no file "
+            "runs/demo/channels-slimming/model.pt" in capsys.readouterr().out)
+    assert {row["pruned"] for row in table("figures/variance.csv")[1]} == {"weights", "channels"}
+
+
+def test_importance_refuses_networks_that_began_differently(there, capsys):
+    path = Path("runs/demo/channels-slimming-l1/channels.json")
+    changed = json.loads(path.read_text())
+    changed["layers"][0]["gamma"][0] += 0.1
+    path.write_text(json.dumps(changed))
+    with pytest.raises(SystemExit) as stopped:
+        analyze.main(["importance", "--runs", *map(str, Path("runs/demo").iterdir())])
+    assert stopped.value.code == 2
+    assert "was pruned from another network" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [[], ["variance"], ["report"], ["--runs", "nowhere"]])
+def test_nothing_to_draw(given, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        analyze.main(given)
+    assert stopped.value.code == 2 and not Path("figures").exists()
+    assert "Make some first: python analyze.py --demo" in one_line(capsys)
+
+
+@pytest.mark.parametrize("given, says", [
+    (["survivals"], "invalid choice: 'survivals'"), (["--demo", "--runs", "a"], "exclude"),
+    (["--runs"], "expected at least one argument"), (["--speed"], "unrecognized")])
+def test_wrong_flags(given, says, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        analyze.main(given)
+    assert stopped.value.code == 2 and says in one_line(capsys)
+
+
+def test_the_demo_goes_on_where_it_was_and_stops_at_what_fails(there, monkeypatch, capsys):
+    shutil.rmtree("runs/demo/random-r0.3")
+    started = []
+
+    def fail(words, **_):
+        started.append(words)
+        return SimpleNamespace(returncode=1, stderr="prune_unstructured.py: error: disk full\n")
+
+    monkeypatch.setattr(analyze, "subprocess", SimpleNamespace(run=fail))
+    with pytest.raises(SystemExit) as stopped:
+        analyze.main(["--demo"])
+    assert stopped.value.code == 1 and len(started) == 1
+    assert started[0][-3:] == ["--run-dir", Path("runs/demo/random-r0.3"), "--resume"]
+    error = capsys.readouterr().err
+    assert "disk full. Go on with: python analyze.py --demo" in error and "Traceback" not in error
+
+
+def test_the_report_is_one_file_with_all_figures(shop):
+    text = (shop / "figures/demo/report.html").read_text()
+    images = re.findall(r'<img alt="(\w+)" src="data:image/png;base64,([^"]+)"', text)
+    assert [name for name, _ in images] == list(analyze.FIGURES)
+    for name, image in images:
+        assert base64.b64decode(image) == (shop / f"figures/demo/{name}.png").read_bytes()
+    assert "python prune_structured.py" in text and "of the classes" in text
+    assert not re.search(r'(src|href)="(?!data:|#)', text)  # it needs no other file
+    assert text.count("<figure") == text.count("</figure>") == len(analyze.FIGURES)
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+
+def runs_of(folder):
+    return [records.read_run(path.parent) for path in sorted(folder.glob("**/config.json"))]
+
+
+def assert_made_again(run):
+    """The command of a run asks for the flags that its config.json holds."""
+    words = records.command(run).split()
+    args = vars(SCRIPTS[run.script].parse_args(words[2:]))
+    own = {"run_dir", "resume", "overwrite", "device"}
+    assert words[0] == "python" and words[1] == f"{run.script}.py"
+    assert {flag: value for flag, value in args.items() if flag not in own} == {
+        flag: value for flag, value in run.config.items() if flag in args and flag not in own}
+
+
+def test_the_commands_of_the_runs_make_them_again(shop):
+    for run in runs_of(shop) + runs_of(ROOT / "results"):
+        assert_made_again(run)
+
+
+def test_the_commands_hold_what_differs_from_the_defaults(tmp_path):
+    given = ("--no-flip --precision bf16 --sparsity 0.95 --candidates new --seed 3 --smoke "
+             "--run-dir a")
+    prune_unstructured.main(given.split())
+    run = records.read_run("a")
+    assert_made_again(run)
+    assert "--no-flip" in records.command(run) and "--smoke" in records.command(run)
+    assert "--lr" not in records.command(run)
