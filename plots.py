@@ -96,9 +96,11 @@ def page(path, title, sections):
     """Write an HTML page that needs no other file. sections: (PNG, heading, texts, commands)."""
     parts = [PAGE.format(title=html.escape(title))]
     for image, heading, texts, commands in sections:
-        source = base64.b64encode(image.read_bytes()).decode()
+        png = image.read_bytes()
+        source, width = base64.b64encode(png).decode(), int.from_bytes(png[16:20], "big") // 1.6
         parts += [f'<figure id="{image.stem}"><h2>{html.escape(heading)}</h2>\n'
-                  f'<img alt="{image.stem}" src="data:image/png;base64,{source}">\n<figcaption>',
+                  f'<img alt="{image.stem}" width="{width:.0f}" '
+                  f'src="data:image/png;base64,{source}">\n<figcaption>',
                   *(f"<p>{html.escape(text)}</p>" for text in texts),
                   f"<details><summary>Commands of the runs</summary><pre>"
                   f"{html.escape(commands)}</pre></details></figcaption></figure>\n"]

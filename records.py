@@ -220,9 +220,13 @@ def about(runs):
         return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
 
     def target(run):
-        gone = run.summary["sparsity"] if run.script == WEIGHTS else run.summary["prune_ratio"]
-        what = "of the weights" if run.script == WEIGHTS else "of the channels"
-        return f"{100 * gone:.4g} % {what} pruned" if run.method != "dense" else None
+        if run.method == "dense":
+            return None
+        if run.script == WEIGHTS:
+            return f"{100 * run.config['sparsity']:g} % of the weights pruned"
+        if run.config["target_macs"] is not None:
+            return f"{100 * run.config['target_macs']:g} % of the MACs removed"
+        return f"{100 * run.config['prune_ratio']:g} % of the channels pruned"
 
     limits = listed(run.config.get("train_limit") for run in runs)
     return ("demo, short runs; " * any(run.folder.parent.name == "demo" for run in runs)

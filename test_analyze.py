@@ -468,7 +468,7 @@ def test_the_demo_goes_on_where_it_was_and_stops_at_what_fails(there, monkeypatc
 
 def test_the_report_is_one_file_with_all_figures(shop):
     text = (shop / "figures/demo/report.html").read_text()
-    images = re.findall(r'<img alt="(\w+)" src="data:image/png;base64,([^"]+)"', text)
+    images = re.findall(r'<img alt="(\w+)" width="\d+" src="data:image/png;base64,([^"]+)"', text)
     assert [name for name, _ in images] == list(analyze.FIGURES)
     for name, image in images:
         assert base64.b64decode(image) == (shop / f"figures/demo/{name}.png").read_bytes()
