@@ -152,7 +152,12 @@ def count(net, batches, alive=None):
     sums, runs, images_seen = {}, {}, 0
 
     def arrive(name, x):
-        spikes = x.sum(0, dtype=torch.float64) * net.averaged.get(name, 1)
+        # the sum over T * N as a product with ones: many times faster than sum(0) on a CPU, and as
+        # exact, since float32 holds whole numbers to 2**24
+        rows = x.movedim(1, -1)  # as channels_last has it in memory
+        flat = rows.flatten(1).float()
+        spikes = (flat.new_ones(len(flat)) @ flat).double().view(rows.shape[1:]).movedim(-1, 0)
+        spikes = spikes * net.averaged.get(name, 1)
         sums[name] = sums[name] + spikes if name in sums else spikes
         runs[name] = runs.get(name, 0) + len(x)
 

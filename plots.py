@@ -21,7 +21,10 @@ import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 STYLE = {  # Okabe-Ito colours, told apart by all eyes; markers, told apart without colour
     "dense": ("#000000", "s"), "gmp": ("#D55E00", "o"), "slimming": ("#D55E00", "o"),
     "criticality": ("#0072B2", "^"), "gradient": ("#009E73", "v"), "random": ("#CC79A7", "D"),
-    "granet": ("#56B4E9", "P"), "greg1": ("#E69F00", "X"), "greg2": ("#999999", "*")}
+    "granet": ("#56B4E9", "P"), "greg1": ("#E69F00", "X"), "greg2": ("#999999", "*"),
+    "imp": ("#E69F00", "o"), "eb": ("#E69F00", "s"), "et": ("#E69F00", "D"),
+    "gradr": ("#009E73", "P"), "deepr": ("#009E73", "X"), "sdsnn": ("#56B4E9", "*"),
+    "pq": ("#CC79A7", "p")}
 
 
 def canvas(columns, rows=1):
