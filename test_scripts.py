@@ -604,6 +604,24 @@ def test_the_tables_in_the_readme_are_those_of_the_logs():
         assert row in text
 
 
+METHODS = ("dense gmp criticality gradient random granet imp eb et gradr deepr sdsnn pq slimming "
+           "greg1 greg2").split()
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("prune_*.py")))
+def test_all_scripts_leave_the_same_summary(script):
+    summary = importlib.import_module(script).main(["--smoke", "--run-dir", "r"])
+    assert list(summary) == runfolder.SUMMARY_KEYS and summary["script"] == script
+    assert json.loads(Path("r/summary.json").read_text()) == summary
+    assert summary["method"] in METHODS
+    alive = sum(layer["alive"] for layer in summary["layers"])
+    assert summary["sparsity"] == pytest.approx(
+        1 - alive / sum(layer["weights"] for layer in summary["layers"]))
+    assert 0 < summary["training_cost"] <= 1 + 1e-9 and summary["seconds"] > 0
+    for number in ("test_accuracy", "sops", "energy_mj", "macs", "macs_dense", "epochs"):
+        assert summary[number] is not None
+
+
 def commands_in_the_text():
     text = "\n".join((ROOT / name).read_text() for name in
                      ("README.md", "prune_unstructured.py", "prune_structured.py"))
