@@ -180,13 +180,14 @@ class Masks:
         self.flat |= back
         return back
 
-    def guard(self):
+    def guard(self, importance=None):
         """Leave no layer empty: its largest weight stays, and the smallest alive weight of a layer
-        with more than one goes in its place, so that the count holds. Returns the names of such
-        layers."""
+        with more than one goes in its place, so that the count holds. importance: [M], what large
+        and small mean, |w| if not given. Returns the names of such layers."""
         if all(self.per_layer(self.flat)):
             return []
-        parts, values = self.flat.split(self.sizes), self.magnitudes().split(self.sizes)
+        values = (self.magnitudes() if importance is None else importance).split(self.sizes)
+        parts = self.flat.split(self.sizes)
         rescued = []
         for name, part, value in zip(self.weights, parts, values):
             if part.any():
