@@ -76,10 +76,10 @@ def layer_densities(shapes, density, start):
 def start_sparse(args, masks):
     """Draw the masks of the start. INTERPRETATION: exact counts, where GraNet's code tosses a coin
     for each place."""
-    generator = seeded(args.seed, 0)  # updates have iterations from 1
     shapes = [weight.shape for weight in masks.weights.values()]
-    for part, density in zip(masks.flat.split(masks.sizes),
-                             layer_densities(shapes, args.density, args.start)):
+    densities = layer_densities(shapes, args.density, args.start)
+    generator = seeded(args.seed, 0)  # updates have iterations from 1
+    for part, density in zip(masks.flat.split(masks.sizes), densities):
         count = max(1, round(density * len(part)))
         part.copy_(select(torch.ones_like(part), count, [], generator))
 
@@ -274,8 +274,7 @@ def main(argv=None):
                                  finetune=args.epochs_finetune)
         num_updates = stages.steps("prune") // args.interval
         n_scopes = sum(map(len, in_scopes(masks, masks.flat, args.scope)))
-        matched = args.mode == "matched"
-        if matched and masks.keep_at(args.sparsity) < n_scopes:
+        if args.mode == "matched" and masks.keep_at(args.sparsity) < n_scopes:
             raise ValueError(f"--sparsity is {args.sparsity:g}: {masks.keep_at(args.sparsity)} of "
                              f"{masks.total} weights alive, expected at least one for each of the "
                              f"{n_scopes} {args.scope}s. Lower --sparsity or raise --width")
@@ -322,8 +321,8 @@ def main(argv=None):
                     scores = (velocity.abs() if args.growth == "momentum" else
                               masks.gradients() if args.growth == "gradient" else
                               torch.rand(masks.total, generator=generator).to(device))
-                    target, keep = None, None
-                    if matched:
+                    target = keep = None
+                    if args.mode == "matched":
                         target = sparsity_at(update / num_updates, 1 - args.density, args.sparsity)
                         keep = masks.keep_at(target)
                     pruned, grown, before, index = rewire(args, masks, keep, scores, generator)
