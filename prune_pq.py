@@ -110,7 +110,7 @@ def pq_index(magnitudes, alive, p=P, q=Q):
 
 def retained(index, d, eta, p=P, q=Q):
     """Return the bound m: how many of d weights are to be retained at least, [R] int64."""
-    m = d * (1 + eta) ** (-q / (q - p)) * (1 - index) ** (p * q / (q - p))
+    m = (1 - index) ** (p * q / (q - p)) * (1 + eta) ** (-q / (q - p)) * d  # in float64
     return torch.minimum(torch.ceil(m - 1e-9 * d).long(), d)  # 4.0000001 is 4 and not 5
 
 
@@ -146,7 +146,7 @@ def turnover(args, c, d, dead, keep):
     alive in all, None in adaptive mode.
     """
     if keep is None:  # 0.29 * 100 is 28.999999999999996; a dense layer has no place to grow
-        return c, torch.minimum(torch.floor(args.rho * c + 1e-9 * c).long(), dead)
+        return c, torch.minimum(torch.floor(c.double() * args.rho + 1e-9 * c).long(), dead)
     # INTERPRETATION of "matched": the rho that meets the ramp, one for all scopes: grown = pruned -
     # surplus. Were that negative, c is raised to what the ramp needs, in proportion: the index
     # still says where. c is lowered where fewer are dead than should grow
@@ -279,8 +279,8 @@ def main(argv=None):
                              f"{masks.total} weights alive, expected at least one for each of the "
                              f"{n_scopes} {args.scope}s. Lower --sparsity or raise --width")
         if num_updates == 0:
-            raise ValueError(f"no update would ever run: --interval is {args.interval}, expected at "
-                             f"most {stages.steps('prune')}. Lower it or raise --epochs-prune")
+            raise ValueError(f"no update would ever run: --interval is {args.interval}, expected "
+                             f"at most {stages.steps('prune')}. Lower it or raise --epochs-prune")
         run = Run(args, device, stages, net=net, optimizer=optimizer, masks=masks)
 
     forward = torch.compile(net) if args.compile else net

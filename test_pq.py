@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -164,13 +165,19 @@ def test_distributions():
 
 
 def test_rounding_does_not_change_a_count():
-    assert retained(torch.tensor([-1e-12]), torch.tensor([4]), 0).item() == 4  # never above d
-    assert retained(torch.tensor([1 / 3 - 1e-11]), torch.tensor([3000]), 0).item() == 2000
+    for index, d, m in ((-1e-12, 4, 4), (1 / 3 - 1e-14, 3000, 2000)):
+        index = torch.tensor([index], dtype=torch.float64)
+        assert retained(index, torch.tensor([d]), 0).item() == m
     assert math.floor(5 * (1 - 4 / 5)) == 0  # the trap
     for d in range(1, 200):
         for m in range(1, d + 1):
             c = to_prune(torch.tensor([m]), torch.tensor([d]))
             assert c.item() == min(d - m, 9 * d // 10, d - 1), (d, m)
+    for d in (2359296, 14714997, 33554433):  # float32 would be off by one and more
+        for eta in (0, 0.001):
+            bound = Fraction(d) * Fraction(0.8471231) / Fraction(1 + eta) ** 2
+            index = torch.tensor([1 - 0.8471231], dtype=torch.float64)
+            assert retained(index, torch.tensor([d]), eta).item() == math.ceil(bound - d * 1e-9)
     ten = torch.tensor([10])
     assert to_prune(torch.tensor([7]), ten, gamma=1.2).item() == 3  # 3.6
     assert to_prune(torch.tensor([2]), ten, beta=0.5).item() == 5
@@ -275,6 +282,9 @@ def test_how_many_grow():
     assert of(None, dead=torch.tensor([4, 9, 4])) == [[10, 3, 0], [4, 2, 0]]
     hundred = torch.tensor([100])
     assert turnover(settings(rho=0.29), hundred, 2 * hundred, hundred, None)[1].item() == 29
+    for n in (10**6 + 7, 2359297, 16777217):
+        n = torch.tensor([n])
+        assert turnover(settings(rho=0.9), n, 2 * n, n, None)[1].item() == 9 * n.item() // 10
     # matched, 63 alive: the index sets the turnover, what grows meets the target
     assert of(63) == [[10, 3, 0], [10, 3, 0]]
     assert of(59) == [[10, 3, 0], [7, 2, 0]]  # 13 - 4
@@ -666,15 +676,17 @@ def test_a_run_bit_by_bit(monkeypatch, images):
 
 
 @pytest.mark.parametrize("step, given", [
-    (3, []), (9, []), (30, []), (16, ["--scope", "neuron", "--precision", "bf16"]),
+    (3, []), (9, ["--sparsity", "0.55"]), (16, ["--scope", "neuron", "--sparsity", "0.6"]),
+    (30, ["--mode", "adaptive"]),
     (40, ["--mode", "adaptive", "--growth", "random", "--start", "erk"])])
 def test_resume_bit_by_bit(step, given, monkeypatch):
-    """Stop before the first update, between two, at the last, at the end of an epoch, and in
+    """Stop before the first update, between two, at the end of an epoch, at the last update, and in
     fine-tuning."""
-    run("--run-dir", "unbroken", *given)
+    summary = run("--run-dir", "unbroken", *given)
     stop_after(step, monkeypatch, run, "--run-dir", "r", *given)
     run("--run-dir", "r", "--resume", short=False)  # all other flags come from its config.json
     assert_same_run("unbroken", "r")
+    assert summary["survived_by_regeneration"] > 0 or not given  # something did grow
 
 
 def test_init_and_the_dense_accuracy(images):
