@@ -33,9 +33,9 @@ WEIGHTS = {  # name: script and flags, beside the sparsity and the epochs, which
     "gradient": "prune_unstructured --metric gradient",
     "random": "prune_unstructured --metric random",
     "granet": "prune_unstructured --metric granet",
-    "imp": "prune_lottery --method imp --rounds 4",
-    "eb": "prune_lottery --method eb",
-    "et": "prune_lottery --method et",
+    "imp": "prune_lottery --method imp --budget matched --rounds 4",
+    "eb": "prune_lottery --method eb --budget matched",
+    "et": "prune_lottery --method et --budget matched --rounds 4",
     "gradr": "prune_gradr --method gradr",
     "deepr": "prune_gradr --method deepr",
     "sdsnn": "prune_sdsnn",
@@ -46,6 +46,11 @@ CHANNELS = {
     "greg1": "prune_structured --method greg1",
     "greg2": "prune_structured --method greg2",
     "criticality": "prune_structured"}
+# The budget, structure epochs and epochs with the mask fixed: those of prune_unstructured.py, since
+# the other scripts' defaults are their own papers'
+PAPER, SHORT = (200, 300), (6, 4)
+EPOCHS = {"fashion-mini": (8, 4), "mnist": SHORT, "fashion-mnist": SHORT, "cifar10": PAPER,
+          "cifar100": PAPER, "tiny-imagenet": (50, 100)}
 COLUMNS = ("method", "target", "test accuracy, %", "seeds", "sparsity, %", "MACs, M", "SOPs, k",
            "energy, uJ", "training cost", "seconds")
 
@@ -55,34 +60,34 @@ COLUMNS = ("method", "target", "test accuracy, %", "seeds", "sparsity, %", "MACs
 
 def plan(args):
     """Return [(folder, words of the command)] of all runs."""
-    shared = [word for flag in ("dataset", "data_dir", "model", "width", "train_limit",
-                                "time_steps", "batch_size")
-              if getattr(args, flag) is not None
-              for word in (f"--{flag.replace('_', '-')}", str(getattr(args, flag)))]
-    epochs = {name: getattr(args, name) for name in ("epochs_prune", "epochs_finetune")}
+    def words(values):
+        return [word for flag, value in values.items() if value is not None
+                for word in (f"--{flag.replace('_', '-')}", str(value))]
+
+    usual = flags.DATASETS.get(args.dataset, flags.SMALL)
+    shared = dict(dataset=args.dataset, data_dir=args.data_dir, width=args.width,
+                  train_limit=args.train_limit, batch_size=args.batch_size,
+                  model=args.model or usual["model"],
+                  time_steps=args.time_steps or usual["time_steps"])
+    prune, finetune = EPOCHS.get(args.dataset, EPOCHS["fashion-mini"])
+    prune = args.epochs_prune or prune
+    finetune = finetune if args.epochs_finetune is None else args.epochs_finetune
     jobs = {}
     for seed in range(args.seeds):
-        for table, targets in ((WEIGHTS, args.sparsity), (CHANNELS, [args.target_macs])):
-            for target in targets:
-                for method, command in table.items():
-                    script, *own = command.split()
-                    kind, aim = (("macs", "--target-macs") if table is CHANNELS
-                                 else ("", "--sparsity"))
-                    name = f"channels-{method}" if table is CHANNELS else method
-                    if method != "dense":  # one dense run does for all targets
-                        name += f"-{kind}{target:g}"
-                        own += [aim, str(target)]
-                    if table is CHANNELS and epochs["epochs_prune"] is not None:
-                        own += ["--epochs-pretrain", str(epochs["epochs_prune"])]
-                        own += ["--epochs-finetune", str(epochs["epochs_prune"])]
-                    elif table is WEIGHTS:
-                        own += [word for flag, value in epochs.items() if value is not None
-                                for word in (f"--{flag.replace('_', '-')}", str(value))]
-                    folder = args.out / f"{name}-seed{seed}"
-                    jobs[folder] = [
-                        sys.executable, str(Path(__file__).with_name(f"{script}.py")), *own,
-                        *shared, "--seed", str(seed), "--run-dir", str(folder), "--resume"]
-    return list(jobs.items())
+        for method, command in WEIGHTS.items():
+            for sparsity in args.sparsity if method != "dense" else [None]:  # one does for all
+                name = method if sparsity is None else f"{method}-{sparsity:g}"
+                jobs[args.out / f"{name}-seed{seed}"] = command.split() + words(dict(
+                    sparsity=sparsity, epochs_prune=prune, epochs_finetune=finetune, seed=seed))
+        for method, command in CHANNELS.items():
+            target = args.target_macs if method != "dense" else None
+            name = "channels-dense" if target is None else f"channels-{method}-macs{target:g}"
+            jobs[args.out / f"{name}-seed{seed}"] = command.split() + words(dict(
+                target_macs=target, epochs_pretrain=args.epochs_prune,
+                epochs_finetune=args.epochs_prune, seed=seed))
+    return [(folder, [sys.executable, str(Path(__file__).with_name(f"{script}.py")), *own,
+                      *words(shared), "--run-dir", str(folder), "--resume"])
+            for folder, (script, *own) in jobs.items()]
 
 
 def log_of(folder):
@@ -230,7 +235,8 @@ def parse_args(argv):
                           ("width", flags.number(0, 100, above=True)),
                           ("train-limit", flags.whole(1)), ("time-steps", flags.whole(1)),
                           ("batch-size", flags.whole(1))):
-        add(f"--{flag}", type=convert, default=None, help="as in the other scripts")
+        add(f"--{flag}", type=convert, default="fashion-mini" if flag == "dataset" else None,
+            help="as in the other scripts")
     add("--jobs", type=flags.whole(1), default=1, metavar="N", help="runs at a time (default 1)")
     add("--out", type=Path, default=Path("runs/compare"), metavar="DIR",
         help="the folder of the runs and of the result (default runs/compare)")
@@ -244,7 +250,7 @@ def main(argv=None):
     with flags.exits(2, ValueError, OSError):
         out = args.runs or args.out
         if args.runs is None:
-            data.load(args.dataset or "fashion-mini", args.data_dir or "data", args.train_limit)
+            data.load(args.dataset, args.data_dir or "data", args.train_limit)
             out.mkdir(parents=True, exist_ok=True)
             run_all(plan(args), args.jobs)
         found, notes = gather(out)

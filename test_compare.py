@@ -33,7 +33,9 @@ def two_methods(monkeypatch):
 
 
 def test_the_commands_are_those_of_the_scripts():
-    args = compare.parse_args([*TINY, "--sparsity", "0.9", "0.95", "--seeds", "2"])
+    small = ("--dataset few.npz --width 0.25 --time-steps 4 --epochs-prune 4 "
+             "--epochs-finetune 2 --sparsity 0.9 0.95 --seeds 2").split()
+    args = compare.parse_args(small)
     jobs = compare.plan(args)
     assert len({folder for folder, _ in jobs}) == len(jobs) == 2 * (1 + 2 * 12 + 5)
     methods = set()
@@ -41,17 +43,25 @@ def test_the_commands_are_those_of_the_scripts():
         script = importlib.import_module(Path(words[1]).stem)
         parsed = script.parse_args(words[2:])
         assert parsed.run_dir == str(folder) and parsed.resume and parsed.dataset == "few.npz"
-        assert folder.name.endswith(f"-seed{parsed.seed}") and parsed.time_steps == 2
+        assert folder.name.endswith(f"-seed{parsed.seed}") and parsed.time_steps == 4
         if words[1].endswith("prune_structured.py"):
             assert parsed.target_macs == (None if "dense" in folder.name else 0.7)
-            assert parsed.epochs_pretrain == parsed.epochs_finetune == 1
+            assert parsed.epochs_pretrain == parsed.epochs_finetune == 4
         else:
             wanted = 0 if "dense" in folder.name else 0.95 if "-0.95-" in folder.name else 0.9
             assert parsed.sparsity == wanted
-            assert (parsed.epochs_prune, parsed.epochs_finetune) == (1, 1)
+            assert (parsed.epochs_prune, parsed.epochs_finetune) == (4, 2)
         methods.add(folder.name.rsplit("-seed")[0].split("-0.9")[0])
     assert methods == {*compare.WEIGHTS, "channels-dense", *(
         f"channels-{name}-macs0.7" for name in compare.CHANNELS if name != "dense")}
+
+
+def test_the_budget_and_the_network_are_equal_where_papers_differ():
+    for folder, words in compare.plan(compare.parse_args(["--dataset", "cifar100"])):
+        parsed = importlib.import_module(Path(words[1]).stem).parse_args(words[2:])
+        assert (parsed.model, parsed.time_steps) == ("vgg16", 5)
+        if not folder.name.startswith("channels"):
+            assert (parsed.epochs_prune, parsed.epochs_finetune) == (200, 300)
 
 
 def test_a_comparison_from_end_to_end(few, two_methods, monkeypatch, capfd):
