@@ -280,7 +280,7 @@ def main(argv=None):
             args.temperature = DEEP_R ** 2 * args.lr / 2  # sqrt(2 lr T) = 1e-5 lr
         run = Run(args, device, stages, net=net, optimizer=optimizer, masks=masks, wires=wires)
 
-    plan = f"Deep R, K = {keep:,}, L1 {args.prior:.4g}, T {args.temperature}"
+    plan = f"Deep R, K = {keep:,}, L1 {args.prior:.4g}, T {args.temperature or 0:.4g}"
     if args.method == "gradr":
         c = centre(args.sparsity, args.prior)
         pull = args.prior * sum_of_rates(args.optimizer, args.lr, last)

@@ -635,8 +635,8 @@ def test_defaults_and_names(capsys):
         200, 300, 1e-4, 0)
     assert (sgd.lr, sgd.weight_decay, sgd.momentum) == (0.3, 5e-4, 0.9)
     small = parse([])
-    assert (small.epochs_prune, small.epochs_finetune, small.interval, small.lr, small.sparsity) == (
-        8, 4, 25, 1e-3, 0.9)
+    assert (small.epochs_prune, small.epochs_finetune, small.interval, small.lr,
+            small.sparsity) == (8, 4, 25, 1e-3, 0.9)
     names = {parse(given.split()).run_dir for given in (
         "", "--method deepr", "--sparsity 0.95", "--prior 0.5", "--optimizer sgd", "--seed 1",
         "--method deepr --temperature 0", "--method deepr --prior 0")}
