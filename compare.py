@@ -36,8 +36,8 @@ WEIGHTS = {  # name: script and flags, beside the sparsity and the epochs, which
     "imp": "prune_lottery --method imp --budget matched --rounds 4",
     "eb": "prune_lottery --method eb --budget matched",
     "et": "prune_lottery --method et --budget matched --rounds 4",
-    "gradr": "prune_gradr --method gradr",
-    "deepr": "prune_gradr --method deepr",
+    "gradr": "prune_gradr --method gradr --optimizer sgd",
+    "deepr": "prune_gradr --method deepr --optimizer sgd",
     "sdsnn": "prune_sdsnn",
     "pq": "prune_pq"}
 CHANNELS = {
