@@ -23,8 +23,9 @@ from prune_sdsnn import (CIFAR_RULES, MNIST_RULES, advance, computing_with, deve
                          n_left, next_percent, prunable_layers, prune_neurons, regenerate, silence,
                          start_layer, trim, update_ranges)
 
+# 4 steps an epoch, structure from epoch 4 on
 SHORT = ["--dataset", "mine.npz", "--epochs-prune", "7", "--epochs-finetune", "1",
-         "--width", "0.25", "--batch-size", "20", "--rate-conv", "0.3"]  # 4 steps an epoch, structure from epoch 4 on
+         "--width", "0.25", "--batch-size", "20", "--rate-conv", "0.3"]
 
 
 @pytest.fixture(autouse=True)
@@ -277,8 +278,8 @@ def test_dead_neurons_fill_the_bottom_before_live_ones_of_width_0():
         layer = widths([2, 2], [2, 2], [2, 2], [4, 4])
         mask = torch.ones(4, 2, dtype=torch.bool)
         layer["percent"] = 25.0
-        for _ in range(3):
-            prune_neurons(layer, mask, seeded(seed))
+        for epoch in range(3):
+            prune_neurons(layer, mask, seeded(seed, epoch))
         assert int(mask.any(1).sum()) == 3
 
 
@@ -297,7 +298,7 @@ def test_a_neuron_is_pruned_once_only():
 
 def test_one_neuron_is_always_left():
     plan = make_plan(300, MNIST_RULES)
-    layer, mask = layer_of(torch.rand(6, 30), 99.9), torch.ones(6, 30, dtype=torch.bool)
+    layer, mask = layer_of(torch.rand(6, 30), 100 - 1e-9), torch.ones(6, 30, dtype=torch.bool)
     for epoch in range(37, 60):
         prune_neurons(layer, mask, seeded(epoch))
         layer["percent"] = next_percent(layer["percent"], mask, None, epoch, plan)
@@ -707,6 +708,7 @@ def test_a_pruned_neuron_cannot_fire_and_can_be_removed():
     training.loss_over_time(net(x), torch.arange(12) % 10).backward()
     assert net.get_parameter(name).grad[2].count_nonzero() > 0
     silence(net, masks, prunable_layers(net), optimizer, for_good=True)
+    assert bn.running_var[2] == 1 and (bn.running_var != 1).sum() == 5  # as new, if it returns
     kept = {"convs.1": torch.tensor([True, True, False, True, True, True])}
     small = channels.remove(net, kept)
     assert torch.equal(net.eval()(x), small.eval()(x))
@@ -776,7 +778,7 @@ def test_a_run_and_its_folder(mine, easy_growth, capsys):
 
 
 def test_without_a_target_the_method_decides(mine, easy_growth):
-    summary = run("--run-dir", "r", "--sparsity", 0)
+    summary = run("--run-dir", "r", "--sparsity", 0, "--epochs-finetune", 0)
     updates = lines("r", "updates")
     assert len(updates) == 4 and {row["target"] for row in updates} == {None}
     last = lines("r", "metrics")[-1]
@@ -816,9 +818,12 @@ def test_the_training_forward_is_masked(mine, monkeypatch):
             masks_seen.append(self)
 
     def watch(logits, labels):
+        masks = masks_seen[-1]
+        drifted = sum(int((masks.weights[n][~m] != 0).sum()) for n, m in masks.alive.items())
         if logits.requires_grad:
-            masks = masks_seen[-1]
-            live.append(sum(int((masks.weights[n][~m] != 0).sum()) for n, m in masks.alive.items()))
+            live.append(drifted)
+        else:
+            assert drifted == 0  # at the end of each epoch, where the network is evaluated
         return loss_over_time(logits, labels)
 
     monkeypatch.setattr(prune_sdsnn, "Masks", Watched)
@@ -907,6 +912,13 @@ def test_the_same_seed_gives_the_same_run_and_another_one_another(mine):
     assert_same_run("a", "b")
     weights = [models.load(f"{folder}/model.pt").convs[1].conv.weight for folder in "ac"]
     assert not torch.equal(*weights)
+
+
+def test_ties_depend_on_the_seed_and_the_epoch(mine, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(prune_sdsnn, "seeded", lambda *given: drawn.append(given) or seeded(*given))
+    run("--seed", 3)
+    assert drawn == [(3, 4 * epoch) for epoch in range(1, 8)]
 
 
 def test_init_from_a_dense_network(mine):
