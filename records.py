@@ -222,8 +222,9 @@ def about(runs):
     def target(run):
         if run.method == "dense":
             return None
-        if run.script == WEIGHTS:
-            return f"{100 * run.config['sparsity']:g} % of the weights pruned"
+        if run.script != CHANNELS:
+            sparsity = run.config.get("sparsity")  # None: the method's own outcome
+            return f"{100 * (sparsity or run.summary['sparsity']):g} % of the weights pruned"
         if run.config["target_macs"] is not None:
             return f"{100 * run.config['target_macs']:g} % of the MACs removed"
         return f"{100 * run.config['prune_ratio']:g} % of the channels pruned"

@@ -2,6 +2,7 @@
 import csv
 import importlib
 import json
+import shutil
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import compare
 import runfolder
 from conftest import one_line
 
+ROOT = Path(__file__).parent
 TINY = ("--dataset few.npz --width 0.25 --time-steps 2 --batch-size 16 --epochs-prune 1 "
         "--epochs-finetune 1 ").split()
 
@@ -133,3 +135,13 @@ def test_bad_input(given, says, capsys):
         compare.main(given)
     assert stopped.value.code == 2 and says in one_line(capsys)
     assert not Path("runs").exists()
+
+
+def test_the_table_in_the_readme_is_that_of_the_logs():
+    shutil.copytree(ROOT / "results" / "compare", "logs")
+    compare.main(["--runs", "logs"])
+    readme = (ROOT / "README.md").read_text()
+    rows = Path("logs/compare.md").read_text().splitlines()
+    assert len([row for row in rows if " ± " in row]) == len(compare.WEIGHTS) + len(compare.CHANNELS)
+    assert all(row in readme for row in rows)
+    assert (ROOT / "results/compare/compare.md").read_text().splitlines() == rows
