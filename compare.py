@@ -197,17 +197,20 @@ def markdown(tables, notes):
 
 
 def draw(tables):
-    """Draw accuracy over sparsity (channels: MACs removed) and over training cost."""
+    """Draw accuracy over sparsity (channels: MACs removed) and over training cost. Where all are
+    asked for the same sparsity, they are set apart, or they would cover each other."""
     figure, axes = plots.canvas(2, len(tables))
     for line, (table, rows) in zip(axes, tables.items()):
         reached = "macs_removed" if table == "channels" else "sparsity"
         for axis, x, label in ((line[0], reached, "MACs removed (%)" if table == "channels"
                                 else "Sparsity (%)"),
                                (line[1], "training_cost", "Training cost / dense")):
-            for row in rows:
-                plots.plot(axis, [row[x]], [row["accuracy"]], [row["std"]], row["method"],
-                           linestyle="none")
-            axis.set(xlabel=f"{label}, {table} pruned", ylabel="Test accuracy (%)")
+            apart = 1.2 if axis is line[0] else 0
+            for i, row in enumerate(rows):
+                plots.plot(axis, [row[x] + apart * (i - len(rows) / 2) * (row["target"] != "-")],
+                           [row["accuracy"]], [row["std"]], row["method"], linestyle="none")
+            axis.set(xlabel=f"{label}, {table}" + ", set apart" * bool(apart),
+                     ylabel="Test accuracy (%)")
         handles, names = line[0].get_legend_handles_labels()
         known = dict(zip(names, handles))
         line[1].legend(known.values(), known, frameon=False, fontsize=7, loc="center left",
