@@ -2,6 +2,7 @@
 list, broken folders, commands that make the runs again."""
 import base64
 import csv
+import importlib
 import json
 import math
 import re
@@ -19,13 +20,11 @@ from torch import nn
 import analyze
 import metrics
 import models
-import prune_structured
 import prune_unstructured
 import records
 from conftest import one_line
 from neurons import LIF
 
-SCRIPTS = dict(prune_unstructured=prune_unstructured, prune_structured=prune_structured)
 ROOT = Path(__file__).parent
 
 
@@ -174,7 +173,7 @@ def start(words, **_):
     small = " --width 0.5 --time-steps 2 --batch-size 16 --dataset few.npz --train-limit 96"
     given = " ".join(given).replace("--train-limit 3000", "").replace("l1 0.01", "l1 0.001")
     given = re.sub(r"--epochs-(pretrain|finetune) \d", r"--epochs-\1 2", given)
-    SCRIPTS[script].main((given + small).split())
+    importlib.import_module(script).main((given + small).split())
     assert Path(folder, "summary.json").exists()
     return SimpleNamespace(returncode=0)
 
@@ -487,7 +486,7 @@ def runs_of(folder):
 def assert_made_again(run):
     """The command of a run asks for the flags that its config.json holds."""
     words = records.command(run).split()
-    args = vars(SCRIPTS[run.script].parse_args(words[2:]))
+    args = vars(importlib.import_module(run.script).parse_args(words[2:]))
     own = {"run_dir", "resume", "overwrite", "device"}
     assert words[0] == "python" and words[1] == f"{run.script}.py"
     assert {flag: value for flag, value in args.items() if flag not in own} == {
