@@ -151,7 +151,7 @@ def importance(runs):
     rows, says = [], []
     for method, values in traces.items():
         mean, std = spread(values)
-        plot(axis, range(len(mean)), mean, std, method, label=f"only {method} kept them")
+        plot(axis, range(len(mean)), mean, std, method, label=f"{method} alone")
         rows += [dict(method=method, epoch=i, importance=m, std=s)
                  for i, (m, s) in enumerate(zip(mean, std))]
         says.append(f"channels that only {method} kept go from {mean[0]:.2f} to {mean[-1]:.2f}")

@@ -506,3 +506,12 @@ def test_the_commands_hold_what_differs_from_the_defaults(tmp_path):
     assert_made_again(run)
     assert "--no-flip" in records.command(run) and "--smoke" in records.command(run)
     assert "--lr" not in records.command(run)
+
+
+def test_the_figures_in_the_readme_are_those_of_the_logs():
+    folders = sorted((ROOT / "results" / "demo").iterdir())
+    for name in ("ratio", "survival", "variance"):
+        analyze.main([name, "--runs", *map(str, folders), "--out", "out"])
+        (_, drawn), (_, shipped) = (table(folder / f"{name}.csv") for folder in (
+            Path("out"), ROOT / "results" / "figures"))
+        assert drawn == shipped and f"results/figures/{name}.png" in (ROOT / "README.md").read_text()
