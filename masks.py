@@ -113,6 +113,13 @@ class Masks:
         """Return how many weights are alive at a sparsity: exactly M - round(sparsity * M)."""
         return self.total - round(sparsity * self.total)
 
+    def check(self, sparsity):
+        """Raise ValueError if a sparsity leaves fewer weights than there are layers."""
+        if self.keep_at(sparsity) < len(self.sizes):
+            raise ValueError(f"--sparsity is {sparsity}, which leaves {self.keep_at(sparsity)} of "
+                             f"{self.total} weights alive, expected at least one for each of the "
+                             f"{len(self.sizes)} layers. Lower --sparsity or raise --width")
+
     @property
     def n_alive(self):
         return int(self.flat.count_nonzero())

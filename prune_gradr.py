@@ -270,10 +270,7 @@ def main(argv=None):
         stages = training.stages(args, images, prune=args.epochs_prune,
                                  finetune=args.epochs_finetune)
         keep, last = masks.keep_at(args.sparsity), stages.steps("prune")
-        if keep < len(masks.sizes):
-            raise ValueError(f"--sparsity is {args.sparsity}, which leaves {keep} of {masks.total} "
-                             f"weights alive, expected at least one for each of the "
-                             f"{len(masks.sizes)} layers. Lower --sparsity or raise --width")
+        masks.check(args.sparsity)
         if args.prior is None:
             args.prior = default_prior(args, last) if args.method == "gradr" else DEEP_R
         if args.method == "deepr" and args.temperature is None:

@@ -251,10 +251,7 @@ def main(argv=None):
         net = training.build(args, images)
         masks, optimizer = Masks(net), training.sgd(args, net)
         stages, keep = stages_of(args, images), masks.keep_at(args.sparsity)
-        if keep < len(masks.sizes):
-            raise ValueError(f"--sparsity is {args.sparsity}, which leaves {keep} of {masks.total} "
-                             f"weights alive, expected at least one for each of the "
-                             f"{len(masks.sizes)} layers. Lower --sparsity or raise --width")
+        masks.check(args.sparsity)
         search = stages.epochs - stages.by_name["finetune"]
         if args.method == "et" and search <= TIME_AFTER:
             raise ValueError(f"--method et would search for {search} epochs, expected more than "

@@ -282,10 +282,7 @@ def main(argv=None):
         masks, optimizer = Masks(net), training.sgd(args, net)
         stages = training.stages(args, images, prune=args.epochs_prune,
                                  finetune=args.epochs_finetune)
-        if (keep := masks.keep_at(args.sparsity)) < len(masks.sizes):
-            raise ValueError(f"--sparsity is {args.sparsity}, which leaves {keep} of {masks.total} "
-                             f"weights alive, expected at least one for each of the "
-                             f"{len(masks.sizes)} layers. Lower --sparsity or raise --width")
+        masks.check(args.sparsity)
         run = Run(args, device, stages, net=net, optimizer=optimizer, masks=masks)
 
     is_large = args.dataset in ("cifar10", "cifar100", "tiny-imagenet")

@@ -190,11 +190,7 @@ def main(argv=None):
         stages = training.stages(args, images, prune=args.epochs_prune,
                                  finetune=args.epochs_finetune)
         num_updates = stages.steps("prune") // args.interval if args.sparsity > 0 else 0
-        if masks.keep_at(args.sparsity) < len(masks.sizes):
-            raise ValueError(f"--sparsity is {args.sparsity}, which leaves "
-                             f"{masks.keep_at(args.sparsity)} of {masks.total} weights alive, "
-                             f"expected at least one for each of the {len(masks.sizes)} layers. "
-                             f"Lower --sparsity or raise --width")
+        masks.check(args.sparsity)
         if args.sparsity > 0 and num_updates == 0:
             raise ValueError(f"no update would ever run: --interval is {args.interval}, the "
                              f"pruning stage has {stages.steps('prune')} iterations. Lower "
