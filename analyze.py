@@ -3,7 +3,7 @@
     python analyze.py                                # all that the runs in runs/ suffice for
     python analyze.py variance --runs runs/A runs/B  # one figure, from these runs
     python analyze.py report                         # all of them, in one HTML page
-    python analyze.py --demo                         # first makes short runs for all: 15 minutes
+    python analyze.py --demo                         # first makes short runs for all of them
 
 Paper: arXiv 2311.16141. Each figure is a PNG, a PDF, and a CSV of what is drawn; over several seeds
 it shows the mean and the standard deviation. What a run did not write (features, entropies, scores,
@@ -416,7 +416,7 @@ def main(argv=None):
         help="folders of finished runs (default: those in runs/)")
     add("--out", metavar="DIR", default=None, help="where the figures go (default figures)")
     add("--demo", action="store_true", default=False, help="first make short runs for all figures "
-        "in runs/demo, 12 to 20 minutes on two cores, and draw those in figures/demo")
+        "in runs/demo, about 20 minutes on two cores, and draw those in figures/demo")
     args = parser.parse_args(argv)
     if args.demo and args.runs:
         parser.error("--demo and --runs exclude each other, expected one of them. Leave one out")

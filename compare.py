@@ -1,6 +1,6 @@
 """Every method under one protocol: run them all, then one table and one plot.
 
-    python compare.py --sparsity 0.9 --seeds 3            # fashion-mini: 54 runs, 80 minutes
+    python compare.py --sparsity 0.9 --seeds 3            # fashion-mini: 54 runs
     python compare.py --sparsity 0.9 0.95 --jobs 4        # several sparsities, four runs at a time
     python compare.py --epochs-prune 4 --epochs-finetune 2 --train-limit 3000    # a shorter one
     python compare.py --runs runs/compare                 # only the table, of the runs in a folder
@@ -117,6 +117,7 @@ def run_all(jobs, at_a_time):
             list(pool.map(start, jobs))
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
+            bar.write("stopped; what was under way is saved: the same command goes on with it")
             raise
 
 
