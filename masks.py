@@ -12,6 +12,8 @@ global ranking is one selection over one vector: the value of the k-th place by 
 sort. Counts are exact, whatever the ties: those are broken by a further key, and at last by a
 seeded permutation.
 """
+import math
+
 import numpy as np
 import torch
 
@@ -53,7 +55,7 @@ def select(eligible, k, keys, generator):
     generator. Returns [M] bool with k True. Raises ValueError if k places are not eligible, and
     FloatingPointError if a key is not finite.
     """
-    available = int(eligible.count_nonzero())
+    available = count(eligible)
     if not 0 <= k <= available:
         raise ValueError(f"cannot choose {k} of {available} weights")
     if k in (0, available):
@@ -64,17 +66,55 @@ def select(eligible, k, keys, generator):
         chosen = torch.zeros_like(eligible)
         chosen[places[order.to(places.device)]] = True
         return chosen
-    if not keys[0].isfinite().all():
+    values = keys[0]
+    if not torch.stack(values.aminmax()).isfinite().all():
         raise FloatingPointError("weights or scores are not finite (NaN or infinite) and cannot be "
                                  "ranked. A checkpoint saved before is kept; try a lower --lr")
-    key = torch.where(eligible, keys[0], -torch.inf)
-    threshold = kth_largest(key, k)
-    chosen = key > threshold
-    missing = k - int(chosen.count_nonzero())
-    ties = (key == threshold).nonzero().squeeze(1)
-    among = torch.ones(len(ties), dtype=torch.bool, device=ties.device)
-    chosen[ties[select(among, missing, [key[ties] for key in keys[1:]], generator)]] = True
+    low, high = bracket(values, eligible, k / available)  # exact without it, and slower
+    chosen = (values > high) & eligible
+    near = positions((values >= low) & eligible ^ chosen)
+    missing = k - count(chosen)
+    if not 0 <= missing <= len(near):  # the sample misled: all places are near
+        chosen, near, missing = torch.zeros_like(eligible), positions(eligible), k
+    if missing:
+        close = values[near]
+        threshold = kth_largest(close, missing)
+        above, ties = near[close > threshold], near[close == threshold]
+        chosen[above] = True
+        among = torch.ones(len(ties), dtype=torch.bool, device=ties.device)
+        chosen[ties[select(among, missing - len(above), [key[ties] for key in keys[1:]],
+                           generator)]] = True
     return chosen
+
+
+def count(mask):
+    """Return how many places of a bool tensor are True, as an int."""
+    if mask.device.type == "cpu":  # three times as fast as count_nonzero
+        return int(np.count_nonzero(mask.numpy()))
+    return int(mask.count_nonzero())
+
+
+def positions(mask):
+    """Return where a flat bool tensor is True, in order."""
+    if mask.device.type == "cpu":  # several times faster than nonzero
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.nonzero().squeeze(1)
+
+
+def bracket(values, eligible, share, size=2**16):
+    """Return (low, high), values between which the largest `share` of the eligible ends, as one of
+    `size` places in every so many tells it: in nearly all cases, which the caller must check.
+
+    A selection then needs two passes over all values, and ranks those few between.
+    """
+    step = len(values) // size
+    if step < 2:
+        return -math.inf, math.inf
+    sample = values[::step][eligible[::step]]
+    place, margin = share * len(sample), 2 * len(sample) ** 0.5
+    low, high = math.ceil(place + margin), math.floor(place - margin)
+    return (kth_largest(sample, low) if low <= len(sample) else -math.inf,
+            kth_largest(sample, high) if 1 <= high <= len(sample) else math.inf)
 
 
 def reactivate(pruned, count, keys, generator=None):
@@ -122,7 +162,7 @@ class Masks:
 
     @property
     def n_alive(self):
-        return int(self.flat.count_nonzero())
+        return count(self.flat)
 
     @property
     def sparsity(self):
@@ -133,12 +173,12 @@ class Masks:
     def share_regenerated(self):
         """Share of the alive weights whose latest entry into the mask was a regeneration
         (Fig. 2a)."""
-        return int((self.returned & self.flat).count_nonzero()) / self.n_alive
+        return count(self.returned & self.flat) / self.n_alive
 
     def per_layer(self, flat):
         """Return how many places of a flat bool vector are True in each layer,
         as a list of ints."""
-        return torch.stack([part.count_nonzero() for part in flat.split(self.sizes)]).tolist()
+        return [count(part) for part in flat.split(self.sizes)]
 
     # ---- flat views of the network ---------------------------------------------------------------
 
@@ -155,13 +195,12 @@ class Masks:
 
     def spread(self, scores):
         """Give each weight the score of its LIF channel: {LIF name: [C]} -> [M] in float32."""
-        parts = []
-        for name, (lif, dim, repeat) in self.scored.items():
-            weight, score = self.weights[name], scores[lif].to(torch.float32)
+        flat = torch.empty(self.total, dtype=torch.float32, device=self.device)
+        for part, weight, (lif, dim, repeat) in zip(flat.split(self.sizes), self.weights.values(),
+                                                    self.scored.values()):
             shape = [-1 if d == dim else 1 for d in range(weight.dim())]
-            score = score.repeat_interleave(repeat).view(shape)
-            parts.append(score.expand(weight.shape).reshape(-1))
-        return torch.cat(parts)
+            part.view(weight.shape).copy_(scores[lif].repeat_interleave(repeat).view(shape))
+        return flat
 
     # ---- the steps of an update ------------------------------------------------------------------
 
@@ -228,7 +267,7 @@ class Masks:
         layers = [dict(name=name, alive=alive, pruned=cut, regenerated=back)
                   for name, alive, cut, back in rows]
         n_pruned = sum(layer["pruned"] for layer in layers)
-        rescued = int((pruned & regenerated).count_nonzero())
+        rescued = count(pruned & regenerated)
         return dict(sparsity=self.sparsity, pruned=n_pruned,
                     regenerated=sum(layer["regenerated"] for layer in layers),
                     survived=rescued / n_pruned if n_pruned else None, layers=layers)

@@ -113,8 +113,8 @@ class SpikingNet(nn.Module):
         self.mean.copy_(torch.as_tensor(mean))
         self.std.copy_(torch.as_tensor(std))
 
-    def _currents(self, first, x, pad_to=1):
-        """Return the input current of the first LIF, [T, N, C, H, W].
+    def _encode(self, first, lif, x, pad_to=1):
+        """Return the spikes of the first LIF, [T, N, C, H, W].
 
         x: [N, C, H, W], which the first conv + BN see once, or [T, N, C, H, W] for data with a time
         axis. Sides are padded with zeros (black) to a multiple of pad_to.
@@ -130,8 +130,7 @@ class SpikingNet(nn.Module):
         if x.dtype == torch.uint8:
             mean, std = self.mean.view(-1, 1, 1), self.std.view(-1, 1, 1)
             x_seq = (x_seq.to(self.mean.dtype) / 255 - mean) / std
-        out = fused(first, x_seq)
-        return out.expand(self.time_steps, *out.shape[1:]) if x.dim() == 4 else out
+        return lif(fused(first, x_seq), self.time_steps if x.dim() == 4 else None)
 
 
 class VGG(SpikingNet):
@@ -168,9 +167,8 @@ class VGG(SpikingNet):
     def forward(self, x):
         spikes = None
         for conv, lif, pooled in zip(self.convs, self.lifs, self.pooled):
-            current = (self._currents(conv, x, self.pad_to) if spikes is None
-                       else fused(conv, spikes))
-            spikes = lif(current)
+            spikes = (self._encode(conv, lif, x, self.pad_to) if spikes is None
+                      else lif(fused(conv, spikes)))
             if pooled:
                 spikes = fused(lambda maps: F.max_pool2d(maps, 2), spikes)
         return fused(self.fc, spikes.flatten(2))  # [T, N, num_classes]
@@ -234,7 +232,7 @@ class ResNet19(SpikingNet):
         self.fc2 = nn.Linear(hidden, num_classes)
 
     def forward(self, x):
-        spikes = self.lif(self._currents(self.stem, x))
+        spikes = self._encode(self.stem, self.lif, x)
         for block in self.blocks:
             spikes = block(spikes)
         pooled = spikes.mean((3, 4))  # [T, N, C]; no longer binary

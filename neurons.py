@@ -72,8 +72,19 @@ def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max"):
         raise ValueError(f"criticality got shape {tuple(h_seq.shape)}, expected [T, N, C, ...]")
     dtype = torch.promote_types(h_seq.dtype, torch.float32)
     per_neuron = sum(surrogate_grad(h.to(dtype) - v_threshold, alpha) for h in h_seq) / len(h_seq)
-    per_neuron = per_neuron.flatten(2) if h_seq.dim() > 3 else per_neuron.unsqueeze(2)  # [N, C, HW]
-    per_sample = per_neuron.amax(2) if aggregate == "max" else per_neuron.mean(2)
+    return _per_channel(per_neuron, aggregate)
+
+
+def _per_channel(per_neuron, aggregate):
+    """Return the score of each channel, [C] in float64, from that of each neuron, [N, C, ...]."""
+    if per_neuron.dim() == 2:
+        per_sample = per_neuron
+    elif aggregate == "max":
+        per_sample = per_neuron.amax(2)
+        while per_sample.dim() > 2:  # one dimension at a time: many times faster on few channels
+            per_sample = per_sample.amax(2)
+    else:
+        per_sample = per_neuron.flatten(2).mean(2)
     return per_sample.mean(0, dtype=torch.float64)  # Eq. 6
 
 
@@ -94,60 +105,87 @@ def _blocks(rows):
 
 
 class _LIF(torch.autograd.Function):
-    """Run the equations at the top of this file; return spikes and h, both shaped like x_seq."""
+    """Run the equations at the top of this file over time_steps steps. Return the spikes and, where
+    `recorded`, the mean of f'(h_t - v_threshold) over t for each neuron, [N, ...], else None.
+
+    x_seq: [T, N, ...], or [1, N, ...]: the same input at every step. Its gradient is then summed
+    here, in the cache, and not over a tensor of all steps.
+    """
 
     @staticmethod
-    def forward(ctx, x_seq, tau, v_threshold, v_reset, alpha):
+    def forward(ctx, x_seq, time_steps, tau, v_threshold, v_reset, alpha, recorded):
         order = sorted(range(1, x_seq.dim()), key=x_seq.stride, reverse=True)  # as it is in memory
-        x = _as_rows(x_seq, order)
-        h = torch.empty_like(x, memory_format=torch.contiguous_format)
-        s = torch.empty_like(h)
+        x = _as_rows(x_seq, order).expand(time_steps, -1)
+        s = torch.empty_like(x, memory_format=torch.contiguous_format)
+        h = torch.empty_like(s) if ctx.needs_input_grad[0] else None  # only the backward reads it
+        threshold = s.new_full((), v_threshold)
+        near = None
+        if recorded:
+            near = torch.empty_like(s[0], dtype=torch.promote_types(s.dtype, torch.float32))
+            one, curvature = near.new_ones(()), (math.pi / 2 * alpha) ** 2
         for block in _blocks(x):
-            v = v_leak = torch.full_like(h[0, block], v_reset)
-            for x_t, h_t, s_t in zip(x[:, block], h[:, block], s[:, block]):
-                if v_reset != 0:
-                    v_leak = v - v_reset
+            x_b, s_b = x[:, block], s[:, block]
+            v, taus = torch.empty_like(s_b[0]), torch.full_like(s_b[0], tau)
+            h_b = h[:, block] if h is not None else [torch.empty_like(v)] * time_steps
+            if recorded:
+                near_b, slope = near[block], torch.empty_like(near[block])
+                ones = torch.ones_like(slope)
+            for t, (x_t, h_t, s_t) in enumerate(zip(x_b, h_b, s_b)):
                 # Eq. 1. A true division: times 1 / tau rounds otherwise, and flips spikes
-                torch.sub(x_t, v_leak, out=h_t).div_(tau).add_(v)
-                torch.ge(h_t, v_threshold, out=s_t)  # Eq. 3
-                torch.addcmul(h_t, h_t, s_t, value=-1, out=v)  # Eq. 2: (1 - s) h ...
-                if v_reset != 0:
-                    v.add_(s_t, alpha=v_reset)  # ... + s v_reset
-                v_leak = v
-        ctx.set_materialize_grads(False)  # or autograd fills a tensor of zeros for h's gradient
+                if t == 0:
+                    torch.div(x_t, taus, out=h_t)
+                    if v_reset != 0:
+                        h_t.add_(v_reset)
+                else:
+                    torch.sub(x_t, v - v_reset if v_reset != 0 else v, out=h_t)
+                    torch.addcdiv(v, h_t, taus, out=h_t)
+                torch.ge(h_t, threshold, out=s_t)  # Eq. 3
+                if t + 1 < time_steps:
+                    torch.addcmul(h_t, h_t, s_t, value=-1, out=v)  # Eq. 2: (1 - s) h ...
+                    if v_reset != 0:
+                        v.add_(s_t, alpha=v_reset)  # ... + s v_reset
+                if recorded:  # f' = alpha / 2 / slope, summed over t
+                    torch.sub(h_t.to(near.dtype), threshold, out=slope)
+                    torch.addcmul(one, slope, slope, value=curvature, out=slope)
+                    near_b.copy_(slope.reciprocal_()) if t == 0 else near_b.addcdiv_(ones, slope)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(h)
         ctx.order, ctx.tau, ctx.v_threshold, ctx.alpha = order, tau, v_threshold, alpha
-
-        shape = [x_seq.shape[d] for d in order]
-        inverse = [0] + [1 + order.index(d) for d in range(1, x_seq.dim())]
-        spikes, h_seq = (rows.unflatten(1, shape).permute(inverse) for rows in (s, h))
-        ctx.shape, ctx.inverse = shape, inverse
-        ctx.mark_non_differentiable(h_seq)
-        return spikes, h_seq
+        ctx.repeated = len(x_seq) < time_steps
+        ctx.shape = shape = [x_seq.shape[d] for d in order]
+        ctx.inverse = inverse = [0] + [1 + order.index(d) for d in range(1, x_seq.dim())]
+        if recorded:
+            near = near.mul_(alpha / 2 / time_steps).unflatten(0, shape)[None].permute(inverse)[0]
+            ctx.mark_non_differentiable(near)
+        return s.unflatten(1, shape).permute(inverse), near
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_seq, _):
         if g_seq is None:
-            return None, None, None, None, None
+            return (None,) * 7
         (h,) = ctx.saved_tensors
         g = _as_rows(g_seq, ctx.order)
-        a = torch.empty_like(h)
-        one = torch.ones((), dtype=h.dtype, device=h.device)
-        curvature = (math.pi / 2 * ctx.alpha) ** 2
+        a = torch.empty_like(h[:1] if ctx.repeated else h)
+        threshold = h.new_full((), ctx.v_threshold)
+        flat = h.new_full((), ctx.tau / (ctx.alpha / 2))
+        curvature = (math.pi / 2 * ctx.alpha) ** 2 * ctx.tau / (ctx.alpha / 2)
         for block in _blocks(h):
-            carry = None
-            for t in reversed(range(len(h))):
-                below = ctx.v_threshold - h[t, block]  # > 0 exactly where there was no spike
-                if carry is not None:
-                    carry = torch.ops.aten.threshold_backward(carry, below, 0)  # (1 - s_t) a_{t+1}
-                    carry.mul_(1 - 1 / ctx.tau)
-                slope = torch.addcmul(one, below, below, value=curvature)  # f' = alpha / 2 / slope
-                first = carry if carry is not None else torch.zeros_like(slope)
-                torch.addcdiv(first, g[t, block], slope, value=ctx.alpha / 2 / ctx.tau,
-                              out=a[t, block])
-                carry = a[t, block]
-        return a.unflatten(1, ctx.shape).permute(ctx.inverse), None, None, None, None
+            below, slope, carry, scratch = (torch.empty_like(h[0, block]) for _ in range(4))
+            a_b = [scratch] * len(h) if ctx.repeated else a[:, block]
+            a_next = None
+            for h_t, g_t, a_t in reversed([*zip(h[:, block], g[:, block], a_b)]):
+                torch.sub(threshold, h_t, out=below)  # > 0 exactly where there was no spike
+                torch.addcmul(flat, below, below, value=curvature, out=slope)  # f' / tau = 1 / slope
+                if a_next is None:
+                    torch.div(g_t, slope, out=a_t)
+                else:  # carry = (1 - s_t) a_{t+1}
+                    torch.ops.aten.threshold_backward.grad_input(a_next, below, 0, grad_input=carry)
+                    torch.addcdiv(carry.mul_(1 - 1 / ctx.tau), g_t, slope, out=a_t)
+                if ctx.repeated:
+                    a[0, block] = a_t if a_next is None else a[0, block].add_(a_t)
+                a_next = a_t
+        return a.unflatten(1, ctx.shape).permute(ctx.inverse), *(None,) * 6
 
 
 class LIF(nn.Module):
@@ -161,11 +199,11 @@ class LIF(nn.Module):
 
     Called with [T, N, ...] it returns spikes, 0 or 1, of the same shape, dtype and memory format.
     The potential starts at v_reset in every call: no state is kept, nothing is to be reset between
-    batches. An input that is expanded over T (stride 0, direct coding) is read as it is, never
-    copied.
+    batches. With [1, N, ...] and time_steps the input is the same at every step (direct coding): it
+    is never copied over T.
 
     record: None, or "max" | "mean": then each call leaves the criticality of its batch in `score`,
-    [C] in float64 (Eq. 6). The potentials are at hand in the forward pass, so this is nearly free.
+    [C] in float64 (Eq. 6). The potentials are in the cache in the forward pass, so this is cheap.
     """
 
     def __init__(self, tau=4 / 3, v_threshold=1.0, v_reset=0.0, alpha=2.0):
@@ -182,13 +220,14 @@ class LIF(nn.Module):
         self.record = None
         self.score = None
 
-    def forward(self, x_seq):
-        if x_seq.dim() < 2:
-            raise ValueError(f"LIF got shape {tuple(x_seq.shape)}, expected [T, N, ...]. Add time "
-                             f"first: x.unsqueeze(0).expand(T, *x.shape)")
-        spikes, h_seq = _LIF.apply(x_seq, self.tau, self.v_threshold, self.v_reset, self.alpha)
+    def forward(self, x_seq, time_steps=None):
+        if x_seq.dim() < 2 or time_steps not in (None, len(x_seq)) and len(x_seq) != 1:
+            raise ValueError(f"LIF got shape {tuple(x_seq.shape)}, expected [T, N, ...], or "
+                             f"[1, N, ...] with time_steps. Add time first: x.unsqueeze(0)")
+        spikes, near = _LIF.apply(x_seq, time_steps or len(x_seq), self.tau, self.v_threshold,
+                                  self.v_reset, self.alpha, self.record is not None)
         if self.record is not None:
-            self.score = criticality(h_seq.detach(), self.v_threshold, self.alpha, self.record)
+            self.score = _per_channel(near, self.record)
         return spikes
 
     def extra_repr(self):

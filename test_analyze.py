@@ -85,7 +85,7 @@ class Spikes(nn.Module):
         self.lif, self.time_steps = LIF(), time_steps
 
     def forward(self, x):
-        return self.lif(x.expand(self.time_steps, *x.shape))
+        return self.lif(x[None], self.time_steps)
 
 
 def test_spike_counts_are_those_of_a_plain_count():

@@ -436,6 +436,7 @@ def test_scores_are_means_over_the_training_set_whatever_the_batches(name, facto
     expected, fired = [], []
     for current in potentials.values():  # a plain loop over time: charge, fire, reset, score
         v, total, any_spike = 0.0, 0.0, 0.0
+        current = current.expand(net.time_steps, *current.shape[1:])  # direct coding: one step
         for x in current:
             h = v + (x - v) / (4 / 3)
             s = (h >= 1).double()
