@@ -182,16 +182,21 @@ class Masks:
 
     # ---- flat views of the network ---------------------------------------------------------------
 
-    def _flatten(self, tensors):
-        return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+    @torch.no_grad()
+    def _absolute(self, tensors):
+        flat = torch.empty(self.total, dtype=next(iter(self.weights.values())).dtype,
+                           device=self.device)
+        for part, tensor in zip(flat.split(self.sizes), tensors):
+            torch.abs(tensor, out=part.view(tensor.shape))
+        return flat
 
     def magnitudes(self):
         """Return |w| of all prunable weights, [M] (Eq. 8: the importance of a weight)."""
-        return self._flatten(self.weights.values()).abs_()  # Eq. 8
+        return self._absolute(self.weights.values())  # Eq. 8
 
     def gradients(self):
         """Return |dL/dw| of all prunable weights, dead ones included, [M]."""
-        return self._flatten(weight.grad for weight in self.weights.values()).abs_()
+        return self._absolute(weight.grad for weight in self.weights.values())
 
     def spread(self, scores):
         """Give each weight the score of its LIF channel: {LIF name: [C]} -> [M] in float32."""
@@ -262,7 +267,8 @@ class Masks:
         [M] bool. survived: the share of the pruned that the regeneration brought back.
         """
         regenerated = regenerated & self.flat  # without what the guard gave away
-        self.returned = (self.returned | regenerated) & self.flat
+        self.returned |= regenerated
+        self.returned &= self.flat
         rows = zip(self.weights, *map(self.per_layer, (self.flat, pruned, regenerated)))
         layers = [dict(name=name, alive=alive, pruned=cut, regenerated=back)
                   for name, alive, cut, back in rows]

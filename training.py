@@ -25,12 +25,17 @@ import models
 # ---- setting up ----------------------------------------------------------------------------------
 
 
-def set_up(args):
-    """Choose the device, seed everything, and return the device."""
-    if args.device == "cuda" and not torch.cuda.is_available():
+def choose_device(name):
+    """Return the device of --device, by default the GPU where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch sees no GPU here. Leave it out, or write "
                          "--device cpu")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def set_up(args):
+    """Choose the device, seed everything, and return the device."""
+    args.device = choose_device(args.device).type
     if args.device == "cpu" and sys.platform == "linux":
         keep_freed_memory()
     torch.manual_seed(args.seed)
@@ -199,9 +204,10 @@ def evaluate(forward, net, images, args):
     forward: the network, or its compiled form. images: what data.load returned.
     """
     meter = Meter(images.x_test.device)
+    size = 4 * args.batch_size  # nothing is kept for a backward pass, so that memory allows it
     net.eval()
     with torch.inference_mode(), metrics.firing(net) as spikes:
-        for x, y in zip(images.x_test.split(args.batch_size), images.y_test.split(args.batch_size)):
+        for x, y in zip(images.x_test.split(size), images.y_test.split(size)):
             with autocast(args):
                 logits = forward(x)
             meter.add(loss_over_time(logits, y), logits, y)
