@@ -128,8 +128,12 @@ def for_finetuning(net, optimizer, masks):
             mine = small_optimizer.state[weight]["momentum_buffer"] = theirs[places[name]].clone()
             buffers.append((mine, theirs, places[name]))
 
+    (group,), (full_group,) = small_optimizer.param_groups, optimizer.param_groups
+    group["lr"] = full_group["lr"]  # of the last step
+
     @torch.no_grad()
     def take_over(*_):
+        full_group["lr"] = group["lr"]
         for name, tensor in small.state_dict().items():
             full[name][places[name]] = tensor
         for mine, theirs, place in buffers:

@@ -10,6 +10,7 @@ import torch
 
 import channels
 import compact
+import data
 import metrics
 import models
 import prune_unstructured
@@ -18,8 +19,8 @@ from conftest import assert_same_run, lines, stop_after
 from masks import Masks
 from test_structured import NETS, random_net, real_images, rng
 
-SHORT = ["--train-limit", "400", "--epochs-prune", "2", "--epochs-finetune", "2", "--interval", "6",
-         "--width", "0.5", "--batch-size", "25", "--sparsity", "0.97"]  # 16 steps an epoch
+SHORT = ["--dataset", "mine.npz", "--epochs-prune", "2", "--epochs-finetune", "2",
+         "--interval", "6", "--width", "0.25", "--batch-size", "25", "--sparsity", "0.96"]
 
 
 @pytest.fixture(autouse=True)
@@ -28,13 +29,17 @@ def the_name_of_the_script(monkeypatch):
 
 
 def run(*given):
+    """Run the script on a part of fashion-mini: 12 steps an epoch, few test images."""
+    images = data.load("fashion-mini")
+    np.savez("mine.npz", x_train=images.x_train[:300, 0], y_train=images.y_train[:300],
+             x_test=images.x_test[:100, 0], y_test=images.y_test[:100])
     return prune_unstructured.main([*SHORT, *map(str, given)])
 
 
 def masked_net(name, factor, seed=0, lost=0.3):
     """A random network that fires in all layers, and its masks: a share `lost` of the channels of
     each layer has no alive outgoing weight, another no alive incoming one; of the other weights
-    half are alive, at least one into each channel. Of the constant currents some fire."""
+    half are alive. Of the constant currents some fire."""
     net, draw = random_net(name, factor, seed), rng(seed)
     masks = Masks(net)
     for mask in masks.alive.values():
@@ -49,8 +54,16 @@ def masked_net(name, factor, seed=0, lost=0.3):
     with torch.no_grad():
         for weight, mask in zip(masks.weights.values(), masks.alive.values()):
             weight.mul_(mask)
-            weight.mul_((mask.numel() / mask.count_nonzero()) ** 0.5)  # so that all layers fire
-    return net, masks
+        norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        for bn in norms:
+            bn.momentum = 1.0
+        net.train()(real_images(8, offset=100))  # BN's statistics: those of currents that vary
+        for bn in norms:
+            bn.momentum = 0.1
+            constants = bn.running_var == 0  # BN's beta while training; below it in evaluation
+            bn.running_mean[constants] = 0.5
+            bn.running_var[constants] = 1
+    return net.eval(), masks
 
 
 def reached(net, alive):
@@ -90,14 +103,13 @@ def test_unread_channels_are_those_without_a_path_to_a_logit(name, factor, seed)
     assert 0.4 < total(kept) / sum(len(keep) for keep in kept.values()) < 0.9
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name, factor", NETS)
-def test_nothing_changes_without_the_unread(name, factor, seed):
+def test_nothing_changes_without_the_unread(name, factor):
     """Forward in both modes, and each gradient of what is left."""
-    net, masks = masked_net(name, factor, seed)
+    net, masks = masked_net(name, factor)
     kept = compact.drop_unread(net, masks.alive)
     small, alive = compact.without(net, masks.alive, kept)
-    images = real_images()
+    images = real_images(8)
     with metrics.firing(small) as counts, torch.inference_mode():
         small(images)
     assert all(rate > 0 for rate in metrics.rates(counts)[1].values())  # silence agrees with all
@@ -117,18 +129,16 @@ def test_nothing_changes_without_the_unread(name, factor, seed):
         assert torch.equal(mask, masks.alive[weight][places[weight]])
 
 
-@pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("name, factor", NETS)
-def test_nothing_changes_without_the_silent_in_eval_mode(name, factor, seed):
-    net, masks = masked_net(name, factor, seed)
+def test_nothing_changes_without_the_silent_in_eval_mode(name, factor):
+    net, masks = masked_net(name, factor)
     read, kept = compact.drop_unread(net, masks.alive), compact.needed(net, masks.alive)
     assert total(kept) < total(read)
     small, alive = compact.without(net, masks.alive, kept)
-    for offset in (0, 16):
-        found = channels.differences(net, small, kept, real_images(offset=offset))
-        assert found["logits_differ_by"] <= 1e-10 and found["spikes_that_differ"] == 0
+    found = channels.differences(net, small, kept, real_images())
+    assert found["logits_differ_by"] <= 1e-10 and found["spikes_that_differ"] == 0
     with metrics.firing(small) as counts, torch.inference_mode():
-        small(real_images())
+        small(real_images(8))
     assert all(rate > 0 for rate in metrics.rates(counts)[1].values())
     for layer in kept:  # some constants fire, and those channels are here
         fires = unfed(net, masks.alive, layer) & (compact.constant(net, layer) >= 1) & read[layer]
@@ -141,11 +151,11 @@ def test_a_channel_that_is_read_is_needed(name, factor):
     """Negative controls: without one more channel the function is another; and a channel whose
     constant is lifted above the threshold, or that is silent in eval mode only, is needed."""
     net, masks = masked_net(name, factor)
-    kept, layer = compact.needed(net, masks.alive), list(models.removable(net))[-1]
+    kept, layer = compact.needed(net, masks.alive), list(models.removable(net))[2]
 
     def differ(kept, mode):
         small = channels.remove(net.train(mode), kept)
-        found = channels.differences(net, small, kept, real_images())
+        found = channels.differences(net, small, kept, real_images(6))
         return found["logits_differ_by"] > 1e-3 or found["spikes_that_differ"] > 0
 
     assert not differ(kept, False)
@@ -284,7 +294,9 @@ def test_without_momentum_there_is_none_to_slice():
 
 
 def test_a_compact_run_and_its_folder(capsys):
-    full, summary = run("--run-dir", "full"), run("--compact", "--run-dir", "r")
+    full = run("--run-dir", "full")
+    assert "fine-tuning on" not in capsys.readouterr().out
+    summary = run("--compact", "--run-dir", "r")
     text = capsys.readouterr().out
     assert {path.name for path in Path("r").iterdir()} == {
         "config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt", "compact.pt",
@@ -311,12 +323,12 @@ def test_a_compact_run_and_its_folder(capsys):
     counts = metrics.count(small, [images], models.read("r/compact.pt")["masks"])
     before = metrics.count(net, [images], packed["masks"])
     assert f"MACs a step {before['macs']:,} -> {counts['macs']:,} " in text
-    assert text.count("fine-tuning on channels 88 -> ") == 1
-    assert text.count(f"compact.pt: channels 88 -> {total(kept)}, ") == 1
+    assert text.count("fine-tuning on channels 44 -> ") == 1
+    assert text.count(f"compact.pt: channels 44 -> {total(kept)}, ") == 1
     assert counts["sops"] < before["sops"] and counts["macs"] < before["macs"]
 
 
-@pytest.mark.parametrize("step", [32, 40, 64])
+@pytest.mark.parametrize("step", [24, 30, 48])
 def test_resume_from_within_fine_tuning(step, monkeypatch):
     """At its beginning, in the middle of its first epoch, and at its end."""
     run("--compact", "--run-dir", "whole")
