@@ -26,12 +26,6 @@ import models
 from masks import Masks
 
 
-def everything(net):
-    """Return {layer: [C] bool}, all True, for the layers of models.removable(net)."""
-    return {name: torch.ones_like(net.get_submodule(name).bn.weight, dtype=torch.bool)
-            for name in models.removable(net)}
-
-
 def _hold(keep, before, alive):
     """Let a layer that would lose all its channels keep one of those that it had, `before`: one
     that needs the fewest alive weights, and with them the fewest channels before it."""
@@ -41,21 +35,21 @@ def _hold(keep, before, alive):
     return keep
 
 
-def drop_unread(net, alive, kept=None):
+def drop_unread(net, alive):
     """Return the channels that some alive weight reads, {layer: [C] bool}, True = kept.
 
-    alive: {name of a weight: bool tensor, True = alive}. kept: look at these only (None: at all).
-    From the last layer to the first, since a weight into a channel that goes reads nothing any
-    more. A layer keeps at least one channel. Exact in training and in evaluation.
+    alive: {name of a weight: bool tensor, True = alive}. From the last layer to the first, since a
+    weight into a channel that goes reads nothing any more: no further round finds more. A layer
+    keeps at least one channel. Exact in training and in evaluation.
     """
-    kept = everything(net) if kept is None else dict(kept)
+    kept = dict.fromkeys(models.removable(net))  # in the order of the network
     for name, group in reversed(models.removable(net).items()):
         readers = alive[group.reader]
         if (layer := group.reader.removesuffix(".conv.weight")) in kept:
             readers = readers[kept[layer]]
         # a flattened map is channel-major: each channel owns `repeat` columns in a row
-        read = readers.flatten(1).any(0).view(len(kept[name]), -1).any(1)
-        kept[name] = _hold(kept[name] & read, kept[name], alive[f"{name}.conv.weight"])
+        read = readers.flatten(1).any(0).view(readers.shape[1] // group.repeat, -1).any(1)
+        kept[name] = _hold(read, torch.ones_like(read), alive[f"{name}.conv.weight"])
     return kept
 
 
@@ -90,12 +84,13 @@ def drop_silent(net, alive, kept):
 
 
 def needed(net, alive):
-    """Return the channels that a network needs which is trained no more, {layer: [C] bool}: what
-    is unread and what is silent goes, in turns, until nothing changes."""
-    kept, before = drop_unread(net, alive), None
-    while (widths := channels.kept_widths(net, kept)) != before:
-        kept, before = drop_unread(net, alive, drop_silent(net, alive, kept)), widths
-    return kept
+    """Return the channels that a network needs which is trained no more, {layer: [C] bool}.
+
+    What is unread goes, then what is silent. A further round finds no more: a silent channel has no
+    alive weight from one that stays, which hence loses no reader; an unread one has none into one
+    that stays, which loses no input.
+    """
+    return drop_silent(net, alive, drop_unread(net, alive))
 
 
 def without(net, alive, kept):

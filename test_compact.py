@@ -1,5 +1,5 @@
-"""Channels that need not be computed: which they are, that nothing changes without them, fine-tuning
-without them, compact.pt."""
+"""Channels that need not be computed: which they are, that nothing changes without them,
+fine-tuning without them, compact.pt."""
 import json
 import sys
 from pathlib import Path
@@ -133,7 +133,7 @@ def test_nothing_changes_without_the_unread(name, factor):
 def test_nothing_changes_without_the_silent_in_eval_mode(name, factor):
     net, masks = masked_net(name, factor)
     read, kept = compact.drop_unread(net, masks.alive), compact.needed(net, masks.alive)
-    assert total(kept) < total(read)
+    assert total(kept) < total(read) and all((kept[name] <= read[name]).all() for name in kept)
     small, alive = compact.without(net, masks.alive, kept)
     found = channels.differences(net, small, kept, real_images())
     assert found["logits_differ_by"] <= 1e-10 and found["spikes_that_differ"] == 0
@@ -144,6 +144,7 @@ def test_nothing_changes_without_the_silent_in_eval_mode(name, factor):
         fires = unfed(net, masks.alive, layer) & (compact.constant(net, layer) >= 1) & read[layer]
         assert not (fires & ~compact.drop_silent(net, masks.alive, read)[layer]).any()
     assert any((unfed(net, masks.alive, layer) & kept[layer]).any() for layer in kept)
+    assert all(keep.all() for keep in compact.needed(small, alive).values())  # no more to be found
 
 
 @pytest.mark.parametrize("name, factor", NETS)
@@ -187,32 +188,35 @@ def test_a_worked_chain():
     """Two paths through four layers: 0 -> 0 -> 0 -> 0 -> a logit, and 1 -> 1 -> 1 -> 1, which ends.
     A third, 2 -> 2 -> 2 -> 2 -> a logit, begins in a channel without input."""
     net, alive = small_net(3, 3, 3, 3)
-    for i in range(4):
-        weight = alive[f"convs.{i}.conv.weight"]
-        weight[:2, 0, 1, 1] = True if i == 0 else weight[:2, 0, 1, 1]
-        for c in range(3 if i else 0):
-            weight[c, c, 1, 1] = True
-    repeat = models.removable(net)["convs.3"].repeat
-    alive["fc.weight"][0, 0] = alive["fc.weight"][5, 3 * repeat - 1] = True
-    read = compact.drop_unread(net, alive)
-    assert all(keep.tolist() == [True, False, True] for keep in read.values())
+    alive["convs.0.conv.weight"][:2, 0, 1, 1] = True
+    for i in (1, 2, 3):
+        alive[f"convs.{i}.conv.weight"][range(3), range(3), 1, 1] = True
+    alive["fc.weight"][0, 0] = alive["fc.weight"][5, -1] = True
+    first = [True, False, False]
+    first_and_third = [True, False, True]
 
+    def left(kept):
+        return [keep.tolist() for keep in kept.values()]
+
+    assert left(compact.drop_unread(net, alive)) == [first_and_third] * 4
     bn = net.convs[0].bn
-    bn.bias.data[2] = 0.999  # with a running mean of 0 that is the constant: below the threshold
-    assert all(keep.tolist() == [True, False, False] for keep in compact.needed(net, alive).values())
-    net.convs[0].bn.bias.data[2] = 1.0  # on the threshold it fires in the end, at a T large enough
-    assert all(keep.tolist() == [True, False, True] for keep in compact.needed(net, alive).values())
+    bn.bias.data[2] = 0.999  # the constant, where the running mean is 0: below the threshold
+    assert left(compact.needed(net, alive)) == [first] * 4
+    bn.bias.data[2] = 1.0  # on the threshold, which is reached
+    assert left(compact.needed(net, alive)) == [first_and_third] * 4
     bn.bias.data[2], bn.running_mean[2], bn.running_var[2] = 1.5, 1.2, 4 - bn.eps
     assert torch.allclose(compact.constant(net, "convs.0"), torch.tensor([0, 0, 1.5 - 1.2 / 2]))
-    assert all(keep.tolist() == [True, False, False] for keep in compact.needed(net, alive).values())
+    assert left(compact.needed(net, alive)) == [first] * 4
 
-    # the last hop of the third path is lost: what is silent in layer 1 makes layer 0 unread
-    bn.bias.data[2] = 9
+    bn.bias.data[2] = 9  # fires, but nothing reads it any more; what begins in layer 1 is silent
     alive["convs.1.conv.weight"][2, 2] = False
-    assert [keep.tolist() for keep in compact.needed(net, alive).values()] == [[True, False, False]] * 4
+    assert left(compact.needed(net, alive)) == [first] * 4
     net.convs[1].bn.bias.data[2] = 1.2
-    assert [keep.tolist() for keep in compact.needed(net, alive).values()] == [
-        [True, False, False]] + [[True, False, True]] * 3
+    assert left(compact.needed(net, alive)) == [first] + [first_and_third] * 3
+    # a neuron that is silent takes those with it that only it reads
+    net.convs[1].bn.bias.data[2] = 0
+    alive["convs.1.conv.weight"][0, 1] = alive["convs.2.conv.weight"][0, 2] = True
+    assert left(compact.needed(net, alive)) == [[True, True, False]] + [first] * 3
 
 
 def test_a_layer_keeps_a_channel():
@@ -224,9 +228,8 @@ def test_a_layer_keeps_a_channel():
         assert [keep.nonzero().flatten().tolist() for keep in kept.values()] == [[0], [2], [2], [4]]
         small, _ = compact.without(net, alive, kept)
         assert small.config["widths"] == [1, 1, 1, 1]
-    net, masks = random_net("small", 0.5), None
-    alive = Masks(net).alive
-    assert total(compact.needed(net, alive)) == sum(net.config["widths"])
+    net = random_net("small", 0.5)
+    assert total(compact.needed(net, Masks(net).alive)) == sum(net.config["widths"])
 
 
 # ---- fine-tuning ---------------------------------------------------------------------------------
@@ -257,6 +260,7 @@ def test_each_remaining_weight_moves_as_in_the_full_network(name, factor):
     small, small_optimizer, small_masks = compact.for_finetuning(full, full_optimizer,
                                                                  twins[1][2])
     assert sum(small.config["widths"]) < sum(full.config["widths"])
+    assert small_optimizer.param_groups[0]["lr"] == full_optimizer.param_groups[0]["lr"] == 0.025
     steps(net, optimizer, masks, 5)
     steps(small, small_optimizer, small_masks, 5)
 
@@ -276,6 +280,7 @@ def test_each_remaining_weight_moves_as_in_the_full_network(name, factor):
         assert not torch.equal(weights[name], before[name]), name  # all of them were trained
     for name, mask in masks.alive.items():
         assert mine[name][~mask].count_nonzero() == 0
+    assert small_optimizer.param_groups[0]["lr"] == full_optimizer.param_groups[0]["lr"] == 0.01
     with torch.inference_mode():
         assert (net.eval()(real_images()) - full.eval()(real_images())).abs().max() <= 1e-10
 
