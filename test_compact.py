@@ -67,7 +67,7 @@ def masked_net(name, factor, seed=0, lost=0.3):
 
 
 def reached(net, alive):
-    """Brute force, {layer: [C] numpy bool}: the channels with a path of alive weights to a logit."""
+    """Brute force, {layer: [C] numpy bool}: channels with a path of alive weights to a logit."""
     groups = models.removable(net)
     found = {}
     for layer in reversed(groups):
