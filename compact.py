@@ -127,15 +127,18 @@ def for_finetuning(net, optimizer, masks):
     group["lr"] = full_group["lr"]  # of the last step
 
     @torch.no_grad()
-    def take_over(*_):
-        full_group["lr"] = group["lr"]
+    def take_weights(*_):
         for name, tensor in small.state_dict().items():
             full[name][places[name]] = tensor
+
+    @torch.no_grad()
+    def take_momentum(*_):
+        full_group["lr"] = group["lr"]
         for mine, theirs, place in buffers:
             theirs[place] = mine
 
-    net.register_state_dict_pre_hook(take_over)
-    optimizer.register_state_dict_pre_hook(take_over)
+    net.register_state_dict_pre_hook(take_weights)
+    optimizer.register_state_dict_pre_hook(take_momentum)
     return small, small_optimizer, small_masks
 
 

@@ -265,7 +265,7 @@ def test_each_remaining_weight_moves_as_in_the_full_network(name, factor):
     steps(small, small_optimizer, small_masks, 5)
 
     places = channels.places(full, compact.drop_unread(full, masks.alive))
-    momentum = full_optimizer.state_dict()["state"]  # asking for it is what puts it back
+    momentum = full_optimizer.state_dict()["state"]  # asking for it is what brings it up
     mine, theirs = full.state_dict(), net.state_dict()
     for name, tensor in mine.items():
         assert torch.equal(tensor[places[name]], small.state_dict()[name])
@@ -292,7 +292,7 @@ def test_without_momentum_there_is_none_to_slice():
     small, small_optimizer, small_masks = compact.for_finetuning(net, optimizer, masks)
     steps(small, small_optimizer, small_masks, 1)
     assert optimizer.state_dict()["state"].keys() == {}.keys()
-    assert torch.equal(net.fc.bias, small.fc.bias)
+    assert torch.equal(net.state_dict()["fc.bias"], small.fc.bias)
 
 
 # ---- the script ----------------------------------------------------------------------------------
