@@ -3,6 +3,7 @@ fine-tuning without them, compact.pt."""
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -331,6 +332,18 @@ def test_a_compact_run_and_its_folder(capsys):
     assert text.count("fine-tuning on channels 44 -> ") == 1
     assert text.count(f"compact.pt: channels 44 -> {total(kept)}, ") == 1
     assert counts["sops"] < before["sops"] and counts["macs"] < before["macs"]
+
+
+def test_the_file_does_without_the_silent(capsys):
+    net, masks = masked_net("small", 0.5)
+    end = SimpleNamespace(args=SimpleNamespace(precision="fp32", device="cpu"), folder=Path("."),
+                          parts=dict(net=net, masks=masks), say=print)
+    faster = prune_unstructured.deploy(end, SimpleNamespace(x_test=real_images(2)))
+    widths = channels.kept_widths(net, compact.needed(net, masks.alive))
+    assert models.load("compact.pt").config["widths"] == widths
+    assert sum(widths) < total(compact.drop_unread(net, masks.alive))
+    assert faster.keys() == {"speedup_batch1", "speedup_batch32"}
+    assert f"channels 88 -> {sum(widths)}, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("step", [24, 30, 48])
