@@ -145,6 +145,26 @@ def macs_removed(net, kept):
     return 1 - after / before
 
 
+def places(net, kept):
+    """Return {name of a tensor of the state_dict: an index of what remove(net, kept) keeps of it}:
+    full[index] reads it, full[index] = small puts it back.
+
+    kept: {layer: bool [C], True = kept}; layers that are not named keep all.
+    """
+    rows, columns = {}, {}
+    for name, keep in kept.items():
+        group, keep = models.removable(net)[name], keep.to(net.mean.device)
+        rows |= {f"{name}.{part}": keep for part in PARTS}
+        # a flattened map is channel-major: each channel owns `repeat` columns in a row
+        columns[group.reader] = keep.repeat_interleave(group.repeat).nonzero().T
+    index = {}
+    for name, tensor in net.state_dict().items():
+        index[name] = (rows[name],) if name in rows else (...,)
+        if name in columns:
+            index[name] = (rows.get(name, tensor.new_ones(len(tensor))).nonzero(), columns[name])
+    return index
+
+
 @torch.no_grad()
 def remove(net, kept):
     """Return a new network with the kept channels only: models.build() with the kept widths, every
@@ -153,25 +173,21 @@ def remove(net, kept):
     kept: {layer: bool [C], True = kept}; layers that are not named keep all.
     Raises ValueError for unknown layers, wrong shapes, and a layer that would be left empty.
     """
-    groups, state = models.removable(net), net.state_dict()
+    groups = models.removable(net)
     for name, keep in kept.items():
         if name not in groups:
             raise ValueError(f"the channels of {name!r} cannot be removed, expected a layer out of "
                              f"{', '.join(groups)}")
-        group, size = groups[name], net.config["widths"][groups[name].width]
+        size = net.config["widths"][groups[name].width]
         if keep.dtype != torch.bool or keep.shape != (size,) or not keep.any():
             raise ValueError(f"kept[{name!r}] is {keep.dtype} of shape {tuple(keep.shape)}, "
                              f"{int(keep.count_nonzero())} not 0, expected {size} bools with at "
                              f"least one True")
-        keep = keep.to(net.mean.device)
-        for part in PARTS:
-            state[f"{name}.{part}"] = state[f"{name}.{part}"][keep]
-        # a flattened map is channel-major: each channel owns `repeat` columns in a row
-        columns = keep.repeat_interleave(group.repeat)
-        state[group.reader] = state[group.reader][:, columns]
+    state, index = net.state_dict(), places(net, kept)
     with torch.device("meta"):  # no memory, and no draw from torch's generator
         small = models.build(**net.config | dict(widths=kept_widths(net, kept)))
-    small.load_state_dict({name: tensor.clone() for name, tensor in state.items()}, assign=True)
+    small.load_state_dict({name: state[name][place].clone() for name, place in index.items()},
+                          assign=True)
     small.mean, small.std = net.mean.clone(), net.std.clone()
     return small.train(net.training).to(memory_format=torch.channels_last)
 

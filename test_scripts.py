@@ -55,7 +55,7 @@ def test_a_run_and_its_folder(capsys):
     summary = run("--run-dir", "r", "--sparsity", 0.8)
     assert {path.name for path in Path("r").iterdir()} == {
         "config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt",
-        "summary.json", "curves.png"}
+        "compact.pt", "summary.json", "curves.png"}
     assert json.loads(Path("r/summary.json").read_text()) == summary
     assert list(summary) == runfolder.SUMMARY_KEYS
     assert (summary["method"], summary["dataset"], summary["regen"]) == (
