@@ -151,17 +151,24 @@ def first(work):
 # ---- the network ---------------------------------------------------------------------------------
 
 
-def average_gradients(forward):
+def average_gradients(forward, image):
     """Return the network, or its compiled form, in DDP: backward() averages over the ranks.
 
-    Running statistics stay with their rank (see average_statistics).
+    image: any batch that it takes. Running statistics stay with their rank (average_statistics).
     """
     if size() == 1:
         return forward
     agree("the weights to start from", *forward.parameters())
     known = inspect.signature(DistributedDataParallel).parameters  # newer versions of torch rename
     sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    return DistributedDataParallel(forward, init_sync=False, **{sync: False})
+    ddp = DistributedDataParallel(forward, init_sync=False, **{sync: False})
+    if size() > 2:
+        # DDP sorts gradients into other buckets after its first backward pass, and sums of three
+        # and more depend on their place: it does so now, or a resumed run would differ by a bit
+        forward.eval()
+        ddp(image).sum().backward()
+        forward.train().zero_grad()
+    return ddp
 
 
 def _running(net):

@@ -26,6 +26,7 @@ import parallel
 import prune_lottery
 import prune_structured
 import prune_unstructured
+import records
 import runfolder
 import training
 
@@ -201,6 +202,15 @@ def dies():
     prune_unstructured.main([*SHORT, "--run-dir", "killed"])
 
 
+def three():
+    """Go on with three ranks; and once more, stopped under way."""
+    parallel.end = parallel.rank
+    prune_unstructured.main(["--resume", "--run-dir", "with3"])
+    at_iteration(lambda: parallel.rank() == 2 and os.kill(os.getpid(), signal.SIGTERM))
+    assert ends_with(prune_unstructured.main, "--resume", "--run-dir", "stop3") == (143, "")
+    prune_unstructured.main(["--resume", "--run-dir", "stop3"])
+
+
 # ---- one start of two ranks ----------------------------------------------------------------------
 
 
@@ -297,7 +307,8 @@ def test_both_ranks_have_the_same_masks(two):
     total = len(found[0]["masks"][0])
     for mask, row in zip(found[0]["masks"], updates, strict=True):
         assert int(mask.sum()) == total - round(row["target"] * total)
-    assert json.loads((folder / "whole/config.json").read_text())["processes"] == 2
+    assert records.command(records.read_run(folder / "whole")).startswith(
+        "torchrun --nproc-per-node=2 prune_unstructured.py --train-limit 201 ")
 
 
 def test_one_rank_writes_and_prints(two):
@@ -349,16 +360,17 @@ def test_a_killed_rank_ends_the_others_and_any_number_goes_on(two, tmp_path):
     assert killed.returncode != 0 and time.monotonic() - started < 60
     assert killed.stderr.count(": error: another rank is gone") == 1, killed.stderr[-3000:]
     assert not Path("killed/summary.json").exists()
-    for ranks in (1, 3):
-        shutil.copytree("killed", f"with{ranks}")
+    for name in ("with1", "with3", "stop3"):
+        shutil.copytree("killed", name)
 
     done = torchrun(ROOT / "prune_unstructured.py", "--resume", "--run-dir", "killed")
     assert done.returncode == 0, done.stderr[-3000:]
     conftest.assert_same_run(folder / "whole", "killed")  # two again: bit by bit
 
-    done = torchrun(ROOT / "prune_unstructured.py", "--resume", "--run-dir", "with3", ranks=3)
+    done = torchrun(__file__, "three", ranks=3)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("resumed after iteration 9 of 27") == 1
+    assert done.stdout.count("resumed after iteration 9 of 27") == 2  # printed by one rank
+    conftest.assert_same_run("with3", "stop3")
     prune_unstructured.main(["--resume", "--run-dir", "with1"])
     whole = json.loads((folder / "whole/summary.json").read_text())
     for name in ("with1", "with3"):
@@ -411,4 +423,4 @@ def test_what_is_refused(monkeypatch, capsys):
 
 
 if __name__ == "__main__":
-    {"exercises": exercises, "dies": dies}[sys.argv[1]]()
+    {"exercises": exercises, "dies": dies, "three": three}[sys.argv[1]]()

@@ -120,7 +120,10 @@ def forward_of(args, net):
     gradients are averaged over the processes where there are several."""
     if args.sync_bn and parallel.size() > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(net)  # its layers, with their parameters
-    return parallel.average_gradients(torch.compile(net) if args.compile else net)
+    side, device = net.config["image_size"], net.mean.device
+    return parallel.average_gradients(
+        torch.compile(net) if args.compile else net,
+        torch.zeros(1, net.config["in_channels"], side, side, dtype=torch.uint8, device=device))
 
 
 def sgd(args, net):
