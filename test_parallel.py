@@ -1,7 +1,7 @@
-"""Several processes on one run, as torchrun starts them: two ranks, and three, with gloo on the CPU.
+"""Several processes on one run, as torchrun starts them: two ranks, and three, by gloo on the CPU.
 
-Starting a rank takes seconds: what can be seen within one start is done in one (`exercises`), by this
-file itself, which torchrun runs as a script; the tests look at what the ranks have left.
+Starting a rank takes seconds: what can be seen within one start is done in one (`exercises`), by
+this file itself, which torchrun runs as a script; the tests look at what the ranks have left.
 """
 import contextlib
 import io
@@ -137,6 +137,22 @@ def watching(seen, masks):
     return yielding, adding
 
 
+def frozen_bn(self, x):  # a variance at which all layers fire
+    return torch.nn.functional.batch_norm(x, self.running_mean, 0.03 * self.running_var,
+                                          self.weight, self.bias, False, 0.0, self.eps)
+
+
+def with_frozen_bn():
+    """An epoch of each script in which no image depends on the others of its batch."""
+    short = ["--train-limit", "201", "--width", "0.25", "--batch-size", "25", "--lr", "1e-4"]
+    forward, torch.nn.BatchNorm2d.forward = torch.nn.BatchNorm2d.forward, frozen_bn
+    prune_unstructured.main([*short, "--sparsity", "0", "--epochs-prune", "1",
+                             "--epochs-finetune", "0", "--run-dir", "frozen"])
+    prune_structured.main([*short, "--prune-ratio", "0", "--epochs-pretrain", "1",
+                           "--epochs-finetune", "0", "--run-dir", "frozen-slim"])
+    torch.nn.BatchNorm2d.forward = forward
+
+
 def at_iteration(act):
     """Call act() on each rank when it has done STOP_AT steps."""
     add = training.Meter.add
@@ -181,6 +197,7 @@ def exercises():
     found["saved"] = runfolder.read_checkpoint("stopped")["position"]
     main(["--resume", "--run-dir", "stopped"])
     metrics.speedup = lambda *_, **__: 1.0  # it takes seconds
+    with_frozen_bn()
     prune_structured.main([*SLIM, "--run-dir", "slim"])
     prune_structured.main([*SLIM, "--run-dir", "greg", "--method", "greg1", "--smoke"])
 
@@ -254,6 +271,25 @@ def test_passes_over_the_data_are_those_of_one_process(two):
                 assert torch.equal(spiked, also) and spiked.any()
 
 
+def test_without_bn_a_run_is_that_of_one_process(two, monkeypatch):
+    folder, _, _ = two
+    monkeypatch.setattr(metrics, "speedup", lambda *_, **__: 1.0)
+    with_frozen_bn()
+    torch.manual_seed(0)
+    start = models.build("small", 10, 1, 28, 4, models.default_widths("small", 0.25)).state_dict()
+    for name in ("frozen", "frozen-slim"):
+        one, two = (models.read(root / name / "model.pt")["state_dict"]
+                    for root in (Path(), folder))
+        for key in start:
+            step = (one[key] - start[key]).double()
+            apart = (one[key] - two[key]).double().norm()
+            assert apart <= 2e-3 * step.norm(), (name, key, apart / step.norm())
+        assert not torch.equal(one["fc.weight"], start["fc.weight"])
+        rows = [conftest.lines(root / name, "metrics")[0] for root in (Path(), folder)]
+        assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=1e-5)
+        assert rows[0]["train_accuracy"] == rows[1]["train_accuracy"]
+
+
 def test_statistics_and_meters(two):
     _, _, found = two
     for number, rank in enumerate(found):
@@ -270,7 +306,7 @@ def test_statistics_and_meters(two):
 
 
 def test_each_image_is_seen_once_an_epoch(two):
-    _, _, found = two
+    folder, _, found = two
     images = data.load("fashion-mini", train_limit=201)
     every = sorted(min(x.numpy().tobytes(), x.flip(2).contiguous().numpy().tobytes())
                    for x in images.x_train.contiguous())
@@ -280,6 +316,8 @@ def test_each_image_is_seen_once_an_epoch(two):
             [13] * 8 + [1], [12] * 8 + [1]]
         assert steps[0][-1] == steps[1][-1]  # one image for two ranks: rank 1's weighs nothing
         assert sorted(sum(steps[0], []) + sum(steps[1][:-1], [])) == every
+    for row in conftest.lines(folder / "whole", "metrics"):
+        assert row["train_accuracy"] * 201 == pytest.approx(round(row["train_accuracy"] * 201))
     assert len(found[0]["seen"]) == len(found[1]["seen"]) == 27
 
 
