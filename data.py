@@ -92,7 +92,8 @@ def num_batches(n, batch_size):
     return -(-n // batch_size)
 
 
-def batches(images, labels, batch_size, seed, epoch, first=0, pad=0, flip=False, cutout=0):
+def batches(images, labels, batch_size, seed, epoch, first=0, pad=0, flip=False, cutout=0,
+            rank=0, size=1):
     """Yield one epoch as pairs (uint8 [n, C, H, W] in channels_last memory, labels [n]).
 
     Each image comes once, the last batch may be smaller. Order and augmentation depend on seed and
@@ -104,6 +105,8 @@ def batches(images, labels, batch_size, seed, epoch, first=0, pad=0, flip=False,
     has 4 at 32 pixels and 8 at 64; 0: no crop.
     flip: mirror half of the images. cutout: side of a black square with a uniformly drawn centre,
     clipped at the borders (16 in LTH-SNN), in pixels; 0: none.
+    rank, size: yield only every size-th image of each batch, from the rank-th on, so that `size`
+    processes share it; the first image where there is none left, so that each has one.
     """
     N, _, H, W = images.shape
     # SeedSequence mixes its words: unlike with seed + epoch, runs do not share shifted epochs.
@@ -118,7 +121,9 @@ def batches(images, labels, batch_size, seed, epoch, first=0, pad=0, flip=False,
     draws = [draw.to(images.device) for draw in draws]
     pixels = images.permute(0, 2, 3, 1)                           # [N, H, W, C]
     for start in range(first * batch_size, N, batch_size):
-        order, *rest = (draw[start:start + batch_size] for draw in draws)
+        end = min(start + batch_size, N)
+        place = start + rank if start + rank < end else start
+        order, *rest = (draw[place:end:size] for draw in draws)
         batch = _augment(pixels.index_select(0, order), *rest, pad, cutout)
         yield batch.permute(0, 3, 1, 2), labels.index_select(0, order)
 

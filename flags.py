@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import models
+import parallel
 
 MAY_DIFFER = {"device"}  # flags that a resumed run may change
 
@@ -26,7 +27,7 @@ DATASETS = {"fashion-mini": SMALL, "mnist": SMALL | dict(batch_size=128, crop=2,
             "cifar10": PAPER, "cifar100": PAPER, "tiny-imagenet": PAPER | dict(crop=8)}
 COMMON = dict(dataset="fashion-mini", data_dir="data", train_limit=None, width=1.0, momentum=0.9,
               weight_decay=5e-4, cutout=0, init=None, device=None, precision="fp32", compile=False,
-              seed=0, run_dir=None, resume=False, overwrite=False, smoke=False)
+              sync_bn=False, seed=0, run_dir=None, resume=False, overwrite=False, smoke=False)
 SMOKE = dict(width=0.25, batch_size=16)  # upper bounds of a trial, like those in a script's settings
 SMOKE_IMAGES = 256
 
@@ -36,13 +37,22 @@ def exits(code, *errors):
     """Turn errors into one line on stderr and an exit code."""
     try:
         yield
-    except errors as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        print(f"{Path(sys.argv[0]).name}: error: {text}", file=sys.stderr)
-        raise SystemExit(code) from None
+    except (parallel.Mismatch, *errors) as error:
+        leave(code, f"error: {' '.join(str(error).split()) or type(error).__name__}")
+    except RuntimeError as error:
+        if not parallel.is_loss(error):
+            raise
+        leave(code, "error: another rank is gone, expected all of them to the end. The last "
+                    "checkpoint is kept: go on with --resume")
     except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted, nothing more is saved", file=sys.stderr)
-        raise SystemExit(130) from None
+        leave(130, "interrupted, nothing more is saved")
+
+
+def leave(code, line, name=None):
+    """Exit with a line on stderr, which one rank writes for all."""
+    if parallel.speaks(code):
+        print(f"{name or Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 def whole(low, high=2**31):
@@ -91,8 +101,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         message = message.removeprefix("argument ").replace(": is ", " is ", 1)
-        print(f"{self.prog}: error: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(2)
+        leave(2, f"error: {' '.join(message.split())}", self.prog)
 
 
 def make_parser(doc):
@@ -119,7 +128,7 @@ def make_parser(doc):
     add("--time-steps", type=whole(1, 10_000), metavar="T", help="time steps of the simulation")
     add("--init", metavar="MODEL.pt", help="start from this network, a trained dense one, say")
     add = parser.add_argument_group("training").add_argument
-    add("--batch-size", type=whole(1), metavar="N", help="images a step")
+    add("--batch-size", type=whole(1), metavar="N", help="images a step, over all processes")
     add("--lr", type=number(0, above=True), help="learning rate of SGD at the start of a stage")
     add("--momentum", type=number(0, 1), help="momentum of SGD, a fraction in [0, 1)")
     add("--weight-decay", type=number(0), help="L2 decay of all parameters")
@@ -127,6 +136,8 @@ def make_parser(doc):
     add("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     add("--precision", choices=("fp32", "bf16"), help="bf16: mixed precision by autocast")
     add("--compile", action="store_true", help="compile the network with torch.compile")
+    add("--sync-bn", action="store_true", help="under torchrun, on GPUs: batch normalisation over "
+        "the whole batch, and not over the share of each process")
     add("--seed", type=whole(0), help="seed of weights, order of the images and ties")
     add("--run-dir", metavar="DIR",
         help="the run's folder (default: runs/ and a name made of the flags)")

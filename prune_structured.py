@@ -27,6 +27,7 @@ import channels
 import flags
 import metrics
 import models
+import parallel
 import runfolder
 import training
 from masks import prune_further, seeded
@@ -57,8 +58,7 @@ def prune_and_regenerate(gamma, scores, sizes, ratio, regen, base="kept", scope=
 
     gamma, scores: |gamma| and the score of every channel, [M], on the CPU; sizes: channels of each
     layer. ratio: p, the share that is pruned in the end. scope, threshold: see channels.py.
-    Returns (kept, regenerated, rescued by the guard), [M] bool each.
-    """
+    Returns (kept, regenerated, rescued by the guard), [M] bool each."""
     # INTERPRETATION of Eq. 7: as in Algorithm 1, so that a share r of the channels that stay came
     # back. "pruned" takes r as a share of what is cut, nearer to the 42.60 % of the paper
     further = prune_further(ratio, regen) if base == "kept" else min(1, ratio / (1 - regen))
@@ -123,8 +123,7 @@ def greg_grow(state, weights, iteration, plan, ratio):
     """One iteration of the growing stage, after the backward pass and before the step.
 
     Every `interval` iterations the penalties grow, in layers that are not done. Their gradient,
-    penalty * w, is added at every iteration, on top of weight decay.
-    """
+    penalty * w, is added at every iteration, on top of weight decay."""
     growing = {name: layer for name, layer in state.items() if not layer["done"]}
     if iteration % plan.interval == 0 and iteration < plan.stop:
         for name, layer in growing.items():
@@ -219,7 +218,7 @@ def parse_args(argv):
 def train(run, stage, images, l1=0.0, lr=None, greg=None):
     """Train through a stage. lr: constant, else the flag's, in steps. greg(step): GReg's penalty."""
     args, net, optimizer = run.args, run.parts["net"], run.parts["optimizer"]
-    forward = torch.compile(net) if args.compile else net
+    forward = training.forward_of(args, net)
     gammas = [net.get_submodule(name).bn.weight for name in models.removable(net)]
     for epoch in run.epochs_of(stage):
         for x, y in run.track(images, epoch):
@@ -227,7 +226,7 @@ def train(run, stage, images, l1=0.0, lr=None, greg=None):
                 logits = forward(x)  # [T, N, K]
             loss = training.loss_over_time(logits, y)
             optimizer.zero_grad()
-            loss.backward()
+            (loss * run.weight).backward()
             if l1 > 0:  # the gradient of l1 * sum |gamma|, which the printed loss leaves out
                 for gamma in gammas:
                     gamma.grad.add_(gamma.detach().sign(), alpha=l1)  # Eq. 10
@@ -285,6 +284,7 @@ def prune(run, images):
         notes["dense_accuracy"] = training.evaluate(net, net, images, args)["accuracy"]
     ratio = notes["prune_ratio"]
     rows = choose(ratio, greg(run, images, ratio) if args.epochs_prune else None)
+    parallel.agree("the channels that stay", rows[0])
 
     kept = dict(zip(names, rows[0].split(sizes)))
     masked, small = channels.silence(net, kept), channels.remove(net, kept)
@@ -327,7 +327,7 @@ def main(argv=None):
     with flags.exits(2, ValueError, OSError):  # all that can be checked, before anything is written
         if (summary := runfolder.finished(args)) is not None:
             return summary
-        device = training.set_up(args)
+        device = training.set_up(args, shared=True)
         images = training.load(args, device)
         net = training.build(args, images, runfolder.saved_widths(args))
         dense = training.build(args, images)
@@ -343,7 +343,7 @@ def main(argv=None):
         if "gamma" not in run.notes:
             prune(run, images)
         train(run, "finetune", images, args.l1 if args.finetune_l1 else 0.0)
-        return finish(run, images, dense)
+        return finish(run, images, dense) if parallel.end() == 0 else None  # one process's work
 
 
 if __name__ == "__main__":

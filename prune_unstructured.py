@@ -14,6 +14,7 @@ fixed.
     python prune_unstructured.py --metric random         # also: gradient, granet
     python prune_unstructured.py --sparsity 0.98 --compact
                                                          # fine-tuned without its unread channels
+    torchrun --nproc-per-node=2 prune_unstructured.py    # two processes, a GPU each (see parallel)
 
 The run's folder, runs/NAME/, holds config.json, metrics.jsonl (a line an epoch), updates.jsonl (a
 line a mask update), checkpoint.pt, model.pt, compact.pt (model.pt without the channels that change
@@ -29,6 +30,7 @@ import compact
 import flags
 import metrics
 import models
+import parallel
 import training
 from masks import Masks, prune_further, seeded, select
 from runfolder import Run, finished, save_tensors
@@ -209,7 +211,7 @@ def main(argv=None):
     with flags.exits(2, ValueError, OSError):  # all that can be checked, before anything is written
         if (summary := finished(args)) is not None:
             return summary
-        device = training.set_up(args)
+        device = training.set_up(args, shared=True)
         images = training.load(args, device)
         net = training.build(args, images)
         masks, optimizer = Masks(net), training.sgd(args, net)
@@ -224,8 +226,8 @@ def main(argv=None):
         run = Run(args, device, stages, net=net, optimizer=optimizer, masks=masks)
 
     lifs = models.lifs(net)
-    forward = torch.compile(net) if args.compile else net
     with flags.exits(1, FloatingPointError, OSError, torch.OutOfMemoryError), run.catching_signals():
+        forward = training.forward_of(args, net)
         run.header(images, net, "dense, no updates" if args.sparsity == 0 else
                    f"{num_updates} updates, 0 -> {100 * args.sparsity:g} % sparse, " +
                    (f"regeneration {100 * args.regen:g} % by {args.metric}" if args.regen > 0
@@ -239,7 +241,7 @@ def main(argv=None):
                 # the masks are fixed: go on without the channels that no alive weight reads
                 net, optimizer, masks = compact.for_finetuning(net, optimizer, masks)
                 run.say(f"  fine-tuning on {compact.describe(run.parts['net'], net)}")
-                forward = torch.compile(net) if args.compile else net
+                forward = training.forward_of(args, net)
             for x, y in run.track(images, epoch):
                 update = run.iteration // args.interval
                 is_update = update <= num_updates and run.iteration == update * args.interval
@@ -252,7 +254,7 @@ def main(argv=None):
                     logits = forward(x)  # [T, N, K]
                 loss = training.loss_over_time(logits, y)
                 optimizer.zero_grad()
-                loss.backward()
+                (loss * run.weight).backward()  # 1, or by this process's share of the images
                 # INTERPRETATION of "cosine": one a stage, from lr to 0
                 training.set_lr(optimizer,
                                 training.cosine(args.lr, *stages.position(run.iteration)))
@@ -262,10 +264,13 @@ def main(argv=None):
 
                 if is_update:
                     run.meter.check()
+                    if scored:
+                        parallel.average_scores(list(lifs.values()), run.weight)
                     target = sparsity_at(update, num_updates, args.sparsity)
                     pruned, before, regenerated, rescued = prune_and_regenerate(
                         args, masks, optimizer, lifs, target, run.iteration / stages.steps("prune"),
                         seeded(args.seed, run.iteration))
+                    parallel.agree(f"the masks after iteration {run.iteration}", masks.flat)
                     models.record(net, None)
                     for name in rescued:
                         run.say(f"  note: {name} would have lost all weights; its largest one "
@@ -277,7 +282,9 @@ def main(argv=None):
                           training.evaluate(forward, net, images, args),
                           run.parts["masks"].sparsity)
 
-        # What came of it
+        # What came of it: one process's work
+        if parallel.end() > 0:
+            return None
         net, masks = run.parts["net"], run.parts["masks"]  # in full: see compact.for_finetuning
         with training.autocast(args):
             counts = metrics.count(net, images.x_test.split(args.batch_size), masks.alive)

@@ -39,7 +39,7 @@ LOOSE = {"dense": {"sparsity", "interval", "aggregate", "candidates", "prune_rat
                    "regen_base"},
          "gmp": {"aggregate", "candidates"}, "slimming": {"regen_base"},
          "greg1": {"regen_base", "l1"}, "greg2": {"regen_base", "l1"}}
-NOT_FLAGS = {"run_dir", "script", "device", "device_name", "threads", "commit"}
+NOT_FLAGS = {"run_dir", "script", "device", "device_name", "threads", "processes", "commit"}
 
 
 class Unfit(Exception):
@@ -202,7 +202,9 @@ def command(run):
     usual = flags.COMMON | flags.DATASETS.get(config["dataset"], flags.DATASETS["fashion-mini"])
     if run.script == CHANNELS:
         usual["weight_decay"] = None  # there it depends on the method
-    words = ["python", f"{run.script}.py"]
+    ranks = run.config.get("processes", 1)
+    words = [*(["python"] if ranks == 1 else ["torchrun", f"--nproc-per-node={ranks}"]),
+             f"{run.script}.py"]
     for flag, value in config.items():
         name = flag.replace("_", "-")
         if value is None or (flag in usual and usual[flag] == value):

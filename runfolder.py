@@ -13,16 +13,11 @@ place.
 import json
 import math
 import os
-import platform
-import re
 import shlex
-import shutil
 import signal
-import subprocess
 import sys
 import time
-from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,10 +26,12 @@ from tqdm import tqdm
 import data
 import metrics
 import models
+import parallel
 from flags import MAY_DIFFER
+from machine import device_name, peak_memory_mib, versions
 from training import Meter
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
 FILES = ("config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt",
          "summary.json", "curves.png", "channels.json", "gamma.npz", "compact.pt", "analysis.npz")
 SUMMARY_KEYS = (
@@ -56,7 +53,8 @@ def finished(args):
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path} is damaged, expected the summary of a finished run. Remove it to "
                          f"go on from the checkpoint, or start again with --overwrite") from None
-    print(f"{args.run_dir} is finished: {result}. Nothing is left to do")
+    if parallel.rank() == 0:
+        print(f"{args.run_dir} is finished: {result}. Nothing is left to do")
     return summary
 
 
@@ -93,7 +91,10 @@ def saved_widths(args):
 
 
 def write_whole(path, write, mode="w"):
-    """Write a file to a temporary name, flush it, and rename it: it is whole or it is not there."""
+    """Write a file to a temporary name, flush it, and rename it: it is whole or it is not there.
+    Of several ranks one writes."""
+    if parallel.rank() > 0:
+        return
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, mode) as file:
         write(file)
@@ -112,41 +113,6 @@ def write_lines(path, rows):
 
 def save_tensors(path, value):
     write_whole(path, lambda file: torch.save(value, file), "wb")
-
-
-def versions():
-    """Return the versions of what a run depends on, flat, for config.json."""
-    names = ("torch", "torchvision", "numpy")
-    found = dict.fromkeys((f"version_{name}" for name in names))
-    for name in names:
-        with suppress(PackageNotFoundError):  # torchvision is needed by some data sets only
-            found[f"version_{name}"] = version(name)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                            capture_output=True) if shutil.which("git") else None
-    return found | dict(version_python=platform.python_version(),
-                        commit=commit.stdout.strip() or None if commit else None)
-
-
-def peak_memory_mib(device):
-    """Return the peak memory of the device (GPU) or of this process (CPU) in MiB,
-    None if unknown."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return None
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            / (2**20 if sys.platform == "darwin" else 2**10))
-
-
-def device_name(device):
-    """Return the name of the GPU, or of the processor as far as the system tells it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")  # Linux, where platform knows no more than "x86_64"
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def duration(seconds):
@@ -206,11 +172,13 @@ class Run:
         self.epoch = self.step = self.iteration = 0
         self.rows, self.updates, self.notes = [], [], {}
         self.meter = Meter(device)
-        self.stopped_by = None
+        self.stopped_by, self.weight = None, 1.0  # a signal; of this rank's share of a batch
         self.seconds = 0.0  # of the epoch under way, before it was resumed
         self._open()
+        parallel.agree("the position", torch.tensor([self.epoch, self.step, self.iteration]))
         self.bar = tqdm(total=self.total_steps, initial=self.iteration, unit="step",
-                        dynamic_ncols=True, disable=not sys.stderr.isatty(), leave=False)
+                        dynamic_ncols=True, leave=False,
+                        disable=not sys.stderr.isatty() or parallel.rank() > 0)
         self.started = self.began = time.monotonic()
         self.first_iteration = self.iteration
 
@@ -236,7 +204,10 @@ class Run:
                   if key not in ("resume", "overwrite")}
         config |= versions() | dict(script=Path(sys.argv[0]).stem,
                                     device_name=device_name(self.device),
-                                    threads=torch.get_num_threads())
+                                    threads=torch.get_num_threads(), processes=parallel.size())
+        parallel.largest(0)  # all ranks have looked, before one of them writes
+        if parallel.rank() > 0:
+            return
         if taken:
             for name in FILES:
                 (folder / name).unlink(missing_ok=True)
@@ -264,6 +235,7 @@ class Run:
             self.epoch, self.step, self.iteration = state["position"]
             self.seconds, self.notes = state["seconds"], state["notes"]
             self.meter.restore(state["meter"])
+            parallel.restore_statistics(self.parts["net"], state["statistics"])
             torch.set_rng_state(state["rng"])
             if self.device.type == "cuda" and state["rng_cuda"] is not None:
                 torch.cuda.set_rng_state(state["rng_cuda"])
@@ -295,23 +267,26 @@ class Run:
             "flags": self._flags(), "widths": self.parts["net"].config["widths"],
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "metrics": len(self.rows), "updates": len(self.updates), "notes": self.notes,
-            "meter": self.meter.state(), "rng": torch.get_rng_state(),
+            "meter": self.meter.state(),
+            "statistics": parallel.statistics(self.parts["net"]), "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
             "seconds": self.seconds + time.monotonic() - self.began})
 
     # ---- under way -------------------------------------------------------------------------------
 
     def say(self, line):
-        tqdm.write(line)
-        sys.stdout.flush()
+        if parallel.rank() == 0:
+            tqdm.write(line)
+            sys.stdout.flush()
 
     @contextmanager
     def catching_signals(self):
         """Let Ctrl-C and SIGTERM end the run at the next step, saved;
-        a second one ends it at once."""
+        a second one ends it at once, except under torchrun, which passes on each of them."""
         def stop(number, _):
             self.stopped_by = number
-            signal.signal(number, previous[number])
+            if parallel.size() == 1:
+                signal.signal(number, previous[number])
 
         previous = {number: signal.signal(number, stop)
                     for number in (signal.SIGINT, signal.SIGTERM)}
@@ -336,16 +311,29 @@ class Run:
         """
         args = self.args
         for batch in data.batches(images.x_train, images.y_train, args.batch_size, args.seed, epoch,
-                                  self.step, args.crop, args.flip, args.cutout):
+                                  self.step, args.crop, args.flip, args.cutout,
+                                  parallel.rank(), parallel.size()):
+            self.weight = parallel.weight(min(
+                args.batch_size, len(images.x_train) - self.step * args.batch_size))
+            self.meter.counts = self.weight > 0
             self.iteration += 1
             yield batch
             self.step += 1
             self.bar.update()
             if self.device.type == "cpu" or self.step % 50 == 0:
                 self.meter.check()
-            if self.stopped_by is not None:
+            if self._stops():
                 self.save()
                 self._stop()
+
+    def _stops(self, now=False):
+        """Return whether a signal ends the run: ranks agree, after each step on CPUs, now and then
+        on GPUs, so that all of them stop at the same one."""
+        if parallel.size() > 1:
+            if not (now or self.device.type == "cpu" or self.step % 10 == 0):
+                return False
+            self.stopped_by = parallel.largest(self.stopped_by or 0) or None
+        return self.stopped_by is not None
 
     def _stop(self):
         self.bar.close()
@@ -387,6 +375,9 @@ class Run:
                                      f"{self.iteration}. A checkpoint saved before is kept; "
                                      f"try a lower --lr")
         loss, accuracy = self.meter.means()
+        state = self.parts["net"].state_dict()
+        parallel.agree(f"the weights after iteration {self.iteration}",
+                       *(state[name] for name, _ in self.parts["net"].named_parameters()))
         now = time.monotonic()
         seconds, self.seconds, self.began = self.seconds + now - self.began, 0.0, now
         self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.device)
@@ -404,7 +395,7 @@ class Run:
                  f"{duration(left)}")
         if test["silent"]:
             self.say(f"  note: no neuron of {', '.join(test['silent'])} fired on the whole test set")
-        if self.stopped_by is not None:
+        if self._stops(now=True):
             self._stop()
 
     def finish(self, net, alive, counts, **summary):

@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 import data
 import flags
 import metrics
 import models
+import parallel
 
 # ---- setting up ----------------------------------------------------------------------------------
 
@@ -33,15 +35,34 @@ def choose_device(name):
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def set_up(args):
-    """Choose the device, seed everything, and return the device."""
+def set_up(args, shared=False):
+    """Choose the device, join the other processes, seed everything, and return the device.
+
+    shared: whether the script can share its run among processes, as torchrun starts them.
+    """
+    if parallel.size() > 1 and not shared:
+        raise ValueError(f"torchrun started {parallel.size()} processes, expected one: this "
+                         f"script's method runs in a single one. Start it by python")
     args.device = choose_device(args.device).type
+    if args.sync_bn and args.device == "cpu":
+        raise ValueError("--sync-bn is given, but --device is cpu, expected GPUs: torch has it "
+                         "only there. Leave it out")
+    number, here = parallel.local()
+    if args.device == "cuda" and here > torch.cuda.device_count():
+        raise ValueError(f"torchrun started {here} processes here, but torch sees "
+                         f"{torch.cuda.device_count()} GPUs, expected one for each. Lower "
+                         f"--nproc-per-node, or write --device cpu")
     if args.device == "cpu" and sys.platform == "linux":
         keep_freed_memory()
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same run
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: it is what all else is compared with
-    return torch.device(args.device)
+    device = torch.device(args.device)
+    if parallel.size() > 1 and args.device == "cuda":
+        device = torch.device("cuda", number)
+        torch.cuda.set_device(device)
+    parallel.start(device)
+    return device
 
 
 def keep_freed_memory():
@@ -56,8 +77,9 @@ def keep_freed_memory():
 
 def load(args, device):
     """Return the data set that the flags ask for, on the device."""
-    return data.load(args.dataset, args.data_dir, args.train_limit,
-                     flags.SMOKE_IMAGES if args.smoke else None).to(device)
+    return parallel.first(lambda: data.load(
+        args.dataset, args.data_dir, args.train_limit,
+        flags.SMOKE_IMAGES if args.smoke else None)).to(device)
 
 
 def build(args, images, widths=None):
@@ -75,6 +97,10 @@ def build(args, images, widths=None):
         raise ValueError(f"--batch-size is {args.batch_size}, but {args.dataset} has "
                          f"{len(images.x_train)} training images here, expected at most as many. "
                          f"Lower it")
+    if args.batch_size < parallel.size():
+        raise ValueError(f"--batch-size is {args.batch_size}, but torchrun started "
+                         f"{parallel.size()} processes, expected at least an image for each. "
+                         f"Raise it or lower --nproc-per-node")
     net = models.build(args.model, images.num_classes, images.x_train.shape[1], side,
                        args.time_steps, widths or models.default_widths(args.model, args.width))
     net.set_normalisation(images.mean, images.std)
@@ -92,6 +118,17 @@ def build(args, images, widths=None):
                                  f"was made with, or another file")
         net.load_state_dict(source.state_dict())
     return net.to(images.x_train.device, memory_format=torch.channels_last)
+
+
+def forward_of(args, net):
+    """Return what a training step calls: the network, compiled where --compile asks for it, whose
+    gradients are averaged over the processes where there are several."""
+    if args.sync_bn and parallel.size() > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(net)  # its layers, with their parameters
+    side, device = net.config["image_size"], net.mean.device
+    return parallel.average_gradients(
+        torch.compile(net) if args.compile else net,
+        torch.zeros(1, net.config["in_channels"], side, side, dtype=torch.uint8, device=device))
 
 
 def sgd(args, net):
@@ -163,15 +200,20 @@ def loss_over_time(logits, labels):
 
 
 class Meter:
-    """Running sums of an epoch, kept on the device: nothing is copied to the host at each step."""
+    """Running sums of an epoch, kept on the device: nothing is copied to the host at each step.
+
+    Each rank has its own; counts: False where a batch has no image for this one.
+    """
 
     def __init__(self, device):
         self.sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, correct
-        self.samples = 0
+        self.samples, self.counts = 0, True
         self.bad = torch.zeros((), dtype=torch.int64, device=device)  # first iteration with no loss
 
     @torch.no_grad()
     def add(self, loss, logits, labels, iteration=0):
+        if not self.counts:
+            return
         right = (logits.sum(0).argmax(1) == labels).sum()
         self.sums += torch.stack([loss.double() * len(labels), right.double()])
         self.samples += len(labels)
@@ -185,37 +227,55 @@ class Meter:
                 f"A checkpoint saved before is kept; try a lower --lr")
 
     def means(self):
-        """Return (mean loss, accuracy in 0..1)."""
-        loss, correct = self.sums.tolist()
-        return loss / self.samples, correct / self.samples
+        """Return (mean loss, accuracy in 0..1) over the images of all ranks."""
+        loss, correct, samples = parallel.total(self._row()).tolist()
+        return loss / samples, correct / samples
+
+    def _row(self):
+        return torch.cat([self.sums, self.sums.new_tensor([self.samples])])
 
     def state(self):
-        return self.sums.cpu(), self.samples
+        """Return the sums of all ranks, [ranks, 3]."""
+        return parallel.gather(self._row()).cpu()
 
-    def restore(self, state):
-        self.sums.copy_(state[0])
-        self.samples = state[1]
+    def restore(self, rows):
+        """Take this rank's row; rank 0 all of them where there were more or fewer ranks."""
+        if len(rows) != parallel.size():
+            rows = torch.cat([rows.sum(0, keepdim=True), rows.new_zeros(parallel.size() - 1, 3)])
+        self.sums.copy_(rows[parallel.rank(), :2])
+        self.samples = int(rows[parallel.rank(), 2])
 
 
 def evaluate(forward, net, images, args):
     """Return a dict over the test set, in eval mode:
     loss, accuracy, rate (firing), silent (LIF names).
 
-    forward: the network, or its compiled form. images: what data.load returned.
+    forward: the network, or its compiled form. images: what data.load returned. Each rank takes
+    its share of the batches, after the running statistics of BN were averaged (see parallel.py).
     """
     meter = Meter(images.x_test.device)
     size = 4 * args.batch_size  # nothing is kept for a backward pass, so that memory allows it
+    parallel.average_statistics(net)
     net.eval()
     with torch.inference_mode(), metrics.firing(net) as spikes:
-        for x, y in zip(images.x_test.split(size), images.y_test.split(size)):
+        for x, y in parallel.share(zip(images.x_test.split(size), images.y_test.split(size))):
             with autocast(args):
                 logits = forward(x)
             meter.add(loss_over_time(logits, y), logits, y)
     net.train()
     loss, accuracy = meter.means()
-    rate, by_layer = metrics.rates(spikes)
+    rate, by_layer = metrics.rates(_over_ranks(spikes, net))
     return dict(loss=loss, accuracy=accuracy, rate=rate,
                 silent=[name for name, layer in by_layer.items() if layer == 0])
+
+
+def _over_ranks(spikes, net):
+    """Return what metrics.firing() counted, summed over the ranks; one may have had no batch."""
+    if parallel.size() == 1:
+        return spikes
+    rows = torch.tensor([[int(count) for count in spikes.get(name, (0, 0))]
+                         for name in models.lifs(net)], device=net.mean.device)
+    return dict(zip(models.lifs(net), zip(parallel.total(rows)[:, 0], rows[:, 1].tolist())))
 
 
 def score_channels(net, images, args, metric="criticality", aggregate="max"):
@@ -225,12 +285,14 @@ def score_channels(net, images, args, metric="criticality", aggregate="max"):
     memory nor the score depends on how many there are. metric: "criticality", the mean over the
     samples (Eq. 6), or "gradient", the mean over the batches of |dL/dgamma|.
     Returns rows over the channels of all layers, on the CPU: [M] float64, and [M] bool, True where
-    a channel spiked at all.
+    a channel spiked at all. Ranks share the batches, and return the same.
     """
     groups = models.removable(net)
     neurons = {name: net.get_submodule(group.lif) for name, group in groups.items()}
     gammas = [net.get_submodule(name).bn.weight for name in groups]
-    scores, spiked = 0, dict.fromkeys(groups, False)
+    scores = torch.zeros(sum(map(len, gammas)), dtype=torch.float64, device=net.mean.device)
+    spiked = {name: torch.zeros(len(gamma), dtype=torch.bool, device=net.mean.device)
+              for name, gamma in zip(groups, gammas)}
 
     def watch(name, spikes):
         spiked[name] = spiked[name] | spikes.transpose(0, 2).flatten(1).any(1)
@@ -240,7 +302,8 @@ def score_channels(net, images, args, metric="criticality", aggregate="max"):
     for lif in neurons.values():
         lif.record = aggregate if metric == "criticality" else None
     pairs = list(zip(images.x_train.split(args.batch_size), images.y_train.split(args.batch_size)))
-    for x, y in tqdm(pairs, "scoring", disable=not sys.stderr.isatty(), leave=False):
+    for x, y in tqdm(parallel.share(pairs), "scoring", leave=False,
+                     disable=not sys.stderr.isatty() or parallel.rank() > 0):
         with (torch.set_grad_enabled(metric == "gradient"), autocast(args),
               metrics.hooks(neurons, after=watch)):
             loss = loss_over_time(net(x), y)
@@ -253,4 +316,5 @@ def score_channels(net, images, args, metric="criticality", aggregate="max"):
     for lif in neurons.values():
         lif.record = lif.score = None
     net.train(was_training)
-    return scores.cpu(), torch.cat(list(spiked.values())).cpu()
+    spikes = parallel.total(torch.cat(list(spiked.values())).long())
+    return parallel.total(scores).cpu(), spikes.bool().cpu()

@@ -1,0 +1,464 @@
+"""Several processes on one run, as torchrun starts them: two ranks, and three, by gloo on the CPU.
+
+Starting a rank takes seconds: what can be seen within one start is done in one (`exercises`), by
+this file itself, which torchrun runs as a script; the tests look at what the ranks have left.
+"""
+import contextlib
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import conftest
+import data
+import metrics
+import models
+import parallel
+import prune_lottery
+import prune_structured
+import prune_unstructured
+import records
+import runfolder
+import training
+
+ROOT = Path(__file__).parent
+# 9 steps an epoch, the last of one image: a rank without one; 6 updates
+SHORT = ["--train-limit", "201", "--epochs-prune", "2", "--epochs-finetune", "1", "--interval", "3",
+         "--width", "0.25", "--batch-size", "25"]
+SLIM = ["--train-limit", "300", "--epochs-pretrain", "3", "--epochs-finetune", "1", "--width",
+        "0.25", "--batch-size", "25"]
+STOP_AT = 11  # in the second epoch
+
+
+def torchrun(*command, ranks=2):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone",
+         f"--nproc-per-node={ranks}", *map(str, command)], capture_output=True, text=True,
+        timeout=600)  # the machine may be busy
+
+
+# ---- what the ranks do ---------------------------------------------------------------------------
+
+
+def small_net(images, dtype):
+    torch.manual_seed(0)
+    net = models.build("small", 10, 1, 28, 4, models.default_widths("small", 0.25)).to(dtype)
+    net.set_normalisation(images.mean, images.std)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # away from its start: so are its statistics
+            module.running_var.uniform_(0.2, 0.6)
+    return net
+
+
+def settings(**given):
+    return prune_unstructured.parse_args([*SHORT, "--device", "cpu"]).__class__(
+        **dict(batch_size=50, precision="fp32", device="cpu", compile=False, sync_bn=False) | given)
+
+
+def gradients_and_scores(n):
+    """Return the gradient and the LIFs' scores of a batch of n images, in float64, BN in eval."""
+    images = data.load("fashion-mini")
+    net = small_net(images, torch.float64)
+    forward = training.forward_of(settings(), net.eval())
+    models.record(net, "max")
+    x, y = next(data.batches(images.x_train[:n], images.y_train[:n], n, 0, 0, flip=True,
+                             rank=parallel.rank(), size=parallel.size()))
+    loss = torch.nn.functional.cross_entropy(forward(x).flatten(0, 1), y.repeat(4))
+    (loss * parallel.weight(n)).backward()
+    lifs = list(models.lifs(net).values())
+    parallel.average_scores(lifs, parallel.weight(n))
+    return (torch.cat([p.grad.flatten() for p in net.parameters()]),
+            torch.cat([lif.score for lif in lifs]))
+
+
+def passes_over_the_data(batch_size):
+    """Return the results of evaluation and of both scores over the training set, in float64."""
+    images = data.load("fashion-mini", train_limit=130)
+    images = images._replace(x_test=images.x_test[:110], y_test=images.y_test[:110])
+    net, args = small_net(images, torch.float64), settings(batch_size=batch_size)
+    return [training.evaluate(net, net, images, args)] + [
+        training.score_channels(net, images, args, metric)
+        for metric in ("criticality", "gradient")]
+
+
+def statistics():
+    """Running statistics that differ between ranks: what is saved of them, and their mean."""
+    net = small_net(data.load("fashion-mini"), torch.float32)
+    for bn in (module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)):
+        bn.running_mean.fill_(1.0 + parallel.rank())
+    own = net.state_dict()["convs.0.bn.running_mean"].clone()
+    rows = parallel.statistics(net)
+    parallel.average_statistics(net)
+    mean = net.state_dict()["convs.0.bn.running_mean"].clone()
+    parallel.restore_statistics(net, rows)
+    again = net.state_dict()["convs.0.bn.running_mean"].clone()
+    parallel.restore_statistics(net, torch.cat([rows, rows, rows])[:3])  # of three ranks
+    return own, mean, again, net.state_dict()["convs.0.bn.running_mean"].clone(), net.mean
+
+
+def meters():
+    meter, logits = training.Meter(torch.device("cpu")), torch.eye(3)[None]
+    meter.add(torch.tensor(1.0 + parallel.rank()), logits[:, :2 + parallel.rank()],
+              torch.tensor([0, 1, 0])[:2 + parallel.rank()], 1)
+    meter.counts = False
+    meter.add(torch.tensor(100.0), logits, torch.tensor([0, 1, 0]), 2)
+    rows, found = meter.state(), [meter.means()]
+    for saved in (rows, rows[:1], torch.cat([rows, rows])):
+        other = training.Meter(torch.device("cpu"))
+        other.restore(saved)
+        found += [other.means(), other.samples]
+    return found
+
+
+def watching(seen, masks):
+    """Patch the run so that the images of each batch, and the masks of each update, are noted."""
+    def batches(*given, **more):
+        for x, y in yielding(*given, **more):
+            flat = x.contiguous()
+            seen.append([min(image.numpy().tobytes(), image.flip(2).contiguous().numpy().tobytes())
+                         for image in flat])
+            yield x, y
+
+    def add_update(self, row):
+        masks.append(self.parts["masks"].flat.clone())
+        adding(self, row)
+
+    yielding, data.batches = data.batches, batches
+    adding, runfolder.Run.add_update = runfolder.Run.add_update, add_update
+    return yielding, adding
+
+
+def frozen_bn(self, x):  # a variance at which all layers fire
+    return torch.nn.functional.batch_norm(x, self.running_mean, 0.03 * self.running_var,
+                                          self.weight, self.bias, False, 0.0, self.eps)
+
+
+def with_frozen_bn():
+    """An epoch of each script in which no image depends on the others of its batch."""
+    short = ["--train-limit", "201", "--width", "0.25", "--batch-size", "25", "--lr", "1e-4"]
+    forward, torch.nn.BatchNorm2d.forward = torch.nn.BatchNorm2d.forward, frozen_bn
+    prune_unstructured.main([*short, "--sparsity", "0", "--epochs-prune", "1",
+                             "--epochs-finetune", "0", "--run-dir", "frozen"])
+    prune_structured.main([*short, "--prune-ratio", "0", "--epochs-pretrain", "1",
+                           "--epochs-finetune", "0", "--run-dir", "frozen-slim"])
+    torch.nn.BatchNorm2d.forward = forward
+
+
+def at_iteration(act):
+    """Call act() on each rank when it has done STOP_AT steps."""
+    add = training.Meter.add
+
+    def patched(self, loss, logits, labels, at=0):
+        add(self, loss, logits, labels, at)
+        if at == STOP_AT:
+            training.Meter.add = add
+            act()
+    training.Meter.add = patched
+
+
+def ends_with(main, *given):
+    """Run a script that must end early; return its exit code and what it wrote to stderr."""
+    error = io.StringIO()
+    with contextlib.redirect_stderr(error):
+        try:
+            main([*given])
+        except SystemExit as stop:
+            return stop.code, error.getvalue()
+    return 0, error.getvalue()
+
+
+def exercises():
+    found, main = {}, prune_unstructured.main
+    parallel.start(torch.device("cpu"))
+    found["gradients"] = {n: gradients_and_scores(n) for n in (8, 7, 1)}
+    found["passes"] = {size: passes_over_the_data(size) for size in (50, 1000)}
+    found["statistics"], found["meters"] = statistics(), meters()
+    found["largest"] = parallel.largest(3 - 2 * parallel.rank())
+    parallel.agree("numbers", torch.arange(5))
+    parallel.end = parallel.rank  # the ranks meet again: one group for all the runs here
+
+    seen, masks = [], []
+    original = watching(seen, masks)
+    main([*SHORT, "--run-dir", "whole"])
+    data.batches, runfolder.Run.add_update = original
+    found |= dict(seen=seen, masks=masks)
+
+    at_iteration(lambda: parallel.rank() == 1 and os.kill(os.getpid(), signal.SIGTERM))
+    found["stopped"] = ends_with(main, *SHORT, "--run-dir", "stopped")
+    found["saved"] = runfolder.read_checkpoint("stopped")["position"]
+    main(["--resume", "--run-dir", "stopped"])
+    metrics.speedup = lambda *_, **__: 1.0  # it takes seconds
+    with_frozen_bn()
+    prune_structured.main([*SLIM, "--run-dir", "slim"])
+    prune_structured.main([*SLIM, "--run-dir", "greg", "--method", "greg1", "--smoke"])
+
+    update = prune_unstructured.prune_and_regenerate
+
+    def differ(args, masks, *given):
+        result = update(args, masks, *given)
+        if parallel.rank() == 1 and masks.sparsity > 0.6:
+            masks.flat[0] = ~masks.flat[0]
+        return result
+
+    prune_unstructured.prune_and_regenerate = differ
+    found["mismatch"] = ends_with(main, *SHORT, "--run-dir", "mismatch")
+    torch.save(found, f"rank{parallel.rank()}.pt")
+
+
+def dies():
+    at_iteration(lambda: parallel.rank() == 1 and os.kill(os.getpid(), signal.SIGKILL))
+    prune_unstructured.main([*SHORT, "--run-dir", "killed"])
+
+
+def three():
+    """Go on with three ranks; and once more, stopped under way."""
+    parallel.end = parallel.rank
+    prune_unstructured.main(["--resume", "--run-dir", "with3"])
+    at_iteration(lambda: parallel.rank() == 2 and os.kill(os.getpid(), signal.SIGTERM))
+    assert ends_with(prune_unstructured.main, "--resume", "--run-dir", "stop3") == (143, "")
+    prune_unstructured.main(["--resume", "--run-dir", "stop3"])
+
+
+# ---- one start of two ranks ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder in which two ranks did their exercises, and what each of them found."""
+    folder = tmp_path_factory.mktemp("two")
+    with contextlib.chdir(folder):
+        done = torchrun(__file__, "exercises")
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "Warning" not in done.stderr, done.stderr
+    return folder, done, [torch.load(folder / f"rank{number}.pt", weights_only=False)
+                          for number in range(2)]
+
+
+def test_gradients_and_scores_are_those_of_the_whole_batch(two):
+    """An even batch, an uneven one, and one image, for two ranks."""
+    _, _, found = two
+    for n in (8, 7, 1):
+        gradient, scores = gradients_and_scores(n)
+        for rank in found:
+            assert (rank["gradients"][n][0] - gradient).abs().max() < 1e-12
+            assert (rank["gradients"][n][1] - scores).abs().max() < 1e-12
+        assert torch.equal(found[0]["gradients"][n][0], found[1]["gradients"][n][0])
+        assert torch.equal(found[0]["gradients"][n][1], found[1]["gradients"][n][1])
+        assert gradient.abs().max() > 1e-3
+
+
+def test_passes_over_the_data_are_those_of_one_process(two):
+    """Evaluation and scores over the training set; with one batch in all, a rank has none."""
+    _, _, found = two
+    for size in (50, 1000):
+        test, *scored = passes_over_the_data(size)
+        for rank in found:
+            other, *others = rank["passes"][size]
+            assert (other["accuracy"], other["rate"], other["silent"]) == (
+                test["accuracy"], test["rate"], test["silent"])
+            assert other["loss"] == pytest.approx(test["loss"], rel=1e-12)
+            for (scores, spiked), (same, also) in zip(scored, others):
+                assert torch.allclose(scores, same, rtol=1e-10, atol=0) and scores.max() > 0
+                assert torch.equal(spiked, also) and spiked.any()
+
+
+def test_without_bn_a_run_is_that_of_one_process(two, monkeypatch):
+    folder, _, _ = two
+    monkeypatch.setattr(metrics, "speedup", lambda *_, **__: 1.0)
+    with_frozen_bn()
+    torch.manual_seed(0)
+    start = models.build("small", 10, 1, 28, 4, models.default_widths("small", 0.25)).state_dict()
+    for name in ("frozen", "frozen-slim"):
+        one, two = (models.read(root / name / "model.pt")["state_dict"]
+                    for root in (Path(), folder))
+        for key in start:
+            step = (one[key] - start[key]).double()
+            apart = (one[key] - two[key]).double().norm()
+            assert apart <= 2e-3 * step.norm(), (name, key, apart / step.norm())
+        assert not torch.equal(one["fc.weight"], start["fc.weight"])
+        rows = [conftest.lines(root / name, "metrics")[0] for root in (Path(), folder)]
+        assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=1e-5)
+        assert rows[0]["train_accuracy"] == rows[1]["train_accuracy"]
+
+
+def test_statistics_and_meters(two):
+    _, _, found = two
+    for number, rank in enumerate(found):
+        own, mean, again, of_three, pixels = rank["statistics"]
+        assert (own == 1 + number).all() and (mean == 1.5).all()
+        assert (again == 1 + number).all()  # as many ranks as had saved them
+        assert torch.allclose(of_three, torch.full_like(of_three, 4 / 3))  # the mean of 1, 2, 1
+        assert torch.allclose(pixels, torch.tensor(data.load("fashion-mini").mean))
+        # 2 images of loss 1, both right; 3 of loss 2, two right
+        whole = (8 / 5, 4 / 5)
+        assert rank["meters"] == [
+            whole, whole, 2 + number, (1.0, 1.0), 2 * (number == 0), whole, 10 * (number == 0)]
+        assert rank["largest"] == 3
+
+
+def test_each_image_is_seen_once_an_epoch(two):
+    folder, _, found = two
+    images = data.load("fashion-mini", train_limit=201)
+    every = sorted(min(x.numpy().tobytes(), x.flip(2).contiguous().numpy().tobytes())
+                   for x in images.x_train.contiguous())
+    for epoch in range(3):
+        steps = [rank["seen"][9 * epoch:9 * epoch + 9] for rank in found]
+        assert [[len(step) for step in rank] for rank in steps] == [
+            [13] * 8 + [1], [12] * 8 + [1]]
+        assert steps[0][-1] == steps[1][-1]  # one image for two ranks: rank 1's weighs nothing
+        assert sorted(sum(steps[0], []) + sum(steps[1][:-1], [])) == every
+    for row in conftest.lines(folder / "whole", "metrics"):
+        assert row["train_accuracy"] * 201 == pytest.approx(round(row["train_accuracy"] * 201))
+    assert len(found[0]["seen"]) == len(found[1]["seen"]) == 27
+
+
+def test_ranks_share_the_batches_of_one_process():
+    """Order and augmentation of an image do not depend on the number of ranks."""
+    x = torch.arange(23 * 64, dtype=torch.int32).remainder(251).to(torch.uint8).view(23, 1, 8, 8)
+    given = dict(pad=2, flip=True, cutout=3)
+    whole = list(data.batches(x, torch.arange(23), 7, 3, 5, **given))
+    for size in (2, 3, 5):
+        parts = [list(data.batches(x, torch.arange(23), 7, 3, 5, **given, rank=rank, size=size))
+                 for rank in range(size)]
+        for step, (images, labels) in enumerate(whole):
+            for rank in range(size):
+                share = slice(rank if rank < len(labels) else 0, None, size)
+                assert torch.equal(parts[rank][step][1], labels[share][:len(parts[rank][step][1])])
+                assert torch.equal(parts[rank][step][0], images[share])
+
+
+def test_both_ranks_have_the_same_masks(two):
+    folder, _, found = two
+    assert len(found[0]["masks"]) == len(found[1]["masks"]) == 6
+    for one, other in zip(found[0]["masks"], found[1]["masks"]):
+        assert torch.equal(one, other) and not one.all()
+    updates = conftest.lines(folder / "whole", "updates")
+    total = len(found[0]["masks"][0])
+    for mask, row in zip(found[0]["masks"], updates, strict=True):
+        assert int(mask.sum()) == total - round(row["target"] * total)
+    assert records.command(records.read_run(folder / "whole")).startswith(
+        "torchrun --nproc-per-node=2 prune_unstructured.py --train-limit 201 ")
+
+
+def test_one_rank_writes_and_prints(two):
+    folder, done, _ = two
+    assert len(re.findall("test accuracy at .* sparsity -> whole$", done.stdout, re.M)) == 1
+    assert len(re.findall(r"^ +update +6 ", done.stdout, re.M)) == 2  # of two runs
+    assert not list(folder.glob("*/*.tmp"))
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_resume_is_exact(two):
+    folder, done, found = two
+    assert [rank["stopped"] for rank in found] == [(143, "")] * 2
+    assert found[0]["saved"] == [1, STOP_AT - 9, STOP_AT]
+    assert done.stdout.count(f"stopped after iteration {STOP_AT}, saved.") == 1
+    conftest.assert_same_run(folder / "whole", folder / "stopped")
+
+
+def test_ranks_that_differ_stop(two):
+    folder, _, found = two
+    assert [rank["mismatch"][0] for rank in found] == [1, 1]
+    lines = "".join(rank["mismatch"][1] for rank in found)
+    assert lines.count("\n") == 1 and (
+        "the masks after iteration 6 of rank 1 differ from those of rank 0" in lines), lines
+    assert len(conftest.lines(folder / "mismatch", "updates")) == 1  # nothing of it is kept
+
+
+def test_it_learns_like_one_process(two, monkeypatch):
+    folder, _, _ = two
+    monkeypatch.setattr(metrics, "speedup", lambda *_, **__: 1.0)
+    single = prune_structured.main([*SLIM, "--run-dir", "slim"])
+    rows, others = conftest.lines("slim", "metrics"), conftest.lines(folder / "slim", "metrics")
+    for row, other in zip(rows, others, strict=True):
+        assert row["iteration"] == other["iteration"] and row["lr"] == other["lr"]
+        assert row["train_loss"] == pytest.approx(other["train_loss"], abs=0.25)
+    assert rows[2]["train_loss"] < 0.8 * rows[0]["train_loss"]
+    shared = json.loads((folder / "slim/summary.json").read_text())
+    assert shared["test_accuracy"] == pytest.approx(single["test_accuracy"], abs=0.15)
+    assert shared["prune_ratio"] == single["prune_ratio"] and shared["speedup_batch1"] > 0
+    assert (folder / "slim/channels.json").exists() and (folder / "greg/summary.json").exists()
+
+
+# ---- ranks that die ------------------------------------------------------------------------------
+
+
+def test_a_killed_rank_ends_the_others_and_any_number_goes_on(two, tmp_path):
+    folder, _, _ = two
+    started = time.monotonic()
+    killed = torchrun(__file__, "dies")
+    assert killed.returncode != 0 and time.monotonic() - started < 60
+    assert killed.stderr.count(": error: another rank is gone") == 1, killed.stderr[-3000:]
+    assert not Path("killed/summary.json").exists()
+    for name in ("with1", "with3", "stop3"):
+        shutil.copytree("killed", name)
+
+    done = torchrun(ROOT / "prune_unstructured.py", "--resume", "--run-dir", "killed")
+    assert done.returncode == 0, done.stderr[-3000:]
+    conftest.assert_same_run(folder / "whole", "killed")  # two again: bit by bit
+
+    done = torchrun(__file__, "three", ranks=3)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("resumed after iteration 9 of 27") == 2  # printed by one rank
+    conftest.assert_same_run("with3", "stop3")
+    prune_unstructured.main(["--resume", "--run-dir", "with1"])
+    whole = json.loads((folder / "whole/summary.json").read_text())
+    for name in ("with1", "with3"):
+        summary = json.loads(Path(name, "summary.json").read_text())
+        assert (summary["sparsity"], summary["epochs"]) == (whole["sparsity"], 3)
+        rows = conftest.lines(name, "metrics")
+        first = conftest.lines(folder / "whole", "metrics")[0]
+        assert {**rows[0], "seconds": 0} == {**first, "seconds": 0}
+        for row, other in zip(rows, conftest.lines(folder / "whole", "metrics"), strict=True):
+            assert row["train_loss"] == pytest.approx(other["train_loss"], abs=0.25)
+
+
+def test_a_wrong_file_is_one_line_and_code_2_on_each_rank():
+    done = torchrun(ROOT / "prune_unstructured.py", "--dataset", "nowhere.npz", "--run-dir", "r")
+    assert done.returncode != 0
+    assert done.stderr.count("prune_unstructured.py: error: ") == 1, done.stderr
+    assert "nowhere.npz" in done.stderr
+    assert len(re.findall(r"exitcode +: 2 ", done.stderr)) == 2, done.stderr
+    assert not Path("r").exists()
+
+
+# ---- what is refused before any rank joins -------------------------------------------------------
+
+
+def refused(monkeypatch, capsys, main, *given, **environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as stop:
+        main([*given, "--run-dir", "r"])
+    assert stop.value.code == 2 and not Path("r").exists()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return conftest.one_line(capsys)
+
+
+def test_what_is_refused(monkeypatch, capsys):
+    two = dict(WORLD_SIZE="2", RANK="0", LOCAL_WORLD_SIZE="2")
+    assert "--sync-bn is given, but --device is cpu" in refused(
+        monkeypatch, capsys, prune_unstructured.main, "--sync-bn", "--device", "cpu")
+    assert "torchrun started 2 processes, expected one" in refused(
+        monkeypatch, capsys, prune_lottery.main, **two)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert "torchrun started 2 processes here, but torch sees 1 GPUs" in refused(
+        monkeypatch, capsys, prune_structured.main, "--device", "cuda")
+    monkeypatch.undo()
+    args = settings(batch_size=1, crop=0, cutout=0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--batch-size is 1, but torchrun started 2 processes"):
+        training.build(args, data.load("fashion-mini", train_limit=10))
+
+
+if __name__ == "__main__":
+    {"exercises": exercises, "dies": dies, "three": three}[sys.argv[1]]()
