@@ -175,6 +175,7 @@ def take_ticket(run, chosen, target):
     masks.apply(optimizer)
     run.add_update(dict(update=len(run.updates) + 1, iteration=run.iteration, target=target,
                         before=masks.sparsity, **masks.account(pruned, torch.zeros_like(pruned))))
+    run.verify(int(chosen.count_nonzero()))
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -264,7 +265,7 @@ def main(argv=None):
     alive = alive_by_round(masks.total, args.sparsity, args.rounds)
     # INTERPRETATION: exactly 20 epochs of 300, and as large a share of any other first training
     rewind_at = max(1, round(stages.steps("round0") / REWIND)) if args.search == "imp" else 0
-    with flags.exits(1, FloatingPointError, OSError, torch.OutOfMemoryError), run.catching_signals():
+    with run.under_way():
         run.header(images, net, f"{args.method}, 0 -> {100 * args.sparsity:g} % sparse, " + (
             f"{args.rounds} cuts, rewinds to iteration {rewind_at}" if args.search == "imp" else
             f"one cut when masks differ by less than {args.epsilon:g}, from the initial weights"))

@@ -199,7 +199,7 @@ def main(argv=None):
 
     lifs = models.lifs(net)
     forward = torch.compile(net) if args.compile else net
-    with flags.exits(1, FloatingPointError, OSError, torch.OutOfMemoryError), run.catching_signals():
+    with run.under_way():
         run.header(images, net, "dense, no updates" if args.sparsity == 0 else
                    f"{num_updates} updates, 0 -> {100 * args.sparsity:g} % sparse, " +
                    (f"regeneration {100 * args.regen:g} % by {args.metric}" if args.regen > 0
@@ -230,7 +230,7 @@ def main(argv=None):
                 run.meter.add(loss, logits, y, run.iteration)
 
                 if is_update:
-                    run.meter.check()
+                    run.check()
                     target = sparsity_at(update, num_updates, args.sparsity)
                     pruned, before, regenerated, rescued = prune_and_regenerate(
                         args, masks, optimizer, lifs, target, run.iteration / stages.steps("prune"),
@@ -242,6 +242,7 @@ def main(argv=None):
                     masks.apply(optimizer)
                     run.add_update(dict(update=update, iteration=run.iteration, target=target,
                                         before=before, **masks.account(pruned, regenerated)))
+                    run.verify(masks.keep_at(target))  # exactly, or the run stops
             run.end_epoch(optimizer.param_groups[0]["lr"],
                           training.evaluate(forward, net, images, args), masks.sparsity)
 
