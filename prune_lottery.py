@@ -175,7 +175,6 @@ def take_ticket(run, chosen, target):
     masks.apply(optimizer)
     run.add_update(dict(update=len(run.updates) + 1, iteration=run.iteration, target=target,
                         before=masks.sparsity, **masks.account(pruned, torch.zeros_like(pruned))))
-    run.verify(int(chosen.count_nonzero()))
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -288,6 +287,7 @@ def main(argv=None):
                 done = len(run.updates) + 1
                 take_ticket(run, select(masks.flat, alive[done], [masks.magnitudes()], ties),
                             1 - (1 - args.sparsity) ** (done / args.rounds))
+                run.verify(alive[done])
             elif args.search == "eb" and "used" not in run.notes:
                 # EB: mask_e of the dense weights as they are, before epoch e; it is not applied
                 queue = run.notes.setdefault("queue", [])
@@ -303,6 +303,7 @@ def main(argv=None):
                     run.notes["used"] = epoch
                     set_stages(run, stages_of(args, images, epoch))
                     take_ticket(run, run.notes.pop("queue")[-1].to(device), args.sparsity)
+                    run.verify(keep)
                     name = "finetune"
 
             # ET: the search sees T' steps once they are known, the final ticket all T.
