@@ -53,8 +53,8 @@ def write_whole(path, write, mode="w", before=None):
             temporary.unlink()
         if isinstance(error, OSError):
             raise OSError(f"{path} cannot be written ({error.strerror or error}), expected a "
-                          f"folder to write to, with room. What it held is kept; make room and go "
-                          f"on with --resume") from None
+                          f"folder to write to, with room. What it held before is kept; see to "
+                          f"that and go on (a run by --resume)") from None
         raise
 
 

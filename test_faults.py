@@ -171,7 +171,7 @@ def child(folder, script, given, prepare, how):
 
 def start(script, given, prepare, *how):
     context = multiprocessing.get_context("forkserver")  # torch is imported once, before the forks
-    context.set_forkserver_preload(["test_faults", *SHORT])
+    context.set_forkserver_preload(["torch", "torchvision", "matplotlib.pyplot", "pytest"])
     process = context.Process(target=child, args=(os.getcwd(), script, given, prepare, how))
     process.start()
     return process
@@ -387,13 +387,14 @@ def test_a_folder_without_write_permission(capsys):
 @pytest.mark.parametrize("again", [False, True])
 def test_a_folder_that_is_deleted_under_a_run(again, capsys, monkeypatch):
     def delete(self, *_):
-        if self.iteration == 7:
+        if self.iteration == 7 and not deleted:
             shutil.rmtree("r")
+            deleted.append(None)
             if again:
                 Path("r").mkdir()
                 Path("r/config.json").write_text("of another run")
 
-    check = runfolder.Run.check
+    deleted, check = [], runfolder.Run.check
     monkeypatch.setattr(runfolder.Run, "check", lambda self: (delete(self), check(self)))
     error = fails(capsys, 1, run, MAIN, "--run-dir", "r", "--save-every", 0)
     assert "r was deleted or replaced under the run" in error
@@ -496,7 +497,7 @@ BAD_STATES = {
                                     "its masks disagree with its weights"),
     "momentum of dead weights": (changed(*MOMENTUM, by=lambda m: m + 1), "its masks disagree"),
     "a mask turned": (changed("parts", "masks", "alive", by=lambda m: ~m), "its masks disagree"),
-    "random state": (changed("rng", by=lambda rng: rng[:9]), "RNG state is wrong size"),
+    "random state": (changed("rng", by=lambda rng: rng[:9]), "RNG state size"),
     "sums": (changed("meter", to=(torch.zeros(3), 0)), "does not fit"),
 }
 
@@ -524,7 +525,7 @@ def test_damaged_checkpoints(finished_run, capsys):
     Path("r/summary.json").unlink()
     good = Path("r/checkpoint.pt").read_bytes()
     state = files.read_tensors("r/checkpoint.pt")
-    weight = state["parts"]["net"]["convs.1.conv.weight"].numpy().tobytes()
+    weight = state["parts"]["net"]["fc.weight"].numpy().tobytes()
     at = good.index(weight) + 9
     turned = bytearray(good)
     turned[at] ^= 4  # a bit of a weight
@@ -622,7 +623,7 @@ def test_numbers_that_are_not_finite(script, name, value, monkeypatch, capsys):
 
     def spoil(self, iteration):
         if iteration == 8:
-            self.numbers[name].view(-1)[0] = value
+            self.numbers[name][(0,) * self.numbers[name].dim()] = value
         look(self, iteration)
 
     monkeypatch.setattr(training.Watch, "look", spoil)
@@ -736,10 +737,12 @@ def test_the_saved_network_is_counted_again(monkeypatch, capsys, finished_run):
         assert "r/model.pt" in error and words in error and not Path("r/summary.json").exists()
     resume(MAIN)
     summary = json.loads(Path("r/summary.json").read_text())
-    total = sum(layer["weights"] for layer in summary["layers"])
     alive = sum(layer["alive"] for layer in summary["layers"])
+    state = models.read("r/model.pt")["state_dict"]
+    zeros = sum(int((state[layer["name"]] == 0).sum()) for layer in summary["layers"])
     printed = capsys.readouterr().out
-    assert f"counted in model.pt     {alive:,} alive, {total - alive:,} zeros" in printed
+    assert f"counted in model.pt     {alive:,} alive, {zeros:,} zeros" in printed
+    assert zeros >= sum(layer["weights"] for layer in summary["layers"]) - alive
     assert f"peak memory             {summary['peak_memory_mib']:,.0f} MiB of the process" in printed
 
 
@@ -798,13 +801,12 @@ def test_200_updates_do_not_grow_the_process(monkeypatch):
 # ---- data and flags from strangers ---------------------------------------------------------------
 
 
-def refused(capsys, *given, script=MAIN):
+def refused(capsys, *given):
     """Return the one line of a command that must be refused, with nothing written."""
     before = test_data.everything_in(Path("."))
-    error = fails(capsys, 2, importlib.import_module(script).main, [str(word) for word in given])
+    error = fails(capsys, 2, importlib.import_module(MAIN).main, list(given))
     assert test_data.everything_in(Path(".")) == before
-    wrong, expected, rest = error.partition(", expected ")
-    assert error.startswith("prune.py: error: ") and expected and ". " in rest, error
+    assert error.startswith("prune.py: error: ") and ", expected " in error
     return error
 
 
@@ -852,7 +854,7 @@ def test_bad_idx_files(file, damage, capsys, offline):
     test_data.make_mnist(Path("data"))
     path = Path("data/MNIST/raw", file)
     path.write_bytes(damage(path.read_bytes()))
-    assert "data/MNIST/raw is damaged" in refused(capsys, "--dataset", "mnist")
+    assert "data/MNIST/raw" in refused(capsys, "--dataset", "mnist")
 
 
 @pytest.mark.parametrize("name, file", [("cifar10", "data_batch_3"), ("cifar10", "test_batch"),
@@ -936,10 +938,10 @@ def test_runs_of_other_sizes_have_folders_of_their_own():
 # ---- kills at random moments ---------------------------------------------------------------------
 
 LONGER = {
-    "prune_unstructured": "--train-limit 1000 --width 0.25 --batch-size 25 --epochs-prune 4 "
-                          "--epochs-finetune 2 --interval 8",
-    "prune_structured": "--train-limit 1000 --width 0.25 --batch-size 25 --epochs-pretrain 3 "
-                        "--epochs-finetune 3"}
+    "prune_unstructured": "--train-limit 500 --width 0.25 --batch-size 25 --epochs-prune 3 "
+                          "--epochs-finetune 2 --interval 4",
+    "prune_structured": "--train-limit 500 --width 0.25 --batch-size 25 --epochs-pretrain 3 "
+                        "--epochs-finetune 2 --smoke"}
 
 
 def timed(words):
