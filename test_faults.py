@@ -941,12 +941,20 @@ LONGER = {
     "prune_unstructured": "--train-limit 500 --width 0.25 --batch-size 25 --epochs-prune 3 "
                           "--epochs-finetune 2 --interval 4",
     "prune_structured": "--train-limit 500 --width 0.25 --batch-size 25 --epochs-pretrain 3 "
-                        "--epochs-finetune 2 --smoke"}
+                        "--epochs-finetune 2"}
 
 
-def timed(words):
-    started = time.monotonic()
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+def no_preparation():
+    # 2 s of timing both networks would be most of so short a run
+    speedup = metrics.speedup
+    metrics.speedup = lambda *nets, seconds: speedup(*nets, seconds=0)
+
+
+def timed(script, words):
+    """Return the seconds that a run takes to its end, in a process of its own."""
+    started, process = time.monotonic(), start(script, words, no_preparation)
+    process.join()
+    assert process.exitcode == 0, Path("out.txt").read_text()
     return time.monotonic() - started
 
 
@@ -954,28 +962,28 @@ def kills(count, seed):
     """Kill runs of the two main scripts at random moments, go on, compare; say what came of it."""
     moments = random.Random(seed)
     for script, given in LONGER.items():
-        words = [sys.executable, str(ROOT / f"{script}.py"), *given.split(), "--save-every", "0.02"]
-        whole = timed([*words, "--run-dir", "whole"])
-        first = timed([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
-                       f"import {script}"])  # so far there is nothing to lose
+        words = [*given.split(), "--save-every", "0.005", "--run-dir"]
+        timed(script, [*words, "whole", "--overwrite"])  # the first one warms up
+        whole = timed(script, [*words, "whole", "--overwrite"])
         print(f"{script}: {whole:.1f} s in all", flush=True)
         for kill in range(count):
-            shutil.rmtree("r", ignore_errors=True)
-            delay = moments.uniform(first, whole)
-            process = subprocess.Popen([*words, "--run-dir", "r", "--resume"],
-                                       stdout=subprocess.DEVNULL)
-            time.sleep(delay)
-            process.kill()
-            code, state = process.wait(), files.read_checkpoint("r")
+            exit_code = 0
+            while exit_code == 0:  # on a busy machine a run may have ended before
+                shutil.rmtree("r", ignore_errors=True)
+                delay = moments.uniform(0.05, 1) * whole
+                process = start(script, [*words, "r"], no_preparation)
+                process.join(delay)
+                process.kill()
+                process.join()
+                exit_code = process.exitcode
+            state = files.read_checkpoint("r")
             found = sorted(path.name for path in Path("r").glob("*.tmp"))
-            subprocess.run([*words, "--run-dir", "r", "--resume"], check=True,
-                           stdout=subprocess.DEVNULL)
-            if Path("r/.lock").exists():
-                Path("r/.lock").unlink()  # a run that was finished leaves nothing to release it
+            timed(script, [*words, "r", "--resume"])
+            Path("r/.lock").unlink(missing_ok=True)  # of a run that was killed when it was finished
             assert_same_run("whole", "r")
-            print(f"  kill {kill + 1:>2} after {delay:5.2f} s (exit code {code}), at epoch, step, "
-                  f"iteration {state['position'] if state else 'none'}, unfinished files "
-                  f"{', '.join(found) or 'none'}: equal", flush=True)
+            print(f"  kill {kill + 1:>2} after {delay:5.2f} s (exit code {exit_code}), saved "
+                  f"epoch, step, iteration: {state['position'] if state else 'none'}, unfinished "
+                  f"files: {', '.join(found) or 'none'}; resumed: equal", flush=True)
         shutil.rmtree("whole")
         shutil.rmtree("r")
 
