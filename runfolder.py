@@ -203,7 +203,8 @@ class Run:
     def save(self):
         """Write checkpoint.pt: all that is needed to go on bit by bit. Nothing that is not finite
         replaces the last good one."""
-        self.watch = Watch(self.parts["net"], self.device)  # it may be another one by now
+        if self.watch.net is not self.parts["net"]:  # prune_structured.py has replaced it
+            self.watch = Watch(self.parts["net"], self.device)
         self.check()
         if not files.holds(self.lock):
             raise OSError(f"{self.folder} was deleted or replaced under the run, expected it to "

@@ -945,8 +945,7 @@ LONGER = {
 
 
 def no_preparation():
-    # 2 s of timing both networks would be most of so short a run
-    speedup = metrics.speedup
+    speedup = metrics.speedup  # 2 s of timing both networks would be most of so short a run
     metrics.speedup = lambda *nets, seconds: speedup(*nets, seconds=0)
 
 

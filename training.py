@@ -214,9 +214,11 @@ class Watch:
     below every threshold, so that its neuron is silent."""
 
     def __init__(self, net, device):
+        self.net = net
         self.numbers = {name: tensor for name, tensor in net.state_dict().items()
                         if tensor.is_floating_point()}
-        self.bad = torch.zeros((), dtype=torch.int64, device=device)  # the first iteration
+        # the first iteration that left one not finite, 0: none
+        self.bad = torch.zeros((), dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def look(self, iteration):
