@@ -246,8 +246,8 @@ def describe(record):
     accuracies of the silenced and of the rebuilt network."""
     silent = record["regenerated_never_spiked"]
     lines = [f"  kept {record['kept']:,} of {record['channels']:,} channels, "
-             f"{record['regenerated']:,} of them ({100 * record['regenerated'] / record['kept']:.1f}"
-             f" %) by regeneration" + (f"; {silent:,} of these never spiked" if silent is not None
+             f"{record['regenerated']:,} of them ("
+             f"{100 * record['regenerated'] / record['kept']:.1f} %) by regeneration" + (f"; {silent:,} of these never spiked" if silent is not None
                                        else "")]
     for row in record["layers"]:
         back = len(row["regenerated"])

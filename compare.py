@@ -24,7 +24,7 @@ import data
 import flags
 import plots
 import records
-from runfolder import write_whole
+from files import write_whole
 
 WEIGHTS = {  # name: script and flags, beside the sparsity and the epochs, which all share
     "dense": "prune_unstructured --sparsity 0",

@@ -1,5 +1,5 @@
-"""What the tests share. They run on one thread: their networks are tiny, and a busy machine then slows
-them far less."""
+"""What the tests share. They run on one thread: their networks are tiny, and a busy machine then
+slows them far less."""
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; scripts that tests start inherit it

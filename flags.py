@@ -15,8 +15,9 @@ from pathlib import Path
 
 import models
 import parallel
+from machine import is_out_of_memory
 
-MAY_DIFFER = {"device"}  # flags that a resumed run may change
+MAY_DIFFER = {"device", "save_every"}  # flags that a resumed run may change
 
 # Augmentation: LTH-SNN's crop and flip; a short run on centred 28x28 images is better off without
 # crops, and digits have no mirror image
@@ -27,23 +28,28 @@ DATASETS = {"fashion-mini": SMALL, "mnist": SMALL | dict(batch_size=128, crop=2,
             "cifar10": PAPER, "cifar100": PAPER, "tiny-imagenet": PAPER | dict(crop=8)}
 COMMON = dict(dataset="fashion-mini", data_dir="data", train_limit=None, width=1.0, momentum=0.9,
               weight_decay=5e-4, cutout=0, init=None, device=None, precision="fp32", compile=False,
-              sync_bn=False, seed=0, run_dir=None, resume=False, overwrite=False, smoke=False)
-SMOKE = dict(width=0.25, batch_size=16)  # upper bounds of a trial, like those in a script's settings
+              sync_bn=False, seed=0, run_dir=None, save_every=10.0, resume=False, overwrite=False,
+              smoke=False)
+NAMED_SIZES = dict(width="width", train_limit="limit", time_steps="time")  # in the run's name
+SMOKE = dict(width=0.25, batch_size=16)  # upper bounds of a trial, as in a script's settings
 SMOKE_IMAGES = 256
 
 
 @contextmanager
-def exits(code, *errors):
-    """Turn errors into one line on stderr and an exit code."""
+def exits(code, *errors, no_memory="Try a smaller --width or --train-limit"):
+    """Turn errors into one line on stderr and an exit code; no_memory: what to do about that."""
     try:
         yield
-    except (parallel.Mismatch, *errors) as error:
-        leave(code, f"error: {' '.join(str(error).split()) or type(error).__name__}")
-    except RuntimeError as error:
-        if not parallel.is_loss(error):
+    except (parallel.Mismatch, *errors, MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if parallel.is_loss(error):
+            text = ("another rank is gone, expected all of them to the end. The last checkpoint is "
+                    "kept: go on with --resume")
+        elif is_out_of_memory(error):
+            text = f"the memory does not suffice ({text[:200]}), expected more of it. {no_memory}"
+        elif not isinstance(error, (parallel.Mismatch, *errors)):
             raise
-        leave(code, "error: another rank is gone, expected all of them to the end. The last "
-                    "checkpoint is kept: go on with --resume")
+        leave(code, f"error: {text}")
     except KeyboardInterrupt:
         leave(130, "interrupted, nothing more is saved")
 
@@ -129,7 +135,7 @@ def make_parser(doc):
     add("--init", metavar="MODEL.pt", help="start from this network, a trained dense one, say")
     add = parser.add_argument_group("training").add_argument
     add("--batch-size", type=whole(1), metavar="N", help="images a step, over all processes")
-    add("--lr", type=number(0, above=True), help="learning rate of SGD at the start of a stage")
+    add("--lr", type=number(0, above=True), help="learning rate at the start of a stage")
     add("--momentum", type=number(0, 1), help="momentum of SGD, a fraction in [0, 1)")
     add("--weight-decay", type=number(0), help="L2 decay of all parameters")
     add = parser.add_argument_group("run").add_argument
@@ -141,6 +147,8 @@ def make_parser(doc):
     add("--seed", type=whole(0), help="seed of weights, order of the images and ties")
     add("--run-dir", metavar="DIR",
         help="the run's folder (default: runs/ and a name made of the flags)")
+    add("--save-every", type=number(0), metavar="MINUTES", help="save a checkpoint inside an epoch "
+        "too, at the first step after so many minutes: what a kill can cost")
     add("--resume", action="store_true", help="go on where this run was stopped, or begin it")
     add("--overwrite", action="store_true", help="replace the run that is in the folder")
     add("--smoke", action="store_true", help="the same path, end to end, in seconds: a quarter of "
@@ -178,7 +186,10 @@ def parse(parser, argv, settings, complete, run_name):
         return args
 
     args = resolve({})
-    folder = Path(args.run_dir or Path("runs", ("smoke-" if args.smoke else "") + run_name(args)))
+    usual = shared | tables.get(args.dataset, tables["fashion-mini"])
+    usual |= SMOKE if args.smoke else {}
+    name = ("smoke-" if args.smoke else "") + with_sizes(run_name(args), args, usual)
+    folder = Path(args.run_dir or Path("runs", name))
     if args.resume and (folder / "config.json").is_file():
         with exits(2, ValueError, OSError):
             config = read_config(folder, parser)
@@ -192,6 +203,15 @@ def parse(parser, argv, settings, complete, run_name):
     args.run_dir = str(folder)
     args.overwrite |= args.smoke and "run_dir" not in given and not args.resume
     return args
+
+
+def with_sizes(name, args, usual):
+    """Return a run's name with the sizes that are not the usual ones, before its seed: else two
+    runs of different sizes would share a folder."""
+    sizes = "".join(f"-{word}{value:g}" for flag, word in NAMED_SIZES.items()
+                    if (value := getattr(args, flag)) != usual[flag])
+    stem, seed = name.rsplit("-seed", 1)
+    return f"{stem}{sizes}-seed{seed}"
 
 
 def explain_defaults(parser, tables, shared):

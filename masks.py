@@ -17,7 +17,12 @@ import math
 import numpy as np
 import torch
 
+import models
 from models import scored_by
+
+
+class Broken(RuntimeError):
+    """What must always hold of masks and weights does not: the run cannot be trusted."""
 
 
 def prune_further(sparsity, regen):
@@ -180,6 +185,39 @@ class Masks:
         as a list of ints."""
         return [count(part) for part in flat.split(self.sizes)]
 
+    # ---- what must hold --------------------------------------------------------------------------
+
+    def require_finite(self, values, what):
+        """Raise FloatingPointError, with the name of the layer, unless all of [M] is finite."""
+        if values.isfinite().all():
+            return
+        bad = dict(zip(self.weights, self.per_layer(~values.isfinite())))
+        name = next(name for name, count in bad.items() if count)
+        raise FloatingPointError(f"{what} of {name} are not finite (NaN or infinite) and cannot be "
+                                 f"ranked. A checkpoint saved before is kept; try a lower --lr")
+
+    def violation(self, optimizer, keep=None, may_be_empty=False):
+        """Return what does not hold, in words, else None: `keep` weights are alive (None: any
+        number), no layer is empty, dead weights and their momentum are 0. One wait for the device.
+        """
+        alive = [mask.count_nonzero() for mask in self.alive.values()]
+        wrong = []  # of each layer: dead weights, and momenta, that are not 0
+        for name, weight in self.weights.items():
+            momentum = optimizer.state.get(weight, {}).get("momentum_buffer")
+            wrong += [((tensor != 0) & ~self.alive[name]).count_nonzero() if tensor is not None
+                      else torch.zeros_like(alive[0]) for tensor in (weight.detach(), momentum)]
+        counts = torch.stack(alive + wrong).tolist()
+        alive, wrong = counts[:len(alive)], counts[len(alive):]
+        if keep is not None and sum(alive) != keep:
+            return f"{sum(alive):,} weights are alive, expected {keep:,}"
+        for name, n_alive, weights, momenta in zip(self.weights, alive, wrong[::2], wrong[1::2]):
+            if n_alive == 0 and not may_be_empty:
+                return f"{name} has no weight alive, expected at least 1"
+            if weights or momenta:
+                return (f"{weights:,} dead weights and {momenta:,} momenta of dead weights of "
+                        f"{name} are not 0, expected none")
+        return None
+
     # ---- flat views of the network ---------------------------------------------------------------
 
     @torch.no_grad()
@@ -216,6 +254,7 @@ class Masks:
         Only alive weights are ranked: one that came back at 0 and has not moved ties with no dead
         one.
         """
+        self.require_finite(magnitudes, "the weights")
         before = self.flat.clone()
         self.flat.copy_(select(before, keep, [magnitudes], generator))
         return before & ~self.flat
@@ -227,6 +266,8 @@ class Masks:
         before the update. A weight that was pruned in this same update still has its value and
         keeps it; one that was dead before comes back at 0 and grows from its next gradient.
         """
+        for key in keys:
+            self.require_finite(key, "the scores")
         back = reactivate(candidates & ~self.flat, count, keys, generator)
         self.flat |= back
         return back
@@ -286,3 +327,25 @@ class Masks:
     def load_state_dict(self, state):
         self._hold(state["alive"].to(self.device, copy=True))
         self.returned = state["returned"].to(self.device, copy=True)
+
+
+def recount(path, layers):
+    """Read a model.pt back from the disk, count, and return (alive, zeros) over all its weights.
+
+    layers: the rows of summary.json, of name and alive. Raises Broken if the file disagrees with
+    them, or its masks with its weights.
+    """
+    alive = zeros = 0
+    try:
+        packed = models.read(path)
+        models.unpack(packed, path)  # this counts what is dead and not 0
+    except ValueError as error:
+        raise Broken(str(error)) from None
+    for layer in layers:
+        found = int(packed["masks"][layer["name"]].count_nonzero())
+        if found != layer["alive"]:
+            raise Broken(f"{path} has {found:,} weights of {layer['name']} alive, expected "
+                         f"{layer['alive']:,}. Go on with --resume, which writes it again")
+        alive += found
+        zeros += int((packed["state_dict"][layer["name"]] == 0).count_nonzero())
+    return alive, zeros

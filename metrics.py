@@ -64,7 +64,7 @@ def firing(net):
 
     def add(name, spikes):
         seen = counts.setdefault(name, [0, 0])
-        # exact, since float32 holds whole numbers to 2**24, and many times faster than count_nonzero
+        # exact, since float32 holds whole numbers to 2**24, and faster by far than count_nonzero
         each = spikes.sum(tuple(range(2, spikes.dim())), dtype=torch.float32)
         seen[0] = seen[0] + each.sum(dtype=torch.float64)
         seen[1] += spikes.numel()

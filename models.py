@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from files import read_tensors
 from neurons import LIF
 
 FORMAT = 1  # of model.pt; raised when old files can no longer be read
@@ -322,7 +323,7 @@ def read(path):
     Files are opened with weights_only=True: nothing in them is ever run.
     """
     try:
-        packed = torch.load(path, map_location="cpu", weights_only=True)
+        packed = read_tensors(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}, expected the "
                                 f"model.pt of a run") from None
@@ -353,6 +354,9 @@ def unpack(packed, source="model.pt"):
         detail = " ".join(str(error).split())
         raise ValueError(f"{source} does not hold the tensors of its own network: "
                          f"{detail}") from None
+    for name, tensor in net.state_dict().items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{source}: {name} is not finite (NaN or infinite), expected numbers")
     for name in scored_by(net):
         if masks.pop(name, None) != (net.get_parameter(name).shape, torch.bool):
             raise ValueError(f"{source} holds no mask that fits {name}")

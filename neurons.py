@@ -176,7 +176,7 @@ class _LIF(torch.autograd.Function):
             a_next = None
             for h_t, g_t, a_t in reversed([*zip(h[:, block], g[:, block], a_b)]):
                 torch.sub(threshold, h_t, out=below)  # > 0 exactly where there was no spike
-                torch.addcmul(flat, below, below, value=curvature, out=slope)  # f' / tau = 1 / slope
+                torch.addcmul(flat, below, below, value=curvature, out=slope)  # tau / f'
                 if a_next is None:
                     torch.div(g_t, slope, out=a_t)
                 else:  # carry = (1 - s_t) a_{t+1}

@@ -61,6 +61,11 @@ def start(device):
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
 
 
+def together():
+    """Return whether this rank is in a group with others, since start() and until end()."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def end():
     """Leave the group and return the rank: what is left to do is one's work, the others may go."""
     if size() > 1:

@@ -4,6 +4,7 @@
     mean, std = plots.spread(values)                 # over the seeds
     plots.plot(axis, x, mean, std, "criticality")
     plots.save(Path("figures/name"), figure, rows, "what it is of")
+    plots.draw_curves(rows, path)                    # of metrics.jsonl: what each run leaves
 """
 import base64
 import csv
@@ -13,7 +14,7 @@ import io
 import matplotlib
 import numpy as np
 
-from runfolder import write_whole
+from files import write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
@@ -85,6 +86,34 @@ def save(path, figure, rows, header):
     writer.writeheader()
     writer.writerows(rows)
     write_whole(path.with_suffix(".csv"), lambda file: file.write(text.getvalue()))
+
+
+def draw_curves(rows, path):
+    """Draw accuracy, loss and sparsity over the epochs of a run into a PNG file."""
+    blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # Okabe-Ito: told apart by all eyes
+    epochs = [row["epoch"] for row in rows]
+    with plt.rc_context({"font.size": 9, "xtick.labelsize": 7, "ytick.labelsize": 7}):
+        figure, axes = plt.subplots(1, 3, figsize=(7.0, 2.4), layout="constrained")
+        for key, colour, line, label in (("train", blue, "--", "training"),
+                                         ("test", orange, "-", "test")):
+            style = dict(color=colour, linestyle=line, marker=".", markersize=3, linewidth=1,
+                         label=label)
+            axes[0].plot(epochs, [100 * row[f"{key}_accuracy"] for row in rows], **style)
+            axes[1].plot(epochs, [row[f"{key}_loss"] for row in rows], **style)
+        axes[2].plot(epochs, [100 * row["sparsity"] for row in rows], color=green, marker=".",
+                     markersize=3, linewidth=1)
+        for axis, label in zip(axes, ("Accuracy (%)", "Loss (nats)", "Sparsity (%)")):
+            axis.set(xlabel="Epoch", ylabel=label)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            ends = [a["epoch"] for a, b in zip(rows, rows[1:]) if a["stage"] != b["stage"]]
+            for end in ends:
+                axis.axvline(end + 0.5, color="grey", linewidth=0.7, linestyle=":")
+                axis.annotate(rows[end - rows[0]["epoch"] + 1]["stage"], (end + 0.5, 1.01),
+                              fontsize=7, xycoords=("data", "axes fraction"), color="grey")
+        axes[0].legend(fontsize=7, frameon=False)
+        axes[2].set_ylim(-3, 103)
+        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=200), "wb")
+        plt.close(figure)
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>

@@ -206,6 +206,7 @@ def fix_mask(run, masks, wires, keep):
     wires.fix(masks.flat)
     if not torch.equal(before, masks.flat):
         log_update(run, masks, before, run.args.sparsity)
+    run.verify(keep)
 
 
 def run_name(args):
@@ -284,8 +285,7 @@ def main(argv=None):
         plan = (f"Grad R, prior a = {args.prior:.4g} pulls by {pull:.3g} in all; its centre, "
                 f"{c:.3g}, is {'within' if pull >= -c else 'out of'} reach")
     forward = torch.compile(net) if args.compile else net
-    with (flags.exits(1, FloatingPointError, OSError, torch.OutOfMemoryError),
-          run.catching_signals()):
+    with run.under_way():
         run.header(images, net, plan)
         if run.iteration == 0:
             if args.init is not None:
@@ -316,16 +316,18 @@ def main(argv=None):
                 run.meter.add(loss, logits, y, run.iteration)
 
                 if rewires and (run.iteration % args.interval == 0 or run.iteration == last):
-                    run.meter.check()
+                    run.check()
                     before = masks.flat.clone()
                     masks.flat.copy_(wires.active)
                     log_update(run, masks, before,
                                None if args.method == "gradr" else args.sparsity)
+                    run.verify(None if args.method == "gradr" else keep, may_be_empty=True)
                 if run.iteration == last:
                     fix_mask(run, masks, wires, keep)
             run.end_epoch(optimizer.param_groups[0]["lr"],
                           training.evaluate(forward, net, images, args),
-                          1 - int(wires.active.count_nonzero()) / masks.total)
+                          1 - int(wires.active.count_nonzero()) / masks.total,
+                          masks_hold=not rewires)
 
         # What came of it
         with training.autocast(args):

@@ -264,7 +264,7 @@ def main(argv=None):
     alive = alive_by_round(masks.total, args.sparsity, args.rounds)
     # INTERPRETATION: exactly 20 epochs of 300, and as large a share of any other first training
     rewind_at = max(1, round(stages.steps("round0") / REWIND)) if args.search == "imp" else 0
-    with flags.exits(1, FloatingPointError, OSError, torch.OutOfMemoryError), run.catching_signals():
+    with run.under_way():
         run.header(images, net, f"{args.method}, 0 -> {100 * args.sparsity:g} % sparse, " + (
             f"{args.rounds} cuts, rewinds to iteration {rewind_at}" if args.search == "imp" else
             f"one cut when masks differ by less than {args.epsilon:g}, from the initial weights"))
@@ -287,6 +287,7 @@ def main(argv=None):
                 done = len(run.updates) + 1
                 take_ticket(run, select(masks.flat, alive[done], [masks.magnitudes()], ties),
                             1 - (1 - args.sparsity) ** (done / args.rounds))
+                run.verify(alive[done])
             elif args.search == "eb" and "used" not in run.notes:
                 # EB: mask_e of the dense weights as they are, before epoch e; it is not applied
                 queue = run.notes.setdefault("queue", [])
@@ -302,6 +303,7 @@ def main(argv=None):
                     run.notes["used"] = epoch
                     set_stages(run, stages_of(args, images, epoch))
                     take_ticket(run, run.notes.pop("queue")[-1].to(device), args.sparsity)
+                    run.verify(keep)
                     name = "finetune"
 
             # ET: the search sees T' steps once they are known, the final ticket all T.

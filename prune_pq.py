@@ -180,9 +180,8 @@ def rewire(args, masks, keep, scores, generator):
     the mean index of each layer. No layer ends empty: each scope keeps a weight.
     """
     magnitudes = masks.magnitudes()
-    if not (magnitudes + scores).isfinite().all():
-        raise FloatingPointError("weights or scores are not finite. A checkpoint saved before is "
-                                 "kept; try a lower --lr")
+    masks.require_finite(magnitudes, "the weights")
+    masks.require_finite(scores, "the scores")
     layers = list(zip(*(in_scopes(masks, flat, args.scope)
                         for flat in (magnitudes, masks.flat, scores))))
     d, dead, has_weight = (torch.cat(rows).cpu() for rows in zip(*(
@@ -284,8 +283,7 @@ def main(argv=None):
         run = Run(args, device, stages, net=net, optimizer=optimizer, masks=masks)
 
     forward = torch.compile(net) if args.compile else net
-    trouble = FloatingPointError, OSError, torch.OutOfMemoryError
-    with flags.exits(1, *trouble), run.catching_signals():
+    with run.under_way():
         if run.iteration == 0:
             dense = training.evaluate(forward, net, images, args)["accuracy"] if args.init else None
             # Sparse from the start: the weights that any method has at this seed, masked. V = 0
@@ -316,7 +314,7 @@ def main(argv=None):
                 run.meter.add(loss, logits, y, run.iteration)
 
                 if is_update:
-                    run.meter.check()
+                    run.check()
                     generator = seeded(args.seed, run.iteration)
                     scores = (velocity.abs() if args.growth == "momentum" else
                               masks.gradients() if args.growth == "gradient" else
@@ -332,6 +330,7 @@ def main(argv=None):
                     for layer, value in zip(row["layers"], index):
                         layer["index"] = value
                     run.add_update(row)
+                    run.verify(keep)
             run.end_epoch(optimizer.param_groups[0]["lr"],
                           training.evaluate(forward, net, images, args), masks.sparsity)
 

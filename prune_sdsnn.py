@@ -292,7 +292,7 @@ def main(argv=None):
     for layer in state.values():  # from a checkpoint they come on the CPU
         layer |= {key: layer[key].to(device) for key in layer.keys() - {"percent"}}
     forward = torch.compile(net) if args.compile else net
-    with flags.exits(1, FloatingPointError, OSError, torch.OutOfMemoryError), run.catching_signals():
+    with run.under_way():
         run.header(images, net, f"structure changes from epoch {plan.start + 1} on")
         if args.init is not None and run.iteration == 0:
             run.notes["dense_accuracy"] = training.evaluate(forward, net, images, args)["accuracy"]
@@ -316,7 +316,7 @@ def main(argv=None):
                 run.meter.add(loss, logits, y, run.iteration)
 
             if develops:
-                run.meter.check()
+                run.check()
                 for target, between, pruned, regenerated, rescued in develop(
                         epoch, plan, args, readers, state, masks, seeded(args.seed, run.iteration)):
                     if rescued:
@@ -325,6 +325,7 @@ def main(argv=None):
                                         target=target, before=between,
                                         **masks.account(pruned, regenerated)))
                 masks.apply(optimizer)  # w <- w * m: masked synapses start each epoch from 0
+                run.verify(masks.keep_at(args.sparsity) if is_last and args.sparsity > 0 else None)
                 if strict:
                     silence(net, masks, readers, optimizer, for_good=is_last)
                 if is_last:

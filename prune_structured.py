@@ -20,10 +20,10 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 
 import channels
+import files
 import flags
 import metrics
 import models
@@ -216,7 +216,7 @@ def parse_args(argv):
 
 
 def train(run, stage, images, l1=0.0, lr=None, greg=None):
-    """Train through a stage. lr: constant, else the flag's, in steps. greg(step): GReg's penalty."""
+    """Train through a stage. lr: constant, or the flag's, in steps. greg(step): its penalty."""
     args, net, optimizer = run.args, run.parts["net"], run.parts["optimizer"]
     forward = training.forward_of(args, net)
     gammas = [net.get_submodule(name).bn.weight for name in models.removable(net)]
@@ -292,7 +292,7 @@ def prune(run, images):
         masked.eval(), small.eval(), kept, images.x_test[:args.batch_size])
     for name, other in dict(silenced=masked, removed=small).items():
         record[f"accuracy_{name}"] = training.evaluate(other, other, images, args)["accuracy"]
-    runfolder.write_json(run.folder / "channels.json", record)
+    files.write_json(run.folder / "channels.json", record)
     run.say(channels.describe(record))
     notes |= dict(sparsity=channels.sparsity(net, small), gamma=[],
                   pruned_accuracy=record["accuracy_removed"],
@@ -313,8 +313,8 @@ def finish(run, images, dense):
     run.say(f"  dense / small time      {speed[1]:.2f} at batch 1, {speed[32]:.2f} at batch 32")
     names, sizes = channels.layers(net)
     history = torch.stack(notes["gamma"]).split(sizes, 1) if notes["gamma"] else []
-    runfolder.write_whole(run.folder / "gamma.npz", lambda file: np.savez(
-        file, **{name: part.numpy() for name, part in zip(names, history)}), "wb")
+    files.save_arrays(run.folder / "gamma.npz",
+                      {name: part.numpy() for name, part in zip(names, history)})
     return run.finish(
         net, None, counts, script="prune_structured", method=method_of(args), regen=args.regen,
         speedup_batch1=speed[1], speedup_batch32=speed[32],
@@ -329,14 +329,14 @@ def main(argv=None):
             return summary
         device = training.set_up(args, shared=True)
         images = training.load(args, device)
-        net = training.build(args, images, runfolder.saved_widths(args))
+        net = training.build(args, images, files.saved_widths(args))
         dense = training.build(args, images)
         channels.check(dense, args.prune_ratio or 0.0, args.target_macs or 0.0)
         stages = training.stages(args, images, pretrain=args.epochs_pretrain,
                                  prune=args.epochs_prune, finetune=args.epochs_finetune)
         run = runfolder.Run(args, device, stages, net=net, optimizer=training.sgd(args, net))
 
-    with flags.exits(1, FloatingPointError, OSError, torch.OutOfMemoryError), run.catching_signals():
+    with run.under_way():
         run.header(images, net, method_of(args))
         # Algorithm 2
         train(run, "pretrain", images, args.l1)  # with L + l1 * sum |gamma|

@@ -226,7 +226,7 @@ def main(argv=None):
         run = Run(args, device, stages, net=net, optimizer=optimizer, masks=masks)
 
     lifs = models.lifs(net)
-    with flags.exits(1, FloatingPointError, OSError, torch.OutOfMemoryError), run.catching_signals():
+    with run.under_way():
         forward = training.forward_of(args, net)
         run.header(images, net, "dense, no updates" if args.sparsity == 0 else
                    f"{num_updates} updates, 0 -> {100 * args.sparsity:g} % sparse, " +
@@ -263,7 +263,7 @@ def main(argv=None):
                 run.meter.add(loss, logits, y, run.iteration)
 
                 if is_update:
-                    run.meter.check()
+                    run.check()
                     if scored:
                         parallel.average_scores(list(lifs.values()), run.weight)
                     target = sparsity_at(update, num_updates, args.sparsity)
@@ -278,6 +278,7 @@ def main(argv=None):
                     masks.apply(optimizer)
                     run.add_update(dict(update=update, iteration=run.iteration, target=target,
                                         before=before, **masks.account(pruned, regenerated)))
+                    run.verify(masks.keep_at(target))  # exactly, or the run stops
             run.end_epoch(optimizer.param_groups[0]["lr"],
                           training.evaluate(forward, net, images, args),
                           run.parts["masks"].sparsity)

@@ -23,6 +23,7 @@ import metrics
 import models
 import runfolder
 import training
+from files import save_arrays
 
 WEIGHTS, CHANNELS = "prune_unstructured", "prune_structured"
 BASELINE = {WEIGHTS: "gmp", CHANNELS: "slimming"}
@@ -131,7 +132,7 @@ def look(run):
     found = {name: value.cpu().numpy() for name, value in found.items()}
     found |= {f"rate/{name}": np.array(rate) for name, rate in counts["firing_rates"].items()}
     found |= {f"sops/{name}": np.array(sops) for name, sops in counts["layer_sops"].items()}
-    runfolder.write_whole(path, lambda file: np.savez(file, **found), "wb")
+    save_arrays(path, found)
     run.files[path.name] = found
     return found
 

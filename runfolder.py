@@ -6,34 +6,35 @@
     run.end_epoch(...)                               # a line, a row of metrics.jsonl, a checkpoint
     run.finish(...)                                  # model.pt, curves.png and, last, summary.json
 
-Every file is written whole to a temporary name and renamed. What goes wrong under way (a loss that
-is not finite, a full disk) ends the script with exit code 1, with the last good checkpoint in
-place.
+Every file is written whole to a temporary name and renamed, by one process at a time. What goes
+wrong under way (a loss that is not finite, a full disk) ends the script with exit code 1, with the
+last good checkpoint in place.
 """
 import json
 import math
-import os
 import shlex
 import signal
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import data
+import files
+import flags
 import metrics
 import models
 import parallel
-from flags import MAY_DIFFER
+from files import fits, read_checkpoint, save_tensors, write_json, write_lines
 from machine import device_name, peak_memory_mib, versions
-from training import Meter
+from masks import Broken, recount
+from training import Meter, Watch
 
-CHECKPOINT_FORMAT = 2
-FILES = ("config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt",
-         "summary.json", "curves.png", "channels.json", "gamma.npz", "compact.pt", "analysis.npz")
+FILES = ("config.json", "summary.json", "checkpoint.pt", "metrics.jsonl", "updates.jsonl",
+         "model.pt", "curves.png", "channels.json", "gamma.npz", "compact.pt", "analysis.npz")
 SUMMARY_KEYS = (
     "script method dataset model seed time_steps train_limit widths test_accuracy pruned_accuracy "
     "dense_accuracy regen prune_ratio sparsity sparsity_all layers parameters parameters_alive "
@@ -58,102 +59,17 @@ def finished(args):
     return summary
 
 
-def read_checkpoint(folder):
-    """Return what the checkpoint of a run holds, None if there is none."""
-    path = Path(folder, "checkpoint.pt")
-    if not path.exists():
-        return None
-    with fits(path):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(f"format {state['format']}, expected {CHECKPOINT_FORMAT}")
-        return state
-
-
-@contextmanager
-def fits(path):
-    """Turn whatever a bad checkpoint raises into one ValueError that says what to do."""
-    try:
-        yield
-    except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
-        detail = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path} does not fit this run or is damaged ({detail}). Give the flags "
-                         f"that it was made with, or start again with --overwrite") from None
-
-
-def saved_widths(args):
-    """Return the widths of the network that --resume goes on with, None if it starts anew."""
-    state = read_checkpoint(args.run_dir) if args.resume else None
-    return state["widths"] if state else None
-
-
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def write_whole(path, write, mode="w"):
-    """Write a file to a temporary name, flush it, and rename it: it is whole or it is not there.
-    Of several ranks one writes."""
-    if parallel.rank() > 0:
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, mode) as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path, value):
-    write_whole(path, lambda file: file.write(json.dumps(value, indent=1, allow_nan=False) + "\n"))
-
-
-def write_lines(path, rows):
-    write_whole(path, lambda file: file.writelines(json.dumps(row) + "\n" for row in rows))
-
-
-def save_tensors(path, value):
-    write_whole(path, lambda file: torch.save(value, file), "wb")
-
-
 def duration(seconds):
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def draw_curves(rows, path):
-    """Draw accuracy, loss and sparsity over the epochs of a run into a PNG file."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # Okabe-Ito: told apart by all eyes
-    epochs = [row["epoch"] for row in rows]
-    with plt.rc_context({"font.size": 9, "xtick.labelsize": 7, "ytick.labelsize": 7}):
-        figure, axes = plt.subplots(1, 3, figsize=(7.0, 2.4), layout="constrained")
-        for key, colour, line, label in (("train", blue, "--", "training"),
-                                         ("test", orange, "-", "test")):
-            style = dict(color=colour, linestyle=line, marker=".", markersize=3, linewidth=1,
-                         label=label)
-            axes[0].plot(epochs, [100 * row[f"{key}_accuracy"] for row in rows], **style)
-            axes[1].plot(epochs, [row[f"{key}_loss"] for row in rows], **style)
-        axes[2].plot(epochs, [100 * row["sparsity"] for row in rows], color=green, marker=".",
-                     markersize=3, linewidth=1)
-        for axis, label in zip(axes, ("Accuracy (%)", "Loss (nats)", "Sparsity (%)")):
-            axis.set(xlabel="Epoch", ylabel=label)
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            ends = [a["epoch"] for a, b in zip(rows, rows[1:]) if a["stage"] != b["stage"]]
-            for end in ends:
-                axis.axvline(end + 0.5, color="grey", linewidth=0.7, linestyle=":")
-                axis.annotate(rows[end - rows[0]["epoch"] + 1]["stage"], (end + 0.5, 1.01),
-                              fontsize=7, xycoords=("data", "axes fraction"), color="grey")
-        axes[0].legend(fontsize=7, frameon=False)
-        axes[2].set_ylim(-3, 103)
-        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=200), "wb")
-        plt.close(figure)
-
-
 # ---- the run -------------------------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """A signal has come, and all that was done is saved."""
 
 
 class Run:
@@ -173,50 +89,69 @@ class Run:
         self.rows, self.updates, self.notes = [], [], {}
         self.meter = Meter(device)
         self.stopped_by, self.weight = None, 1.0  # a signal; of this rank's share of a batch
+        self.unsaved = False  # whether a step was done since the last checkpoint
         self.seconds = 0.0  # of the epoch under way, before it was resumed
         self._open()
         parallel.agree("the position", torch.tensor([self.epoch, self.step, self.iteration]))
+        self.watch = Watch(self.parts["net"], device)
         self.bar = tqdm(total=self.total_steps, initial=self.iteration, unit="step",
                         dynamic_ncols=True, leave=False,
                         disable=not sys.stderr.isatty() or parallel.rank() > 0)
-        self.started = self.began = time.monotonic()
+        self.started = self.began = self.saved_at = time.monotonic()
         self.first_iteration = self.iteration
 
     # ---- the folder ------------------------------------------------------------------------------
 
-    def _open(self):
-        """Make the folder, or go on in it, or say why not."""
+    def _taken(self):
+        """Return whether the folder holds a run that may be gone on with or replaced; raise
+        ValueError if it holds anything else."""
         folder, args = self.folder, self.args
         for path in (folder, *folder.parents):
             if path.exists() and not path.is_dir():
                 raise ValueError(f"{path} is a file, expected a folder (or nothing yet) there. "
                                  f"Name another --run-dir")
-        taken = folder.is_dir() and any(path.suffix != ".tmp" for path in folder.iterdir())
+        taken = folder.is_dir() and any(path.suffix != ".tmp" and path.name != ".lock"
+                                        for path in folder.iterdir())
         if taken and not (folder / "config.json").exists():
             raise ValueError(f"{folder} is not empty and holds no run, expected a new folder or "
                              f"one with a config.json. Name another --run-dir")
         if taken and not args.resume and not args.overwrite:
             raise ValueError(f"{folder} holds a run already. Go on with it by --resume, replace it "
                              f"by --overwrite, or name another --run-dir")
-        if taken and args.resume:
-            return self._restore()
-        config = {key: value for key, value in vars(args).items()
-                  if key not in ("resume", "overwrite")}
-        config |= versions() | dict(script=Path(sys.argv[0]).stem,
-                                    device_name=device_name(self.device),
-                                    threads=torch.get_num_threads(), processes=parallel.size())
-        parallel.largest(0)  # all ranks have looked, before one of them writes
-        if parallel.rank() > 0:
-            return
-        if taken:
-            for name in FILES:
-                (folder / name).unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", config)
+        return taken
+
+    def _open(self):
+        """Make the folder, or go on in it, or say why not."""
+        folder, args = self.folder, self.args
+        taken = self._taken()
+        self.lock = parallel.first(
+            lambda: files.acquire(folder) if parallel.rank() == 0 else None)
+        try:
+            taken = self._taken()  # another process may have been faster
+            if taken and args.resume:
+                return self._restore()
+            config = {key: value for key, value in vars(args).items()
+                      if key not in ("resume", "overwrite")}
+            config |= versions() | dict(script=Path(sys.argv[0]).stem,
+                                        device_name=device_name(self.device),
+                                        threads=torch.get_num_threads(), processes=parallel.size())
+            parallel.largest(0)  # all ranks have looked, before one of them writes
+            write_json(folder / "config.json", config, before=self._clear)
+        except BaseException:
+            files.release(self.lock)
+            if not taken and parallel.rank() == 0:
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
+            raise
+
+    def _clear(self):
+        """Remove what a run has left; its summary first, so that it is finished no more."""
+        for name in FILES[1:]:
+            (self.folder / name).unlink(missing_ok=True)
 
     def _flags(self):
         """Return the flags that a run that goes on must share with its beginning."""
-        free = MAY_DIFFER | {"resume", "overwrite", "run_dir"}
+        free = flags.MAY_DIFFER | {"resume", "overwrite", "run_dir"}
         return {flag: value for flag, value in vars(self.args).items() if flag not in free}
 
     def _restore(self):
@@ -228,11 +163,25 @@ class Run:
                 if state["flags"].get(flag) != value:
                     raise ValueError(f"it was made with {flag} {state['flags'].get(flag)}, not "
                                      f"{value}")
+            epoch, step, iteration = self.epoch, self.step, self.iteration = state["position"]
+            per_epoch = self.stages.steps_per_epoch
+            if not (0 <= epoch <= self.stages.epochs and 0 <= step <= per_epoch
+                    and iteration == epoch * per_epoch + step and state["metrics"] == epoch):
+                raise ValueError(f"its position is {state['position']}, which is none of this run")
             for name, part in self.parts.items():
+                if name != "optimizer":
+                    files.require_alike(name, state["parts"].get(name), part.state_dict())
                 part.load_state_dict(state["parts"][name])
+            for parameter, own in self.parts["optimizer"].state.items():
+                for key, value in own.items():
+                    if value.dim() and value.shape != parameter.shape:
+                        raise ValueError(f"{key} of its optimizer is {list(value.shape)}, expected "
+                                         f"{list(parameter.shape)}")
+            if state["masks_hold"] and (found := self.parts["masks"].violation(
+                    self.parts["optimizer"])):
+                raise ValueError(f"its masks disagree with its weights: {found}")
             self.rows, self.updates = (self._read_lines(name, state[name])
                                        for name in ("metrics", "updates"))
-            self.epoch, self.step, self.iteration = state["position"]
             self.seconds, self.notes = state["seconds"], state["notes"]
             self.meter.restore(state["meter"])
             parallel.restore_statistics(self.parts["net"], state["statistics"])
@@ -247,30 +196,53 @@ class Run:
         lines = (self.folder / f"{name}.jsonl").read_text().splitlines()
         if len(lines) < count:
             raise ValueError(f"{name}.jsonl has {len(lines)} lines, expected {count}")
-        return [json.loads(line) for line in lines[:count]]
+        try:
+            return [json.loads(line) for line in lines[:count]]
+        except ValueError:
+            raise ValueError(f"{name}.jsonl is damaged") from None
 
     def save(self):
-        """Write checkpoint.pt: all that is needed to go on bit by bit.
-
-        Nothing that is not finite replaces the last good one. A NaN in a weight need not reach the
-        loss: a potential that is NaN is below every threshold, so that its neuron is silent.
-        """
-        self.meter.check()
-        net = self.parts["net"].state_dict()
-        finite = torch.stack([tensor.isfinite().all() for tensor in net.values()]).tolist()
-        if not all(finite):
-            raise FloatingPointError(
-                f"{list(net)[finite.index(False)]} is not finite after iteration {self.iteration}. "
-                f"A checkpoint saved before is kept; try a lower --lr")
+        """Write checkpoint.pt: all that is needed to go on bit by bit. Nothing that is not finite
+        replaces the last good one."""
+        if self.watch.net is not self.parts["net"]:  # prune_structured.py has replaced it
+            self.watch = Watch(self.parts["net"], self.device)
+        self.parts["net"].state_dict()  # what compact.py trains in its place comes home
+        self.check()
+        if not files.holds(self.lock):
+            raise OSError(f"{self.folder} was deleted or replaced under the run, expected it to "
+                          f"stay. Nothing more is saved; start again")
+        masks = self.parts.get("masks")  # SD-SNN and Grad R train dead weights too, for a while
         save_tensors(self.folder / "checkpoint.pt", {
-            "format": CHECKPOINT_FORMAT, "position": [self.epoch, self.step, self.iteration],
+            "format": files.CHECKPOINT_FORMAT, "position": [self.epoch, self.step, self.iteration],
             "flags": self._flags(), "widths": self.parts["net"].config["widths"],
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "masks_hold": masks is not None and not masks.violation(self.parts["optimizer"]),
             "metrics": len(self.rows), "updates": len(self.updates), "notes": self.notes,
             "meter": self.meter.state(),
             "statistics": parallel.statistics(self.parts["net"]), "rng": torch.get_rng_state(),
             "rng_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
             "seconds": self.seconds + time.monotonic() - self.began})
+        self.unsaved, self.saved_at = False, time.monotonic()
+
+    # ---- what must hold --------------------------------------------------------------------------
+
+    def check(self):
+        """Raise FloatingPointError, with iteration and layer, if a loss or a number of the network
+        is not finite."""
+        self.watch.look(self.iteration)
+        self.watch.check(self.meter)
+
+    def verify(self, keep=None, may_be_empty=False):
+        """Stop the run unless exactly `keep` weights are alive (None: as many as the last update
+        has left), dead ones and their momentum are 0, and no layer is empty."""
+        masks = self.parts.get("masks")
+        if masks is None:  # prune_structured.py removes what goes
+            return
+        if keep is None and self.updates:
+            keep = sum(layer["alive"] for layer in self.updates[-1]["layers"])
+        if found := masks.violation(self.parts["optimizer"], keep, may_be_empty):
+            raise Broken(f"after iteration {self.iteration} {found}. This is a mistake in the code "
+                         f"or in the memory; a checkpoint saved before is kept")
 
     # ---- under way -------------------------------------------------------------------------------
 
@@ -280,18 +252,43 @@ class Run:
             sys.stdout.flush()
 
     @contextmanager
-    def catching_signals(self):
-        """Let Ctrl-C and SIGTERM end the run at the next step, saved;
-        a second one ends it at once, except under torchrun, which passes on each of them."""
+    def under_way(self):
+        """What goes wrong inside is one line and exit code 1; Ctrl-C and SIGTERM end the run at the
+        next step, saved. After it the folder is free for other processes."""
+        size, half = self.args.batch_size, max(1, self.args.batch_size // 2)
+        try:
+            with (flags.exits(1, FloatingPointError, OSError, Broken, no_memory=(
+                    f"Try --batch-size {half} instead of {size}" + " or --precision bf16" * (
+                        self.args.precision == "fp32") + ", in another --run-dir")),
+                  self._catching_signals()):
+                try:
+                    yield
+                except FloatingPointError as error:
+                    when = f"after iteration {self.iteration}: " * ("iteration" not in str(error))
+                    raise FloatingPointError(f"{when}{error}") from None
+        finally:
+            files.release(self.lock)
+
+    @contextmanager
+    def _catching_signals(self):
+        """Let Ctrl-C and SIGTERM end the run at the next step, saved, and at once where nothing is
+        unsaved: while it counts, say. A second one ends it at once."""
         def stop(number, _):
             self.stopped_by = number
-            if parallel.size() == 1:
+            if parallel.size() == 1:  # torchrun passes on each of them
                 signal.signal(number, previous[number])
+            if not self.unsaved and not parallel.together():
+                raise Stopped
 
         previous = {number: signal.signal(number, stop)
                     for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
+        except Stopped:
+            self.bar.close()
+            self.say(f"stopped after iteration {self.iteration}, saved. Go on with: python "
+                     f"{shlex.join([sys.argv[0], '--resume', '--run-dir', self.args.run_dir])}")
+            raise SystemExit(128 + self.stopped_by) from None
         finally:
             self.bar.close()
             for number, handler in previous.items():
@@ -303,11 +300,11 @@ class Run:
             yield self.epoch
 
     def track(self, images, epoch):
-        """Yield the batches of an epoch that are still to be done, and keep count of them; stop,
-        saved, when a signal came.
+        """Yield the batches of an epoch that are still to be done, and keep count of them; save a
+        checkpoint every so many minutes, and stop, saved, when a signal came.
 
-        At a batch's body `iteration` counts it, from 1, and `step` does not yet. The loss is
-        checked at each step on a CPU, now and then on a GPU, where looking means waiting.
+        At a batch's body `iteration` counts it, from 1, and `step` does not yet. Loss and weights
+        are checked at each step on a CPU, now and then on a GPU, where looking means waiting.
         """
         args = self.args
         for batch in data.batches(images.x_train, images.y_train, args.batch_size, args.seed, epoch,
@@ -316,30 +313,31 @@ class Run:
             self.weight = parallel.weight(min(
                 args.batch_size, len(images.x_train) - self.step * args.batch_size))
             self.meter.counts = self.weight > 0
+            self.unsaved = True
             self.iteration += 1
             yield batch
             self.step += 1
             self.bar.update()
             if self.device.type == "cpu" or self.step % 50 == 0:
-                self.meter.check()
-            if self._stops():
+                self.check()
+            else:
+                self.watch.look(self.iteration)
+            save, stop = self._due()
+            if save or stop:
                 self.save()
-                self._stop()
+            if stop:
+                raise Stopped
 
-    def _stops(self, now=False):
-        """Return whether a signal ends the run: ranks agree, after each step on CPUs, now and then
-        on GPUs, so that all of them stop at the same one."""
+    def _due(self, now=False):
+        """Return (whether minutes have passed since the last checkpoint, whether a signal came).
+        Ranks agree, after each step on CPUs, now and then on GPUs, so that all do the same."""
+        late = time.monotonic() - self.saved_at >= 60 * self.args.save_every
         if parallel.size() > 1:
             if not (now or self.device.type == "cpu" or self.step % 10 == 0):
-                return False
-            self.stopped_by = parallel.largest(self.stopped_by or 0) or None
-        return self.stopped_by is not None
-
-    def _stop(self):
-        self.bar.close()
-        self.say(f"stopped after iteration {self.iteration}, saved. Go on with: python "
-                 f"{shlex.join([sys.argv[0], '--resume', '--run-dir', self.args.run_dir])}")
-        raise SystemExit(128 + self.stopped_by)
+                return False, False
+            rows = parallel.gather(torch.tensor([late, self.stopped_by or 0]))
+            late, self.stopped_by = rows[:, 0].any().item(), rows[:, 1].max().item() or None
+        return late, self.stopped_by is not None
 
     def header(self, images, net, plan):
         """Say what runs, on what, where; plan: what the script does, in a line."""
@@ -363,13 +361,16 @@ class Run:
         self.say(f"  update {row['update']:>3}  pruned {row['pruned']:,}  regenerated "
                  f"{row['regenerated']:,}  sparse {100 * row['sparsity']:.1f} %")
 
-    def end_epoch(self, lr, test, sparsity):
+    def end_epoch(self, lr, test, sparsity, masks_hold=True):
         """Log an epoch, on the screen and in metrics.jsonl, and save a checkpoint.
 
-        lr: of the last step. test: what evaluate() returned.
+        lr: of the last step. test: what evaluate() returned. masks_hold: whether the weights are
+        masked already, as they are but in Grad R's structure epochs.
         """
         stage, within, count = self.stages.place(self.epoch)
-        self.meter.check()
+        self.check()
+        if masks_hold:
+            self.verify()
         if not math.isfinite(test["loss"]):
             raise FloatingPointError(f"the test loss is not finite after iteration "
                                      f"{self.iteration}. A checkpoint saved before is kept; "
@@ -394,9 +395,10 @@ class Run:
                  f"{100 * sparsity:.1f} %  firing {test['rate']:.3f}  {seconds:.0f} s  left "
                  f"{duration(left)}")
         if test["silent"]:
-            self.say(f"  note: no neuron of {', '.join(test['silent'])} fired on the whole test set")
-        if self._stops(now=True):
-            self._stop()
+            self.say(f"  note: no neuron of {', '.join(test['silent'])} fired on the whole test "
+                     f"set")
+        if self._due(now=True)[1]:
+            raise Stopped
 
     def finish(self, net, alive, counts, **summary):
         """Write model.pt, curves.png and, last, summary.json; return the summary.
@@ -415,13 +417,16 @@ class Run:
         values = dict.fromkeys(SUMMARY_KEYS) | {
             key: value for key, value in (counts | known | summary).items() if key in SUMMARY_KEYS}
         save_tensors(self.folder / "model.pt", models.pack(net, alive))
-        draw_curves(rows, self.folder / "curves.png")
+        counted = recount(self.folder / "model.pt", values["layers"])
+        import plots  # here, since matplotlib takes its time
+        plots.draw_curves(rows, self.folder / "curves.png")
         write_json(self.folder / "summary.json", values)
-        self.say_summary(values)
+        self.say_summary(values, *counted)
         return values
 
-    def say_summary(self, values):
-        """Print the result: accuracies by stage, then what the final network costs."""
+    def say_summary(self, values, alive, zeros):
+        """Print the result: accuracies by stage, then what the final network costs. alive, zeros:
+        weights of model.pt."""
         for stage in ("dense", "pruned", "test"):
             if values[f"{stage}_accuracy"] is not None:
                 name = {"test": "final", "pruned": "pruned, not fine-tuned"}.get(stage, stage)
@@ -431,11 +436,15 @@ class Run:
             f"{sum(layer['weights'] for layer in values['layers']):,} prunable: "
             f"{100 * values['sparsity']:.2f} % sparse ({100 * values['sparsity_all']:.2f} % of all "
             f"parameters)\n"
+            f"  counted in model.pt     {alive:,} alive, {zeros:,} zeros\n"
             f"  an image costs          {values['sops']:,.0f} synaptic operations, about "
             f"{1e3 * values['energy_mj']:.3g} uJ; firing rate {values['firing_rate']:.3f}; "
             f"{values['macs']:,} MACs a step as stored")
         if values["macs"] == values["macs_dense"] and values["sparsity"] > 0:
             self.say("  masked weights are stored dense: fewer synaptic operations, "
                      "not a faster GPU")
+        if values["peak_memory_mib"] is not None:
+            self.say(f"  peak memory             {values['peak_memory_mib']:,.0f} MiB of "
+                     f"{'the GPU' if self.device.type == 'cuda' else 'the process'}")
         self.say(f"done in {duration(values['seconds'])}: {100 * values['test_accuracy']:.2f} % "
                  f"test accuracy at {100 * values['sparsity']:.1f} % sparsity -> {self.folder}")

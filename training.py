@@ -103,6 +103,7 @@ def build(args, images, widths=None):
                          f"Raise it or lower --nproc-per-node")
     net = models.build(args.model, images.num_classes, images.x_train.shape[1], side,
                        args.time_steps, widths or models.default_widths(args.model, args.width))
+    check_last_batch(args, images, net.config)
     net.set_normalisation(images.mean, images.std)
     goes_on = args.resume and Path(args.run_dir, "checkpoint.pt").exists()
     if args.init is not None and not goes_on:
@@ -129,6 +130,22 @@ def forward_of(args, net):
     return parallel.average_gradients(
         torch.compile(net) if args.compile else net,
         torch.zeros(1, net.config["in_channels"], side, side, dtype=torch.uint8, device=device))
+
+
+def check_last_batch(args, images, config):
+    """Raise ValueError where a last batch of one image leaves batch normalisation one value."""
+    last = len(images.x_train) % args.batch_size or args.batch_size
+    if last // parallel.size() > 1:
+        return
+    with torch.device("meta"):  # no memory, no work, and no draw from torch's generator
+        net, image = models.build(**config), images.x_train[:1].to("meta")
+    try:
+        net(image)
+    except ValueError:
+        raise ValueError(f"--batch-size is {args.batch_size}, which leaves a batch of one image of "
+                         f"{len(image[0, 0])} pixels, and --time-steps {args.time_steps}: one "
+                         f"value a channel in {args.model}, expected more for batch normalisation. "
+                         f"Change one of the two") from None
 
 
 def sgd(args, net):
@@ -246,6 +263,37 @@ class Meter:
         self.samples = int(rows[parallel.rank(), 2])
 
 
+class Watch:
+    """Looks after the numbers of a network, weights and running statistics: on the device, which
+    nothing waits for. One that is not finite need not reach the loss: a potential that is NaN is
+    below every threshold, so that its neuron is silent."""
+
+    def __init__(self, net, device):
+        self.net = net
+        self.numbers = {name: tensor for name, tensor in net.state_dict().items()
+                        if tensor.is_floating_point()}
+        # the first iteration that left one not finite, 0: none
+        self.bad = torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def look(self, iteration):
+        largest = torch.nn.utils.get_total_norm(self.numbers.values(), math.inf)
+        self.bad = torch.where((self.bad == 0) & ~largest.isfinite(), iteration, self.bad)
+
+    def check(self, meter):
+        """Raise FloatingPointError, with iteration and layer, if a loss or a number was not
+        finite."""
+        if not self.bad:
+            return meter.check()
+        name = next((name for name, tensor in self.numbers.items() if not tensor.isfinite().all()),
+                    "a number of the network")
+        wrong = f"{name} is not finite after iteration {int(self.bad)}"
+        if 0 < meter.bad <= self.bad:
+            wrong = (f"the loss is not finite (NaN or infinite) at iteration {int(meter.bad)}, "
+                     f"and then {name} is not")
+        raise FloatingPointError(f"{wrong}. A checkpoint saved before is kept; try a lower --lr")
+
+
 def evaluate(forward, net, images, args):
     """Return a dict over the test set, in eval mode:
     loss, accuracy, rate (firing), silent (LIF names).
@@ -316,5 +364,11 @@ def score_channels(net, images, args, metric="criticality", aggregate="max"):
     for lif in neurons.values():
         lif.record = lif.score = None
     net.train(was_training)
+    scores = parallel.total(scores)
     spikes = parallel.total(torch.cat(list(spiked.values())).long())
-    return parallel.total(scores).cpu(), spikes.bool().cpu()
+    for name, part in zip(groups, scores.split([len(gamma) for gamma in gammas])):
+        if not part.isfinite().all():
+            raise FloatingPointError(f"the scores of {name} are not finite (NaN or infinite) and "
+                                     f"cannot be ranked. A checkpoint saved before is kept; try a "
+                                     f"lower --lr")
+    return scores.cpu(), spikes.bool().cpu()
