@@ -635,9 +635,9 @@ def test_numbers_that_are_not_finite(script, name, value, monkeypatch, capsys):
 
 
 def test_scores_that_are_not_finite(monkeypatch, capsys):
-    score = neurons.criticality
-    monkeypatch.setattr(neurons, "criticality", lambda h, *rest: score(h, *rest) * (
-        math.nan if h.shape[2] == 8 else 1))  # of the second layer alone
+    score = neurons._per_channel
+    monkeypatch.setattr(neurons, "_per_channel", lambda near, how: score(near, how) * (
+        math.nan if near.shape[1] == 8 else 1))  # of the second layer alone
     error = fails(capsys, 1, run, MAIN, "--run-dir", "r")
     assert "after iteration 3: the scores of convs.1.conv.weight are not finite" in error
     error = fails(capsys, 1, run, "prune_structured", "--run-dir", "s")
