@@ -17,10 +17,12 @@ the running ones are averaged over ranks before each evaluation.
 
 In one process, with or without torchrun, nothing here does anything: no group, no DDP.
 """
+import atexit
 import hashlib
 import inspect
 import os
 import signal
+import sys
 from contextlib import suppress
 from datetime import timedelta
 
@@ -70,7 +72,15 @@ def end():
     """Leave the group and return the rank: what is left to do is one's work, the others may go."""
     if size() > 1:
         dist.destroy_process_group()
+        if rank() > 0:  # at once: threads of the group may still wind down, and abort a normal exit
+            atexit.register(_go)
     return rank()
+
+
+def _go():
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 # ---- sums and checks -----------------------------------------------------------------------------
