@@ -41,7 +41,7 @@ from runfolder import device_name, write_json
 
 SIZES = {  # images of CIFAR-100 and of Fashion-MNIST: channels, side, classes, T, batch
     "vgg16": (3, 32, 100, 5, 32), "resnet19": (3, 32, 100, 5, 16), "small": (1, 28, 10, 4, 64)}
-SECONDS = {"quick": 60, "full": 90}  # of training steps, a network
+SECONDS = {"quick": 60, "full": 45}  # of training steps, a network
 STATUS = Path("/proc/self/status")  # Linux tells the peak memory of a process here
 INSTALL = "not installed: pip install -r requirements-benchmark.txt"
 
