@@ -2,6 +2,7 @@
 import importlib.util
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import benchmark
 import frameworks
 from neurons import LIF
 
+ROOT = Path(__file__).parent
 CPU = torch.device("cpu")
 TINY = {"vgg16": (3, 32, 5, 3, 2), "small": (1, 8, 5, 3, 4)}
 
@@ -121,3 +123,38 @@ def test_bad_flags(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         benchmark.main(argv)
     assert stopped.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+RATIOS = (  # of the README's table: the text, the key, the unit
+    ("step, fp32: SpikingJelly / ours", "step_fp32_vs_spikingjelly", "x"),
+    ("step, bf16: SpikingJelly in fp32 / ours", "step_bf16_vs_spikingjelly", "x"),
+    ("step, fp32, like for like", "step_fp32_like_for_like", "x"),
+    ("step, bf16, like for like", "step_bf16_like_for_like", "x"),
+    ("inference, fp32: SpikingJelly / ours", "infer_fp32_vs_spikingjelly", "x"),
+    ("inference, bf16, like for like", "infer_bf16_like_for_like", "x"),
+    ("step, fp32: ours / ReLU floor", "step_fp32_vs_relu_floor", "x"),
+    ("step, bf16: ours / ReLU floor", "step_bf16_vs_relu_floor", "x"),
+    ("step, fp32: eager / compiled", "step_fp32_compiled", "x"),
+    ("recording criticality in each step costs", "criticality_overhead", "%"),
+    ("a mask update, in steps", "update_vs_step", "x"),
+    ("peak memory of training: ours / SpikingJelly", "memory_vs_spikingjelly", "x"))
+
+
+def ratio_rows():
+    """The rows of the README's table of ratios, from the logs in results/."""
+    full, *quick = (json.loads((ROOT / f"results/benchmark{name}.json").read_text())["ratios"]
+                    for name in ("", "-quick1", "-quick2", "-quick3"))
+
+    def cell(value, unit):
+        return f"{100 * value:.1f} %" if unit == "%" else f"{value:.2f}"
+
+    for text, key, unit in RATIOS:
+        cells = [cell(full[prefix + key], unit) for prefix in ("", "resnet19_", "small_")]
+        runs = [cell(run[key], unit) for run in quick if key in run]
+        yield f"| {text} | {', '.join(runs) or '-'} | {' | '.join(cells)} |"
+
+
+def test_the_ratios_in_the_readme_are_those_of_the_logs():
+    text = (ROOT / "README.md").read_text().splitlines()
+    for row in ratio_rows():
+        assert row in text
