@@ -12,6 +12,8 @@ global ranking is one selection over one vector: the value of the k-th place by 
 sort. Counts are exact, whatever the ties: those are broken by a further key, and at last by a
 seeded permutation.
 """
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 
@@ -84,6 +86,13 @@ def reactivate(pruned, count, keys, generator=None):
     breaks ties. See select().
     """
     return select(pruned, count, keys, generator)  # Eq. 5
+
+
+def momenta(optimizer, tensor):
+    """Return what an optimizer remembers of the past gradients of a parameter: SGD's momentum,
+    Adam's first moment; a list of none or one."""
+    state = optimizer.state.get(tensor, {})
+    return [state[key] for key in ("momentum_buffer", "exp_avg") if state.get(key) is not None]
 
 
 class Masks:
@@ -212,8 +221,7 @@ class Masks:
         the dense gradient bring them back to life."""
         for name, weight in self.weights.items():
             weight.mul_(self.alive[name])
-            momentum = optimizer.state.get(weight, {}).get("momentum_buffer")
-            if momentum is not None:
+            for momentum in momenta(optimizer, weight):
                 momentum.mul_(self.alive[name])
 
     def account(self, pruned, regenerated):
@@ -241,3 +249,24 @@ class Masks:
     def load_state_dict(self, state):
         self._hold(state["alive"].to(self.device, copy=True))
         self.returned = state["returned"].to(self.device, copy=True)
+
+
+def trim(sparsity, masks, generator):
+    """End the structure epochs at exactly this sparsity: the largest |w| of those alive stay, or
+    (INTERPRETATION) where fewer are alive, the dead that drifted farthest in this epoch return."""
+    keep, drift = masks.keep_at(sparsity), masks.magnitudes()
+    regenerated = masks.regenerate(max(0, keep - masks.n_alive), ~masks.flat, [drift], generator)
+    between, pruned = masks.sparsity, masks.prune(keep, drift, generator)
+    return sparsity, between, pruned, regenerated, masks.guard()
+
+
+@contextmanager
+def computing_with(masks, names):
+    """Let the weights be w * m inside, for a forward and a backward pass. INTERPRETATION: w takes
+    the gradient by w * m (straight-through): masked synapses train on, and show if they grow."""
+    latent = {name: masks.weights[name].detach().clone() for name in names}
+    for name in names:
+        masks.weights[name].data.mul_(masks.alive[name])
+    yield
+    for name in names:
+        masks.weights[name].data.copy_(latent[name])

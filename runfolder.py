@@ -336,7 +336,7 @@ class Run:
         """
         args = self.args
         for batch in data.batches(images.x_train, images.y_train, args.batch_size, args.seed, epoch,
-                                  self.step, args.crop, args.flip, args.cutout):
+                                  self.step, args.crop, args.flip, args.cutout, args.rotate):
             self.iteration += 1
             yield batch
             self.step += 1
