@@ -49,6 +49,7 @@ KINDS = {
                         "airplane/*.aedat4 to truck/*.aedat4 (of the archive that tonic names)"),
 }
 PART = 9  # CIFAR10-DVS has no official split: of each class the first 9 tenths train
+EVENT = np.dtype([("x", np.int32), ("y", np.int32), ("t", np.int64), ("p", np.int8)])
 FILES = ("x_train.npy", "y_train.npy", "x_test.npy", "y_test.npy")
 
 
@@ -144,8 +145,10 @@ def read(kind, found, index):
     try:
         if path.endswith(".bin") and os.path.getsize(path) % 5:
             raise ValueError("5 bytes an event, and the last one is cut short")
-        stream, _ = found[index]
-        stream = stream[["x", "y", "t", "p"]]
+        raw, _ = found[index]
+        stream = np.empty(len(raw), EVENT)
+        for field in EVENT.names:
+            stream[field] = raw[field]
     except Exception as error:  # what numpy, struct and the decoders raise on a file cut short
         raise ValueError(f"{path} cannot be read ({_reason(error)}), expected a whole recording of "
                          f"{kind.reader}. {fix}") from error
@@ -156,7 +159,7 @@ def read(kind, found, index):
     if low < 0 or high >= kind.sensor:
         raise ValueError(f"{path} has an event at {low if low < 0 else high}, expected coordinates "
                          f"from 0 to {kind.sensor - 1}, within the sensor of {kind.reader}. {fix}")
-    if (np.diff(stream["t"].astype(np.int64)) < 0).any():  # equal times keep the order of the file
+    if (np.diff(stream["t"]) < 0).any():  # equal times keep the order of the file
         stream = stream[np.argsort(stream["t"], kind="stable")]
     return stream
 
