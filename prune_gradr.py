@@ -199,7 +199,6 @@ def fix_mask(run, masks, wires, keep):
     """End the structure epochs: exactly the `keep` largest strengths are alive from now on, the
     dormant ones nearest to 0 among them if too few are active. Deep R's K stay as they are."""
     before, found = masks.flat.clone(), masks.n_alive
-    keep = keep if run.args.mode == "matched" else found
     run.say(f"  the structure epochs ended with {found:,} connections, {keep:,} are asked for"
             + (": more than 20 % off. --prior moves it" if abs(found - keep) > 0.2 * keep else ""))
     eligible = before if run.args.method == "deepr" else torch.ones_like(before)
@@ -329,7 +328,7 @@ def main(argv=None):
                     log_update(run, masks, before,
                                None if args.method == "gradr" else args.sparsity)
                 if run.iteration == last:
-                    fix_mask(run, masks, wires, keep)
+                    fix_mask(run, masks, wires, keep if args.mode == "matched" else masks.n_alive)
             run.end_epoch(optimizer.param_groups[0]["lr"],
                           training.evaluate(forward, net, images, args),
                           1 - int(wires.active.count_nonzero()) / masks.total)

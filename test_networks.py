@@ -1,4 +1,5 @@
 """The other papers' networks and neurons against their formulas, encodings, counts, and presets."""
+import importlib
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import channels
+import compare
 import data
 import metrics
 import models
@@ -19,6 +21,7 @@ import prune_pq
 import prune_sdsnn
 import prune_structured
 import prune_unstructured
+import records
 import training
 from conftest import lines, one_line
 from masks import Masks, momenta
@@ -496,3 +499,36 @@ def test_flags_of_the_neurons(capsys):
             prune_unstructured.main(wrong)
         assert stop.value.code == 2
         assert wrong[0] in one_line(capsys)
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10", "n-mnist", "cifar10-dvs"])
+def test_a_comparison_has_one_protocol(dataset):
+    """compare.py takes the same network, input and loss for all, whatever a script's preset is."""
+    seen = set()
+    for _, words in compare.plan(compare.parse_args(["--dataset", dataset])):
+        args = importlib.import_module(Path(words[1]).stem).parse_args(words[2:])
+        seen.add(tuple(getattr(args, flag) for flag in (
+            "model", "time_steps", "batch_size", "encoding", "loss", "crop", "rotate", "flip")))
+        if "structured" not in words[1] or "unstructured" in words[1]:
+            assert args.lr == compare.flags.DATASETS[dataset]["lr"], words
+            assert getattr(args, "mode", "matched") in ("matched", "fixed")
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_every_network_is_pruned_and_looked_into(name):
+    """Algorithm 1 with its scores, then what analyze.py reads of a run."""
+    summary = prune_unstructured.main([
+        "--smoke", "--model", name, "--width", "0.04", "--time-steps", "2", "--run-dir", "r"])
+    total = sum(layer["weights"] for layer in summary["layers"])
+    assert sum(layer["alive"] for layer in summary["layers"]) == total - round(0.9 * total)
+    found = records.look(records.read_run(Path("r")))
+    assert {f"criticality/{lif}" for lif in models.lifs(models.load("r/model.pt"))} <= set(found)
+    assert found["variance"].shape == (10,)
+
+
+def test_channels_of_other_networks_are_removed_in_a_run():
+    prune_structured.main(["--smoke", "--model", "gradr-conv", "--width", "0.04", "--time-steps", "2",
+                           "--run-dir", "r"])
+    record = json.loads(Path("r/channels.json").read_text())
+    assert record["spikes_that_differ"] == 0 and record["kept"] < record["channels"]

@@ -573,7 +573,7 @@ def test_the_percentile_of_growth(monkeypatch):
     assert (37 + seen[4].index(99), 37 + seen[2].index(99)) == (74, 76)
     assert set(seen[4][74 - 37:]) == {99}
     seen.clear()
-    monkeypatch.setattr(prune_sdsnn, "PERCENTILE", dict(conv=55, fc=55))
+    rest[0].percentile = dict(conv=55, fc=55)
     for epoch in range(37, 80):
         list(develop(epoch, *rest))
     assert 37 + seen[2].index(99) == 77
