@@ -3,9 +3,9 @@
     x_train, y_train, x_test, y_test = events.load("n-mnist", "data", time_steps=20)
 
 tonic (requirements-events.txt) finds the recordings in its own layout under DATA_DIR, or downloads
-them. Each recording is read once, put in the order of time, and binned into T frames; the frames lie
-in DATA_DIR/NAME-T20/ as uint8 arrays [N, T, 2, H, W] that are mapped, not read, into memory: what is
-resident is what a batch touches. A count above 255 is 255.
+them. Each recording is read once, put in the order of time, and binned into T frames; the frames
+lie in DATA_DIR/NAME-T20/ as uint8 arrays [N, T, 2, H, W] that are mapped, not read, into memory:
+what is resident is what batches have touched. A count above 255 is 255.
 """
 import importlib
 import os
@@ -34,10 +34,10 @@ class Kind(NamedTuple):
     wanted: str
 
 
-# SD-SNN has T = 20 and the middle 32x32 of N-MNIST's 34x34, T = 64 and all of DVS-Gesture's 128x128;
-# PQ has T = 10 and 48x48 of CIFAR10-DVS. INTERPRETATION: bins of equal length, as SD-SNN's code has;
-# for CIFAR10-DVS of equal number, as is usual with VGGSNN. INTERPRETATION: 48x48 by scaling the
-# coordinates of events, x * 48 // 128, and not by interpolating frames: counts stay whole
+# SD-SNN has T = 20 and 32x32 of N-MNIST's 34x34, T = 64 and all of DVS-Gesture's 128x128; PQ has
+# T = 10 and 48x48 of CIFAR10-DVS. INTERPRETATION: 32x32 is the middle; bins are of equal length, and
+# for CIFAR10-DVS of equal number, as is usual with VGGSNN; 48x48 is by scaling the coordinates of
+# events, x * 48 // 128, and not by interpolating frames, so that counts stay whole
 KINDS = {
     "n-mnist": Kind("NMNIST", 34, 32, "crop", "time", ("Train", "Test"), (60_000, 10_000),
                     "Train/0/*.bin to Test/9/*.bin of train.zip and test.zip (N-MNIST)"),

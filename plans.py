@@ -3,12 +3,12 @@
     plans.default_widths("vgg16", factor=0.5)   # the list of widths that models.build takes
     plans.VGG_PLANS["sdsnn-small"]              # 15c3-AP2-40c3-AP2-fc300; the output layer follows
 
-vgg16, resnet19 and small are those of LTH-SNN (arXiv 2207.01382) and of this project; the others are
-of the papers that are compared with them. models.py builds all of them from these tables.
+vgg16, resnet19 and small are those of LTH-SNN (arXiv 2207.01382) and of this project; the others
+are of the papers that are compared with them. models.py builds all of them from these tables.
 """
-# A number is the default width of conv + BN + LIF, "P" a 2x2 max-pooling, "A" a 2x2 average pooling,
-# "D" a dropout of a half (one mask for all T), "F" flattens: from there on a number is linear + LIF.
-# The output layer follows by itself
+# A number is the default width of conv + BN + LIF, "P" a 2x2 max-pooling, "A" a 2x2 average
+# pooling, "D" a dropout of a half (one mask for all T), "F" flattens: from there on a number is
+# linear + LIF. The output layer follows by itself
 VGG_PLANS = {
     "vgg16": [64, 64, "P", 128, 128, "P", 256, 256, 256, "P",
               512, 512, 512, "P", 512, 512, 512, "P"],

@@ -62,7 +62,8 @@ def write_gesture(path, rows):
 AEDAT4_EVENT = np.dtype(dict(names=["t", "x", "y", "on"], formats=["<i8", "<i2", "<i2", "?"],
                              offsets=[0, 8, 10, 12], itemsize=16))
 AEDAT4_INFO = """<dv version="2.0"><node name="outInfo" path="/mainloop/Recorder/outInfo/">
-<node name="0" path="/mainloop/Recorder/outInfo/0/"><attr key="compression" type="string">NONE</attr>
+<node name="0" path="/mainloop/Recorder/outInfo/0/">
+<attr key="compression" type="string">NONE</attr>
 <attr key="typeIdentifier" type="string">EVTS</attr>
 <node name="info" path="/mainloop/Recorder/outInfo/0/info/"><attr key="sizeX" type="int">128</attr>
 <attr key="sizeY" type="int">128</attr></node></node></node></dv>"""

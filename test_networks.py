@@ -359,7 +359,8 @@ def test_channels_are_removed_exactly(name):
     for keep in kept.values():
         keep[0] = True
     masked, tiny = channels.silence(net, kept).eval(), channels.remove(net, kept).eval()
-    found = channels.differences(masked, tiny, kept, torch.randint(0, 3, (3, 4, 2, 16, 16)).double())
+    frames = torch.randint(0, 3, (3, 4, 2, 16, 16)).double()
+    found = channels.differences(masked, tiny, kept, frames)
     assert found["spikes_that_differ"] == 0 and found["logits_differ_by"] < 1e-10
     assert sum(p.numel() for p in tiny.parameters()) < sum(p.numel() for p in net.parameters())
 
@@ -447,7 +448,8 @@ def save(name, channels_in, size):
     rng = np.random.default_rng(0)
     y = np.arange(80) % 10
     shape = (size, size) if channels_in == 1 else (size, size, channels_in)
-    x = (rng.integers(0, 128, (80, *shape)) + 12 * y.reshape(-1, *[1] * len(shape))).astype(np.uint8)
+    x = rng.integers(0, 128, (80, *shape)) + 12 * y.reshape(-1, *[1] * len(shape))
+    x = x.astype(np.uint8)
     np.savez(f"data/{name}.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
 
 
@@ -528,7 +530,7 @@ def test_every_network_is_pruned_and_looked_into(name):
 
 
 def test_channels_of_other_networks_are_removed_in_a_run():
-    prune_structured.main(["--smoke", "--model", "gradr-conv", "--width", "0.04", "--time-steps", "2",
-                           "--run-dir", "r"])
+    prune_structured.main(["--smoke", "--model", "gradr-conv", "--width", "0.04", "--time-steps",
+                           "2", "--run-dir", "r"])
     record = json.loads(Path("r/channels.json").read_text())
     assert record["spikes_that_differ"] == 0 and record["kept"] < record["channels"]
