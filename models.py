@@ -341,8 +341,8 @@ class Removable(NamedTuple):
 def removable(net):
     """Return {name of a ConvBN whose channels can be removed: Removable}, in the network's order.
 
-    VGG: every convolution, with BN or without. ResNet-19: the inner channels of each block; block outputs are added to
-    each other, so their number is that of the whole stage.
+    VGG: every convolution, with BN or without. ResNet-19: the inner channels of each block; block
+    outputs are added to each other, so their number is that of the whole stage.
     """
     return net.removable()
 

@@ -42,8 +42,8 @@ SETTINGS = {  # the defaults by data set; "all" holds for each of them
     "all": dict(mode="matched", sparsity=0.9, rho=0.9, scope="layer", growth="momentum", start="er",
                 density=0.5, eta=0.001),
     "fashion-mini": dict(epochs_prune=9, epochs_finetune=3, interval=25),
-    **dict.fromkeys(("mnist", "fashion-mnist", "n-mnist"), SHORT), "cifar10": PAPER, "cifar100": PAPER,
-    "tiny-imagenet": dict(epochs_prune=112, epochs_finetune=38, interval=2500),
+    **dict.fromkeys(("mnist", "fashion-mnist", "n-mnist"), SHORT), "cifar10": PAPER,
+    "cifar100": PAPER, "tiny-imagenet": dict(epochs_prune=112, epochs_finetune=38, interval=2500),
     "dvs-gesture": dict(epochs_prune=150, epochs_finetune=50, interval=300),
     "cifar10-dvs": dict(epochs_prune=225, epochs_finetune=75, interval=930, mode="adaptive"),
     "smoke": dict(epochs_prune=1, epochs_finetune=1, interval=4),  # upper bounds

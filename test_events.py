@@ -1,7 +1,6 @@
 """Event data: recordings in the real format of each set, binning by hand, the cache, and frames
 through every script. What needs tonic is skipped where requirements-events.txt is not installed."""
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -412,7 +411,7 @@ def test_the_presets(script, name, model, tonic):
 def test_a_preset_from_the_command_line(tonic):
     make_n_mnist(Path("data"))
     done = subprocess.run([sys.executable, ROOT / "prune_sdsnn.py", "--dataset", "n-mnist",
-                           "--smoke", "--width", "0.1"], capture_output=True, text=True, env=os.environ)
+                           "--smoke", "--width", "0.1"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "model sdsnn-small, T = 20" in done.stdout and "20 train, 10 test" in done.stdout
 
