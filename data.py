@@ -66,8 +66,7 @@ class Dataset(NamedTuple):
         for x in getattr(self, f"x_{split}").split(batch_size):
             yield x if x.dim() == 4 else x.transpose(0, 1)
 
-    def pairs(self, split, batch_size):
-        """Yield the same with the labels [n] beside it."""
+    def pairs(self, split, batch_size):  # with the labels [n] beside it
         return zip(self.inputs(split, batch_size), getattr(self, f"y_{split}").split(batch_size))
 
 
@@ -80,8 +79,7 @@ def load(name, data_dir="data", train_limit=None, at_most=None, time_steps=None)
     data_dir: where named sets lie, or are downloaded to.
     train_limit: keep the first so many training images, balanced over the classes, in file order;
     mean and std are then theirs. at_most: keep no more than so many of both sets, for a trial.
-    time_steps: how many frames the events of a recording make (n-mnist, dvs-gesture, cifar10-dvs;
-    their counts are not to be normalised: mean 0, std 1). Images have no use for it.
+    time_steps: how many frames a recording of events makes; their counts have mean 0 and std 1.
     Raises ValueError or FileNotFoundError, one line each, for whatever is wrong with the files.
     """
     data_dir = Path(os.path.expanduser(data_dir))
@@ -120,8 +118,7 @@ def batches(images, labels, batch_size, seed, epoch, first=0, pad=0, flip=False,
     epoch (both >= 0) only, and are drawn for the whole epoch at once: a batch does not depend on
     which were taken before it, so first=b resumes an epoch exactly at batch b (counted from 0).
 
-    images: uint8 [N, C, H, W] or [N, T, C, H, W], labels: [N], on the device where the batches are
-    wanted.
+    images: uint8 [N, C, H, W] or [N, T, C, H, W], labels: [N], where the batches are wanted.
     pad: pixels of black around an image before a crop of its size is cut at a random place; LTH-SNN
     has 4 at 32 pixels and 8 at 64; 0: no crop.
     flip: mirror half of the images. cutout: side of a black square with a uniformly drawn centre,
@@ -140,9 +137,7 @@ def batches(images, labels, batch_size, seed, epoch, first=0, pad=0, flip=False,
              torch.randint(0, W, (N,), generator=rng)]
     draws.append((2 * torch.rand(N, generator=rng) - 1) * math.radians(rotate))
     draws = [draw.to(images.device) for draw in draws]
-    if frame:
-        images = images.flatten(1, 2)                             # frames are channels
-    pixels = images.permute(0, 2, 3, 1)                           # [N, H, W, C]
+    pixels = images.flatten(1, -3).permute(0, 2, 3, 1)            # [N, H, W, C], of all frames
     for start in range(first * batch_size, N, batch_size):
         order, *rest, angle = (draw[start:start + batch_size] for draw in draws)
         batch = pixels.index_select(0, order)
