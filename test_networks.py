@@ -302,6 +302,7 @@ def sops_by_brute_force(net, images, alive):
             continue
         module, mask = layers[name], alive[f"{name}.weight"].double()
         x = x.double() * net.averaged.get(name, 1)
+        assert torch.equal(x, x.round()), name  # whole spikes, an average of 4 counted as 4
         out = (F.linear(x, mask) if x.dim() == 2 else
                F.conv2d(x, mask, None, module.stride, module.padding))
         total += out.sum().item() / n
