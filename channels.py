@@ -84,6 +84,11 @@ def guard(kept, gamma, sizes, k_min=1):
 def check(net, ratio, target=0.0):
     """Raise ValueError if a ratio leaves fewer channels than there are layers, or if a share of the
     MACs cannot be removed."""
+    groups = models.removable(net)
+    if not groups or not all(hasattr(net.get_submodule(name), "bn") for name in groups):
+        raise ValueError(f"{net.config['name']} has no channels with batch normalisation, expected "
+                         f"some, since its gamma ranks what is removed. Take another --model, or "
+                         f"prune_unstructured.py")
     names, sizes = layers(net)
     kept = sum(sizes) - round(ratio * sum(sizes))
     if kept < len(names):
@@ -280,7 +285,7 @@ def savings(dense, small):
     """Return {what: (of the dense network, of the small one)}: parameters, and MACs by the three
     conventions of metrics.py."""
     found = [dict(parameters=metrics.parameters(net)["parameters"])
-             | metrics.conventions(metrics.macs(net.config), net.time_steps)
+             | metrics.conventions(metrics.macs(net.config), net.time_steps, net.encoding)
              for net in (dense, small)]
     return {key: (found[0][key], found[1][key]) for key in found[0]}
 

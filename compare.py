@@ -36,10 +36,10 @@ WEIGHTS = {  # name: script and flags, beside the sparsity and the epochs, which
     "imp": "prune_lottery --method imp --budget matched --rounds 4",
     "eb": "prune_lottery --method eb --budget matched",
     "et": "prune_lottery --method et --budget matched --rounds 4",
-    "gradr": "prune_gradr --method gradr --optimizer sgd",
-    "deepr": "prune_gradr --method deepr --optimizer sgd",
-    "sdsnn": "prune_sdsnn",
-    "pq": "prune_pq"}
+    "gradr": "prune_gradr --method gradr --optimizer sgd --mode matched",
+    "deepr": "prune_gradr --method deepr --optimizer sgd --mode matched",
+    "sdsnn": "prune_sdsnn --optimizer sgd",
+    "pq": "prune_pq --mode matched"}
 CHANNELS = {
     "dense": "prune_structured --prune-ratio 0",
     "slimming": "prune_structured --method slimming",
@@ -49,8 +49,9 @@ CHANNELS = {
 # The budget, structure epochs and epochs with the mask fixed: those of prune_unstructured.py, since
 # the other scripts' defaults are their own papers'
 PAPER, SHORT = (200, 300), (6, 4)
-EPOCHS = {"fashion-mini": (8, 4), "mnist": SHORT, "fashion-mnist": SHORT, "cifar10": PAPER,
-          "cifar100": PAPER, "tiny-imagenet": (50, 100)}
+EPOCHS = {"fashion-mini": (8, 4), "mnist": SHORT, "fashion-mnist": SHORT, "n-mnist": SHORT,
+          "cifar10": PAPER, "cifar100": PAPER, "tiny-imagenet": (50, 100), "dvs-gesture": (80, 120),
+          "cifar10-dvs": (80, 120)}
 COLUMNS = ("method", "target", "test accuracy, %", "seeds", "sparsity, %", "MACs, M", "SOPs, k",
            "energy, uJ", "training cost", "seconds")
 
@@ -64,11 +65,14 @@ def plan(args):
         return [word for flag, value in values.items() if value is not None
                 for word in (f"--{flag.replace('_', '-')}", str(value))]
 
-    usual = flags.DATASETS.get(args.dataset, flags.SMALL)
+    usual = flags.COMMON | flags.DATASETS.get(args.dataset, flags.SMALL)
     shared = dict(dataset=args.dataset, data_dir=args.data_dir, width=args.width,
-                  train_limit=args.train_limit, batch_size=args.batch_size,
+                  train_limit=args.train_limit,
+                  batch_size=args.batch_size or usual["batch_size"],
                   model=args.model or usual["model"],
                   time_steps=args.time_steps or usual["time_steps"])
+    # some scripts have their own paper's network on some sets, and what goes with it
+    shared |= {flag: usual[flag] for flag in ("encoding", "loss", "crop", "rotate")}
     prune, finetune = EPOCHS.get(args.dataset, EPOCHS["fashion-mini"])
     prune = args.epochs_prune or prune
     finetune = finetune if args.epochs_finetune is None else args.epochs_finetune

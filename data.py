@@ -12,7 +12,7 @@ tensor code on a whole batch, so there are no loader processes and no Python wor
 
 A named set is looked for as DATA_DIR/NAME.npz first, then in its official layout. What is neither
 there is downloaded by torchvision, except Tiny-ImageNet, whose images are decoded once into
-DATA_DIR/tiny-imagenet.npz.
+DATA_DIR/tiny-imagenet.npz. Sets of event cameras are read and binned by events.py.
 """
 import importlib
 import math
@@ -31,9 +31,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import events
+
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST",  # our name -> torchvision's class
                "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-NAMES = ("fashion-mini", *TORCHVISION, "tiny-imagenet")
+NAMES = ("fashion-mini", *TORCHVISION, "tiny-imagenet", *events.KINDS)
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 # What numpy, Pillow and torchvision raise on files that are missing, cut short or damaged.
@@ -46,7 +48,7 @@ class Dataset(NamedTuple):
     """A training and a test set in memory, with what is needed to feed them to a network."""
 
     name: str          # as given to load
-    x_train: Tensor    # uint8 [N, C, H, W], H = W, in channels_last memory
+    x_train: Tensor    # uint8 [N, C, H, W], H = W, in channels_last memory; events: [N, T, 2, H, W]
     y_train: Tensor    # int64 [N], 0..num_classes - 1
     x_test: Tensor
     y_test: Tensor
@@ -58,8 +60,17 @@ class Dataset(NamedTuple):
         """Return the same set with its four tensors on a device."""
         return self._replace(**{key: getattr(self, key).to(device) for key in KEYS})
 
+    def inputs(self, split, batch_size):
+        """Yield the "train" or "test" set in its order, as a network takes it: [n, C, H, W] images
+        or [T, n, 2, H, W] frames, views both."""
+        for x in getattr(self, f"x_{split}").split(batch_size):
+            yield x if x.dim() == 4 else x.transpose(0, 1)
 
-def load(name, data_dir="data", train_limit=None, at_most=None):
+    def pairs(self, split, batch_size):  # with the labels [n] beside it
+        return zip(self.inputs(split, batch_size), getattr(self, f"y_{split}").split(batch_size))
+
+
+def load(name, data_dir="data", train_limit=None, at_most=None, time_steps=None):
     """Load a data set by its name (one of NAMES) or path (FILE.npz or a folder of class folders).
 
     FILE.npz: x_train, x_test uint8 [N, H, W, C] or [N, H, W]; y_train, y_test integers [N].
@@ -68,9 +79,13 @@ def load(name, data_dir="data", train_limit=None, at_most=None):
     data_dir: where named sets lie, or are downloaded to.
     train_limit: keep the first so many training images, balanced over the classes, in file order;
     mean and std are then theirs. at_most: keep no more than so many of both sets, for a trial.
+    time_steps: how many frames a recording of events makes; their counts have mean 0 and std 1.
     Raises ValueError or FileNotFoundError, one line each, for whatever is wrong with the files.
     """
-    x_train, y_train, x_test, y_test = _read(name, Path(os.path.expanduser(data_dir)))
+    data_dir = Path(os.path.expanduser(data_dir))
+    are_events = name in events.KINDS
+    x_train, y_train, x_test, y_test = (events.load(name, data_dir, time_steps) if are_events
+                                        else _read(name, data_dir))
     num_classes = int(y_train.max()) + 1
     if train_limit is not None and not num_classes <= train_limit <= len(y_train):
         raise _error(ValueError, f"--train-limit is {train_limit}", f"{num_classes} (an image for "
@@ -78,8 +93,10 @@ def load(name, data_dir="data", train_limit=None, at_most=None):
     limits = [limit for limit in (train_limit, at_most) if limit is not None]
     x_train, y_train = _first_balanced(x_train, y_train, min(limits, default=None))
     x_test, y_test = _first_balanced(x_test, y_test, at_most)
-    mean, std = _mean_and_std(x_train)
-    x_train, x_test = (torch.from_numpy(x).permute(0, 3, 1, 2) for x in (x_train, x_test))
+    mean, std = ([0.0, 0.0], [1.0, 1.0]) if are_events else _mean_and_std(x_train)
+    x_train, x_test = map(torch.from_numpy, (x_train, x_test))
+    if not are_events:
+        x_train, x_test = (x.permute(0, 3, 1, 2) for x in (x_train, x_test))
     y_train, y_test = torch.from_numpy(y_train), torch.from_numpy(y_test)
     return Dataset(name, x_train, y_train, x_test, y_test, num_classes, mean, std)
 
@@ -93,22 +110,24 @@ def num_batches(n, batch_size):
 
 
 def batches(images, labels, batch_size, seed, epoch, first=0, pad=0, flip=False, cutout=0,
-            rank=0, size=1):
-    """Yield one epoch as pairs (uint8 [n, C, H, W] in channels_last memory, labels [n]).
+            rotate=0.0, rank=0, size=1):
+    """Yield one epoch as pairs (uint8 [n, C, H, W] in channels_last memory, labels [n]); of frames
+    [N, T, 2, H, W] as pairs ([T, n, 2, H, W], labels), all T of a recording augmented alike.
 
     Each image comes once, the last batch may be smaller. Order and augmentation depend on seed and
     epoch (both >= 0) only, and are drawn for the whole epoch at once: a batch does not depend on
     which were taken before it, so first=b resumes an epoch exactly at batch b (counted from 0).
 
-    images: uint8 [N, C, H, W], labels: [N], on the device where the batches are wanted.
+    images: uint8 [N, C, H, W] or [N, T, C, H, W], labels: [N], where the batches are wanted.
     pad: pixels of black around an image before a crop of its size is cut at a random place; LTH-SNN
     has 4 at 32 pixels and 8 at 64; 0: no crop.
     flip: mirror half of the images. cutout: side of a black square with a uniformly drawn centre,
-    clipped at the borders (16 in LTH-SNN), in pixels; 0: none.
+    clipped at the borders (16 in LTH-SNN), in pixels; 0: none. rotate: largest angle, in degrees,
+    by which images are turned about their middle, either way, before all else; 0: none.
     rank, size: yield only every size-th image of each batch, from the rank-th on, so that `size`
     processes share it; the first image where there is none left, so that each has one.
     """
-    N, _, H, W = images.shape
+    N, *frame, _, H, W = images.shape
     # SeedSequence mixes its words: unlike with seed + epoch, runs do not share shifted epochs.
     mixed = np.random.SeedSequence([seed, epoch]).generate_state(1)
     rng = torch.Generator().manual_seed(int(mixed[0]))
@@ -118,14 +137,34 @@ def batches(images, labels, batch_size, seed, epoch, first=0, pad=0, flip=False,
              torch.randint(0, 2, (N,), generator=rng).bool() & flip,
              torch.randint(0, H, (N,), generator=rng),            # centre of the hole
              torch.randint(0, W, (N,), generator=rng)]
+    draws.append((2 * torch.rand(N, generator=rng) - 1) * math.radians(rotate))
     draws = [draw.to(images.device) for draw in draws]
-    pixels = images.permute(0, 2, 3, 1)                           # [N, H, W, C]
+    pixels = images.flatten(1, -3).permute(0, 2, 3, 1)            # [N, H, W, C], of all frames
     for start in range(first * batch_size, N, batch_size):
         end = min(start + batch_size, N)
         place = start + rank if start + rank < end else start
-        order, *rest = (draw[place:end:size] for draw in draws)
-        batch = _augment(pixels.index_select(0, order), *rest, pad, cutout)
-        yield batch.permute(0, 3, 1, 2), labels.index_select(0, order)
+        order, *rest, angle = (draw[place:end:size] for draw in draws)
+        batch = pixels.index_select(0, order)
+        batch = _augment(_turn(batch, angle) if rotate else batch, *rest, pad, cutout)
+        batch = batch.permute(0, 3, 1, 2)
+        batch = batch.unflatten(1, (*frame, -1)).transpose(0, 1) if frame else batch
+        yield batch, labels.index_select(0, order)
+
+
+def _turn(images, angle):
+    """Turn images [n, H, W, C] about their middle by angles [n]; each pixel takes the nearest one,
+    or black from outside, as torchvision's RandomRotation does."""
+    n, H, W, C = images.shape
+    y = torch.arange(H, device=images.device)[:, None] - (H - 1) / 2
+    x = torch.arange(W, device=images.device) - (W - 1) / 2
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    rows = (cos * y + sin * x + (H - 1) / 2).round().long()                 # [n, H, W]
+    columns = (cos * x - sin * y + (W - 1) / 2).round().long()
+    inside = (0 <= rows) & (rows < H) & (0 <= columns) & (columns < W)
+    source = rows.clamp(0, H - 1) * W + columns.clamp(0, W - 1)
+    source += H * W * torch.arange(n, device=images.device)[:, None, None]
+    out = images.reshape(-1, C).index_select(0, source.view(-1)).view(n, H, W, C)
+    return out * inside[..., None]
 
 
 def _augment(images, top, left, mirror, hole_y, hole_x, pad, cutout):
@@ -139,7 +178,7 @@ def _augment(images, top, left, mirror, hole_y, hole_x, pad, cutout):
     columns = left[:, None] + torch.where(mirror[:, None], W - 1 - x, x)    # [n, W]
     rows = rows + (H + 2 * pad) * torch.arange(n, device=images.device)[:, None]
     source = rows[:, :, None] * (W + 2 * pad) + columns[:, None, :]         # [n, H, W]
-    out = images.view(-1, C).index_select(0, source.view(-1)).view(n, H, W, C)
+    out = images.reshape(-1, C).index_select(0, source.view(-1)).view(n, H, W, C)
     if cutout:
         y = y - (hole_y[:, None] - cutout // 2)                             # 0..cutout - 1: hole
         x = x - (hole_x[:, None] - cutout // 2)

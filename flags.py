@@ -16,6 +16,7 @@ from pathlib import Path
 import models
 import parallel
 from machine import is_out_of_memory
+from neurons import RESETS, SURROGATES
 
 MAY_DIFFER = {"device", "save_every"}  # flags that a resumed run may change
 
@@ -23,13 +24,20 @@ MAY_DIFFER = {"device", "save_every"}  # flags that a resumed run may change
 # crops, and digits have no mirror image
 SMALL = dict(model="small", time_steps=4, batch_size=64, lr=0.1, crop=0, flip=True)
 PAPER = dict(model="vgg16", time_steps=5, batch_size=128, lr=0.3, crop=4, flip=True)  # Table 4
+EVENTS = SMALL | dict(encoding="events", crop=4, flip=False)  # frames of counts, T of the data
 DATASETS = {"fashion-mini": SMALL, "mnist": SMALL | dict(batch_size=128, crop=2, flip=False),
             "fashion-mnist": SMALL | dict(batch_size=128),
-            "cifar10": PAPER, "cifar100": PAPER, "tiny-imagenet": PAPER | dict(crop=8)}
-COMMON = dict(dataset="fashion-mini", data_dir="data", train_limit=None, width=1.0, momentum=0.9,
-              weight_decay=5e-4, cutout=0, init=None, device=None, precision="fp32", compile=False,
-              sync_bn=False, seed=0, run_dir=None, save_every=10.0, resume=False, overwrite=False,
-              smoke=False)
+            "cifar10": PAPER, "cifar100": PAPER, "tiny-imagenet": PAPER | dict(crop=8),
+            # T, crops and rotations are SD-SNN's, and T and the network PQ's. INTERPRETATION of its
+            # augmentation: crops and flips, as with CIFAR
+            "n-mnist": EVENTS | dict(time_steps=20, batch_size=100, rotate=10.0),
+            "dvs-gesture": EVENTS | dict(time_steps=64, batch_size=16, crop=16, rotate=5.0),
+            "cifar10-dvs": EVENTS | dict(model="vggsnn", time_steps=10, flip=True)}
+COMMON = dict(dataset="fashion-mini", data_dir="data", train_limit=None, encoding="direct",
+              width=1.0, tau=None, threshold=None, surrogate=None, reset=None, loss="ce",
+              momentum=0.9, weight_decay=5e-4, cutout=0, rotate=0.0, init=None, device=None,
+              precision="fp32", compile=False, sync_bn=False, seed=0, run_dir=None, save_every=10.0,
+              resume=False, overwrite=False, smoke=False)
 NAMED_SIZES = dict(width="width", train_limit="limit", time_steps="time")  # in the run's name
 SMOKE = dict(width=0.25, batch_size=16)  # upper bounds of a trial, as in a script's settings
 SMOKE_IMAGES = 256
@@ -127,15 +135,30 @@ def make_parser(doc):
     add("--flip", action=argparse.BooleanOptionalAction, help="mirror training images at random")
     add("--cutout", type=whole(0), metavar="PIXELS",
         help="side of a square hole in each training image (LTH-SNN's code has 16 on CIFAR)")
+    add("--rotate", type=number(0, 180), metavar="DEGREES",
+        help="training images are turned at random by as much, either way; 0: not at all")
+    add("--encoding", choices=models.ENCODINGS, help="of the input: the image at each step; spikes "
+        "drawn at each step with the pixels as probabilities; the frames of an event camera")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=models.NAMES, help="the network")
     add("--width", type=number(0, 100, above=True), metavar="FACTOR",
         help="a factor on all its widths")
     add("--time-steps", type=whole(1, 10_000), metavar="T", help="time steps of the simulation")
+    add("--tau", type=number(1, above=True), metavar="STEPS", help="membrane time constant of the "
+        "neurons (default: the network's own, as of the next three: 1.25 of sdsnn-small, 2 of "
+        "sdsnn-large, where it is learnt, and of gradr-*, 4/3 of the others)")
+    add("--threshold", type=number(0, above=True), metavar="V", help="where they fire (0.5 of "
+        "sdsnn-*, 1 of the others)")
+    add("--surrogate", choices=SURROGATES, help="of the gradient of a spike (rectangular of "
+        "sdsnn-small)")
+    add("--reset", choices=RESETS, help="a potential that fired goes to 0, or down by the "
+        "threshold")
     add("--init", metavar="MODEL.pt", help="start from this network, a trained dense one, say")
     add = parser.add_argument_group("training").add_argument
     add("--batch-size", type=whole(1), metavar="N", help="images a step, over all processes")
     add("--lr", type=number(0, above=True), help="learning rate at the start of a stage")
+    add("--loss", choices=("ce", "mse"), help="cross-entropy of each step, or the squared distance "
+        "of the output's firing rate to the label")
     add("--momentum", type=number(0, 1), help="momentum of SGD, a fraction in [0, 1)")
     add("--weight-decay", type=number(0), help="L2 decay of all parameters")
     add = parser.add_argument_group("run").add_argument

@@ -13,6 +13,7 @@ sort. Counts are exact, whatever the ties: those are broken by a further key, an
 seeded permutation.
 """
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -129,6 +130,13 @@ def reactivate(pruned, count, keys, generator=None):
     breaks ties. See select().
     """
     return select(pruned, count, keys, generator)  # Eq. 5
+
+
+def momenta(optimizer, tensor):
+    """Return what an optimizer remembers of the past gradients of a parameter: SGD's momentum,
+    Adam's first moment; a list of none or one."""
+    state = optimizer.state.get(tensor, {})
+    return [state[key] for key in ("momentum_buffer", "exp_avg") if state.get(key) is not None]
 
 
 class Masks:
@@ -297,8 +305,7 @@ class Masks:
         the dense gradient bring them back to life."""
         for name, weight in self.weights.items():
             weight.mul_(self.alive[name])
-            momentum = optimizer.state.get(weight, {}).get("momentum_buffer")
-            if momentum is not None:
+            for momentum in momenta(optimizer, weight):
                 momentum.mul_(self.alive[name])
 
     def account(self, pruned, regenerated):
@@ -349,3 +356,24 @@ def recount(path, layers):
         alive += found
         zeros += int((packed["state_dict"][layer["name"]] == 0).count_nonzero())
     return alive, zeros
+
+
+def trim(sparsity, masks, generator):
+    """End the structure epochs at exactly this sparsity: the largest |w| of those alive stay, or
+    (INTERPRETATION) where fewer are alive, the dead that drifted farthest in this epoch return."""
+    keep, drift = masks.keep_at(sparsity), masks.magnitudes()
+    regenerated = masks.regenerate(max(0, keep - masks.n_alive), ~masks.flat, [drift], generator)
+    between, pruned = masks.sparsity, masks.prune(keep, drift, generator)
+    return sparsity, between, pruned, regenerated, masks.guard()
+
+
+@contextmanager
+def computing_with(masks, names):
+    """Let the weights be w * m inside, for a forward and a backward pass. INTERPRETATION: w takes
+    the gradient by w * m (straight-through): masked synapses train on, and show if they grow."""
+    latent = {name: masks.weights[name].detach().clone() for name in names}
+    for name in names:
+        masks.weights[name].data.mul_(masks.alive[name])
+    yield
+    for name in names:
+        masks.weights[name].data.copy_(latent[name])

@@ -11,11 +11,13 @@ What is counted, and how:
   counted. A masked network has the count of the dense one. 1 MAC is 2 FLOPs. Three conventions for
   the first layer, whose input does not change over time: `macs` is one time step (what papers call
   "FLOPs"), `macs_first_once` all T steps with the first layer run once, as models.py does,
-  `macs_every_step` all T steps of every layer.
+  `macs_every_step` all T steps of every layer. A first layer whose input does change, spikes drawn
+  from pixels or frames of events, runs at all steps in both.
 - SOPs: synaptic operations, a spike arriving at an alive weight: for each input spike the number of
   alive weights that it meets at output positions inside the map, borders exact; per image, over all
-  T steps. The first layer reads real numbers, not spikes: its work is MACs. An average of n spikes
-  counts as n spikes (the 1/n folds into the weights).
+  T steps. The first layer reads real numbers, not spikes: its work is MACs; where the input is
+  spikes or counts of events it is SOPs. An average of n spikes counts as n spikes (the 1/n folds
+  into the weights), a count of n events as n.
 - Energy: 4.6 pJ a MAC of the first layer (as often as it runs) and 0.9 pJ a SOP, in mJ an image:
   45 nm arithmetic in 32-bit floating point (Horowitz 2014), no memory traffic. A model, not a
   measurement.
@@ -102,8 +104,8 @@ def parameters(net, alive=None):
 def macs(config):
     """Return {layer: MACs of one time step} of the network models.build(**config), without
     computing anything: it is built and run on torch's meta device."""
-    with torch.device("meta"):
-        net = models.build(**config).eval()
+    with torch.device("meta"):  # the encoding of the input changes no count of one step
+        net = models.build(**config | dict(encoding="direct")).eval()
         layers = {name.removesuffix(".weight"): net.get_submodule(name.removesuffix(".weight"))
                   for name in scored_by(net)}
         counted = {}
@@ -116,11 +118,12 @@ def macs(config):
     return counted
 
 
-def conventions(layers, time_steps):
+def conventions(layers, time_steps, encoding="direct"):
     """Return the three MAC counts of an image from those of macs(): one step; all steps, the first
-    layer once; all steps of every layer."""
+    layer once where the encoding allows it; all steps of every layer."""
     total, first = sum(layers.values()), next(iter(layers.values()))
-    return dict(macs=total, macs_first_once=time_steps * (total - first) + first,
+    times = 1 if encoding == "direct" else time_steps
+    return dict(macs=total, macs_first_once=time_steps * (total - first) + times * first,
                 macs_every_step=time_steps * total)
 
 
@@ -171,10 +174,11 @@ def count(net, batches, alive=None):
 
     rate, by_layer = rates(spikes)
     steps = max(runs.values()) / images_seen
+    reads_numbers = net.encoding == "direct"
     first_macs = layer_macs[first] * runs[first] / images_seen  # once, or every step
     nominal, sops = 0.0, {}
     for name, module in layers.items():
-        if name == first:
+        if name == first and reads_numbers:
             continue
         weight_mask = (torch.ones_like(module.weight, dtype=torch.bool) if alive is None
                        else alive[f"{name}.weight"])
@@ -182,9 +186,10 @@ def count(net, batches, alive=None):
         share = (float(sums[name].sum()) / (runs[name] * sums[name].numel())
                  / net.averaged.get(name, 1))
         nominal += share * layer_macs[name] * steps
-    return parameters(net, alive) | conventions(layer_macs, round(steps)) | dict(
+    return parameters(net, alive) | conventions(layer_macs, round(steps), net.encoding) | dict(
         sops=sum(sops.values()), sops_nominal=nominal, layer_sops=sops,
-        energy_mj=(PJ_PER_MAC * first_macs + PJ_PER_SOP * sum(sops.values())) * 1e-9,
+        energy_mj=(PJ_PER_MAC * first_macs * reads_numbers
+                   + PJ_PER_SOP * sum(sops.values())) * 1e-9,
         firing_rate=rate, firing_rates=by_layer)
 
 

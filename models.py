@@ -1,4 +1,5 @@
-"""Spiking VGG-16, ResNet-19 and a small VGG, each built from a list of widths.
+"""Spiking networks, each built from a list of widths: VGG-16, ResNet-19, a small VGG, and those of
+the other papers.
 
     net = models.build("vgg16", num_classes=100, in_channels=3, image_size=32, time_steps=5)
     logits = net(images)                          # [N, C, H, W] -> [T, N, num_classes]
@@ -16,7 +17,10 @@ set of parameters for all steps and takes its statistics over T*N*H*W together. 
 LTH-SNN's code, which calls BN once a step (statistics over N*H*W): one call is faster.
 
 uint8 images are normalised by the network itself: (x / 255 - mean) / std. Images that are floating
-point already are taken as they come.
+point already are taken as they come. Other encodings of the input: "rate", a pixel in 0..1 is the
+probability of a spike at each step (the network draws them: from torch's generator in training, in
+eval mode from a seed, so that a prediction is always the same); "events", frames [T, N, 2, H, W]
+of event counts, taken as they come.
 """
 import math
 from typing import NamedTuple
@@ -25,37 +29,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import plans
 from files import read_tensors
 from neurons import LIF
+from plans import ENCODINGS, RESNET_STAGES, default_widths
 
+NAMES = plans.NAMES
 FORMAT = 1  # of model.pt; raised when old files can no longer be read
 
-VGG_PLANS = {  # a number is the default width of conv + BN + LIF, "P" a 2x2 max-pooling
-    "vgg16": [64, 64, "P", 128, 128, "P", 256, 256, 256, "P",
-              512, 512, 512, "P", 512, 512, 512, "P"],
-    "small": [16, "P", 32, "P", 64, 64, "P"],
-}
-RESNET_STAGES = [3, 3, 2]  # blocks a stage; the first block of every stage has stride 2
-RESNET_WIDTHS = [64] + [128] * 6 + [256] * 6 + [512] * 4 + [256]  # stem; (inner, out) a block; fc1
-NAMES = ("vgg16", "resnet19", "small")
 
-
-def default_widths(name, factor=1.0):
-    """Return the list of widths of a network, each multiplied by `factor` and at least 1."""
-    _check_name(name)
-    widths = RESNET_WIDTHS if name == "resnet19" else [w for w in VGG_PLANS[name] if w != "P"]
-    return [max(1, round(width * factor)) for width in widths]
-
-
-def build(name, num_classes, in_channels, image_size, time_steps, widths=None):
+def build(name, num_classes, in_channels, image_size, time_steps, widths=None, encoding="direct",
+          neuron=None):
     """Return a freshly initialised network; it draws its weights from torch's global generator.
 
-    name: "vgg16" | "resnet19" | "small". image_size: pixels, of square images. widths: the channels
-    of each layer (see default_widths). VGG: one a convolution. ResNet-19, 18 numbers: the stem,
-    then inner and outer channels of each of the 8 blocks, then fc1.
+    name: one of NAMES. image_size: pixels, of square images. widths: the channels of each layer
+    (see default_widths): one a convolution or hidden linear layer. ResNet-19, 18
+    numbers: the stem, then inner and outer channels of each of the 8 blocks, then fc1. encoding: of
+    the input, "direct" | "rate" | "events". neuron: a dict of arguments of LIF; those that it does
+    not name are the network's own (plans.NEURONS).
     Raises ValueError for names, sizes and widths that do not make a network.
     """
-    _check_name(name)
+    plans.check_name(name)
     sizes = dict(num_classes=num_classes, in_channels=in_channels, image_size=image_size,
                  time_steps=time_steps)
     for key, value in sizes.items():
@@ -66,18 +60,23 @@ def build(name, num_classes, in_channels, image_size, time_steps, widths=None):
             isinstance(w, int) and w >= 1 for w in widths):
         raise ValueError(f"{name} got widths {widths}, expected {len(default_widths(name))} whole "
                          f"numbers of at least 1, such as {default_widths(name)}")
+    if encoding not in ENCODINGS:
+        raise ValueError(f"encoding is {encoding!r}, expected one of {', '.join(ENCODINGS)}")
+    neuron = plans.NEURONS.get(name, {}) | (neuron or {})
     if name == "resnet19":
-        net = ResNet19(num_classes, in_channels, image_size, time_steps, widths)
+        net = ResNet19(num_classes, in_channels, image_size, time_steps, widths, neuron)
     else:
-        net = VGG(VGG_PLANS[name], num_classes, in_channels, image_size, time_steps, widths,
-                  pad_to=32 if name == "vgg16" else 1)
-    net.config = dict(name=name, **sizes, widths=widths)
+        net = VGG(plans.VGG_PLANS[name], num_classes, in_channels, image_size, time_steps, widths,
+                  32 if name == "vgg16" else 1, neuron, **plans.USUAL | plans.TRAITS.get(name, {}))
+    if name in plans.LTH_START:
+        for module in net.modules():  # LTH-SNN's initialisation; BN's is 1 and 0
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(net.fc.weight, 0, 0.01)
+        nn.init.zeros_(net.fc.bias)
+    net.encoding = encoding
+    net.config = dict(name=name, **sizes, widths=widths, encoding=encoding, neuron=neuron)
     return net
-
-
-def _check_name(name):
-    if name not in NAMES:
-        raise ValueError(f"there is no network {name!r}, expected one of {', '.join(NAMES)}")
 
 
 def fused(layer, x_seq):
@@ -86,12 +85,15 @@ def fused(layer, x_seq):
 
 
 class ConvBN(nn.Sequential):
-    """Convolution without bias, then batch normalisation; [N, C, H, W] -> [N, C', H', W']."""
+    """Convolution without bias, then batch normalisation; [N, C, H, W] -> [N, C', H', W']. Without
+    `norm` the convolution alone, with or without a bias."""
 
-    def __init__(self, in_channels, channels, kernel=3, stride=1):
+    def __init__(self, in_channels, channels, kernel=3, stride=1, norm=True, bias=True):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=False)
-        self.bn = nn.BatchNorm2d(channels)
+        self.conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2,
+                              bias=bias and not norm)
+        if norm:
+            self.bn = nn.BatchNorm2d(channels)
 
 
 class SpikingNet(nn.Module):
@@ -103,7 +105,7 @@ class SpikingNet(nn.Module):
 
     def __init__(self, in_channels, time_steps):
         super().__init__()
-        self.time_steps = time_steps
+        self.time_steps, self.encoding = time_steps, "direct"
         self.averaged = {}
         # not in the state_dict: they belong to the data, and model.pt has a place for them
         self.register_buffer("mean", torch.zeros(in_channels), persistent=False)
@@ -118,83 +120,132 @@ class SpikingNet(nn.Module):
         """Return the spikes of the first LIF, [T, N, C, H, W].
 
         x: [N, C, H, W], which the first conv + BN see once, or [T, N, C, H, W] for data with a time
-        axis. Sides are padded with zeros (black) to a multiple of pad_to.
+        axis, of which the first time_steps count. Sides are padded with zeros (black) to a multiple
+        of pad_to.
         """
         if x.dim() not in (4, 5) or x.shape[-3] != len(self.mean):
             raise ValueError(f"the network got shape {tuple(x.shape)}, expected [N, C, H, W] or "
                              f"[T, N, C, H, W] with C = {len(self.mean)}")
-        x_seq = x if x.dim() == 5 else x.unsqueeze(0)
+        if self.encoding == "events" and x.dim() == 4:
+            raise ValueError(f"the network got shape {tuple(x.shape)}, expected frames of events "
+                             f"[T, N, C, H, W]. Put their time axis first")
+        x_seq = x[:self.time_steps] if x.dim() == 5 else x.unsqueeze(0)
+        if self.encoding != "direct":
+            x_seq = x_seq.to(self.mean.dtype) if x.dim() == 5 else self._spikes(x)
         missing = -x.shape[-1] % pad_to
         if missing:
             before = missing // 2
             x_seq = F.pad(x_seq, (before, missing - before) * 2)
-        if x.dtype == torch.uint8:
+        if x_seq.dtype == torch.uint8:
             mean, std = self.mean.view(-1, 1, 1), self.std.view(-1, 1, 1)
             x_seq = (x_seq.to(self.mean.dtype) / 255 - mean) / std
-        return lif(fused(first, x_seq), self.time_steps if x.dim() == 4 else None)
+        return lif(fused(first, x_seq), self.time_steps if len(x_seq) == 1 else None)
+
+    def _spikes(self, x):
+        """Return spikes drawn with the probabilities of pixels [N, C, H, W], [T, N, C, H, W]."""
+        chance = x.to(self.mean.dtype) / 255 if x.dtype == torch.uint8 else x
+        seeded = None if self.training else torch.Generator(x.device).manual_seed(0)
+        drawn = torch.rand(self.time_steps, *x.shape, generator=seeded, device=x.device,
+                           dtype=chance.dtype)
+        return (drawn < chance).to(chance.dtype)
 
 
 class VGG(SpikingNet):
-    """Conv + BN + LIF in a row, max-pooling between, one linear layer on the flattened last map.
+    """Conv + BN + LIF in a row, pooling between, one linear layer on the flattened last map; hidden
+    linear layers + LIF before it where the plan has some.
 
     At 32x32 VGG-16 ends in 1x1, at 64x64 in 2x2, which is flattened so that spikes stay binary.
     """
 
-    def __init__(self, plan, num_classes, in_channels, image_size, time_steps, widths, pad_to):
+    def __init__(self, plan, num_classes, in_channels, image_size, time_steps, widths, pad_to,
+                 neuron, spikes, votes, norm, bias):
         super().__init__(in_channels, time_steps)
-        self.pad_to = pad_to
-        side = image_size + -image_size % pad_to
+        self.pad_to, self.votes, self.drops = pad_to, votes, "D" in plan
+        side, size, last = image_size + -image_size % pad_to, in_channels, None
         self.convs, self.lifs, self.pooled = nn.ModuleList(), nn.ModuleList(), []
-        for step in plan:
-            if step == "P":
-                self.pooled[-1] = True
+        maps = [step for step in plan[:(plan + ["F"]).index("F")] if step != "D"]
+        for step in maps:
+            if last == "A":  # the layer after this pooling
+                self.averaged[f"convs.{len(self.convs)}.conv"] = 4
+            if step in ("P", "A"):
+                self.pooled[-1] = step
                 side //= 2
             else:
-                channels = widths[len(self.convs)]
-                self.convs.append(ConvBN(in_channels, channels))
-                self.lifs.append(LIF())
-                self.pooled.append(False)
-                in_channels = channels
+                self.convs.append(ConvBN(size, widths[len(self.convs)], norm=norm, bias=bias))
+                self.lifs.append(LIF(**neuron))
+                self.pooled.append(None)
+                size = widths[len(self.convs) - 1]
+            last = step
         if side < 1:
-            raise ValueError(f"image_size is {image_size}, too small for {sum(self.pooled)} "
-                             f"poolings; expected at least {2 ** sum(self.pooled)} pixels")
-        self.fc = nn.Linear(in_channels * side**2, num_classes)
-        for module in self.modules():  # LTH-SNN's initialisation; BN's is 1 and 0
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.normal_(self.fc.weight, 0, 0.01)
-        nn.init.zeros_(self.fc.bias)
+            n = len(maps) - len(self.convs)
+            raise ValueError(f"image_size is {image_size}, too small for {n} poolings; expected at "
+                             f"least {2 ** n} pixels")
+        size *= side**2
+        if "F" in plan:
+            self.hidden = nn.ModuleList()
+        for width in widths[len(self.convs):]:
+            self.hidden.append(nn.Linear(size, width, bias))
+            self.lifs.append(LIF(**neuron))
+            size = width
+        self.fc = nn.Linear(size, num_classes * votes, bias)
+        if last == "A":
+            self.averaged["hidden.0" if "F" in plan else "fc"] = 4
+        self.lif_out = LIF(**neuron) if spikes else None
 
     def forward(self, x):
-        spikes = None
-        for conv, lif, pooled in zip(self.convs, self.lifs, self.pooled):
-            spikes = (self._encode(conv, lif, x, self.pad_to) if spikes is None
-                      else lif(fused(conv, spikes)))
+        spikes, lifs = None, iter(self.lifs)
+        for conv, pooled in zip(self.convs, self.pooled):
+            spikes = (self._encode(conv, next(lifs), x, self.pad_to) if spikes is None
+                      else next(lifs)(fused(conv, spikes)))
             if pooled:
-                spikes = fused(lambda maps: F.max_pool2d(maps, 2), spikes)
-        return fused(self.fc, spikes.flatten(2))  # [T, N, num_classes]
+                pool = F.max_pool2d if pooled == "P" else F.avg_pool2d
+                spikes = fused(lambda maps: pool(maps, 2), spikes)
+        spikes = spikes if spikes is None else spikes.flatten(2)
+        if self.drops and self.training:
+            spikes = spikes * F.dropout(torch.ones_like(spikes[0]))  # one mask for all T
+        for layer in getattr(self, "hidden", ()):
+            spikes = (self._encode(lambda image: layer(image.flatten(1)), next(lifs), x)
+                      if spikes is None else next(lifs)(fused(layer, spikes)))
+        out = fused(self.fc, spikes)  # [T, N, num_classes * votes]
+        out = out if self.lif_out is None else self.lif_out(out)
+        return out if self.votes == 1 else out.unflatten(2, (-1, self.votes)).mean(3)
+
+    def _layers(self):
+        """Return (layer, LIF, weight that reads it, indices that one channel owns there) of all
+        layers but the output."""
+        convs = [f"convs.{i}" for i in range(len(self.convs))]
+        hidden = [f"hidden.{i}" for i in range(len(self.lifs) - len(convs))]
+        readers = [f"{name}.conv.weight" for name in convs] + [
+            f"{name}.weight" for name in hidden] + ["fc.weight"]
+        rows = []
+        for i, name in enumerate(convs + hidden):
+            repeat = 1
+            if i == len(convs) - 1:  # flattened
+                repeat = self.get_parameter(readers[i + 1]).shape[1] // len(
+                    self.convs[i].conv.weight)
+            rows.append((name, f"lifs.{i}", readers[i], readers[i + 1], repeat))
+        return rows
 
     def scored_by(self):
-        names = {f"convs.{i}.conv.weight": Scored(f"lifs.{i}", 0) for i in range(len(self.convs))}
-        last = len(self.lifs) - 1
-        repeat = self.fc.in_features // self.convs[last].conv.out_channels
-        return names | {"fc.weight": Scored(f"lifs.{last}", 1, repeat)}
+        rows = self._layers()
+        names = {weight: Scored(lif, 0) for _, lif, weight, _, _ in rows}
+        _, lif, _, _, repeat = rows[-1]
+        return names | {"fc.weight": Scored(lif, 1, repeat) if self.lif_out is None
+                        else Scored("lif_out", 0)}
 
     def removable(self):
-        last = len(self.convs) - 1
-        repeat = self.fc.in_features // self.convs[last].conv.out_channels
-        groups = {f"convs.{i}": Removable(i, f"lifs.{i}", f"convs.{i + 1}.conv.weight")
-                  for i in range(last)}
-        return groups | {f"convs.{last}": Removable(last, f"lifs.{last}", "fc.weight", repeat)}
+        return {name: Removable(i, lif, reader, repeat)
+                for i, (name, lif, _, reader, repeat) in enumerate(self._layers())
+                if name.startswith("convs")}
 
 
 class Block(nn.Module):
     """conv-BN-LIF-conv-BN, plus the shortcut, then LIF: the sum is taken before the neuron."""
 
-    def __init__(self, in_channels, inner, channels, stride):
+    def __init__(self, in_channels, inner, channels, stride, **neuron):
         super().__init__()
-        self.conv1, self.lif1 = ConvBN(in_channels, inner, stride=stride), LIF()
-        self.conv2, self.lif2 = ConvBN(inner, channels), LIF()
+        self.conv1, self.lif1 = ConvBN(in_channels, inner, stride=stride), LIF(**neuron)
+        self.conv2, self.lif2 = ConvBN(inner, channels), LIF(**neuron)
         self.shortcut = None
         if stride != 1 or in_channels != channels:
             self.shortcut = ConvBN(in_channels, channels, kernel=1, stride=stride)
@@ -212,12 +263,12 @@ class ResNet19(SpikingNet):
     four times the MACs there: accuracies of the two are not to be compared.
     """
 
-    def __init__(self, num_classes, in_channels, image_size, time_steps, widths):
+    def __init__(self, num_classes, in_channels, image_size, time_steps, widths, neuron):
         super().__init__(in_channels, time_steps)
         stem, *pairs, hidden = widths
         side = math.ceil(image_size / 2 ** len(RESNET_STAGES))  # stages halve the map, rounding up
         self.averaged = {"fc1": side**2}
-        self.stem, self.lif = ConvBN(in_channels, stem), LIF()
+        self.stem, self.lif = ConvBN(in_channels, stem), LIF(**neuron)
         self.blocks, channels = nn.ModuleList(), stem
         for stage, count in enumerate(RESNET_STAGES):
             start = sum(RESNET_STAGES[:stage])
@@ -227,9 +278,9 @@ class ResNet19(SpikingNet):
                                  f"channels, expected one number: they are added to each other")
             for i in range(count):
                 inner, out = pairs[2 * (start + i):][:2]
-                self.blocks.append(Block(channels, inner, out, stride=2 if i == 0 else 1))
+                self.blocks.append(Block(channels, inner, out, 2 if i == 0 else 1, **neuron))
                 channels = out
-        self.fc1, self.lif_fc = nn.Linear(channels, hidden), LIF()
+        self.fc1, self.lif_fc = nn.Linear(channels, hidden), LIF(**neuron)
         self.fc2 = nn.Linear(hidden, num_classes)
 
     def forward(self, x):
@@ -288,8 +339,8 @@ class Removable(NamedTuple):
 def removable(net):
     """Return {name of a ConvBN whose channels can be removed: Removable}, in the network's order.
 
-    VGG: every convolution. ResNet-19: the inner channels of each block; block outputs are added to
-    each other, so their number is that of the whole stage.
+    VGG: every convolution, with BN or without. ResNet-19: the inner channels of each block; block
+    outputs are added to each other, so their number is that of the whole stage.
     """
     return net.removable()
 
@@ -346,7 +397,8 @@ def unpack(packed, source="model.pt"):
     """Return the network that pack() was given, in eval mode; `source` is named in errors."""
     arguments = ("name", "num_classes", "in_channels", "image_size", "time_steps", "widths")
     try:
-        net = build(**{key: packed[key] for key in arguments})
+        net = build(**{key: packed[key] for key in arguments},  # older files have neither of these
+                    encoding=packed.get("encoding", "direct"), neuron=packed.get("neuron"))
         net.load_state_dict(packed["state_dict"])
         net.set_normalisation(packed["normalisation"]["mean"], packed["normalisation"]["std"])
         masks = {name: (mask.shape, mask.dtype) for name, mask in packed["masks"].items()}

@@ -28,6 +28,16 @@ Written in a_t = dL/dx_t alone this is one recursion, which the code runs:
 
 and h is all that it needs, since s_t = 1 exactly where h_t >= v_threshold. Autograd over a plain
 loop would keep several tensors a time step; this keeps one.
+
+Other papers' neurons are arguments of LIF: a rectangular surrogate, a soft reset
+(v_t = h_t - s_t * v_threshold), an input that does not decay (h_t = ... + x_t, not x_t / tau), a
+strict threshold (s_t = 1 if h_t > v_threshold), a tau that is learnt (PLIF, Fang et al. 2021,
+arXiv 2007.05785: 1 / tau = sigmoid(w), one w a layer). They run in _AnyLIF, by the same derivation:
+
+    dL/dh_t     = g_t * f'(h_t - v_threshold) + dL/dv_t * (1 - s_t)        soft reset: * 1
+    dL/dx_t     = dL/dh_t / tau                                            undecayed:  dL/dh_t
+    dL/d(1/tau) = sum over t of dL/dh_t * (h_t - v_{t-1}) * tau            undecayed:
+                  sum over t of dL/dh_t * (v_reset - v_{t-1})
 """
 import math
 
@@ -38,6 +48,7 @@ from torch import nn
 # the next. 2**20 float32 numbers are 4 MiB. Smaller blocks are no faster, and on a busy machine, where
 # threads wait for each other at each operation, much slower.
 CPU_BLOCK = 2**20
+SURROGATES, RESETS = ("arctan", "rectangular"), ("hard", "soft")
 
 
 def surrogate(u, alpha=2.0):
@@ -49,20 +60,23 @@ def surrogate(u, alpha=2.0):
     return torch.arctan(math.pi / 2 * alpha * u) / math.pi + 0.5  # Eq. 4a
 
 
-def surrogate_grad(u, alpha=2.0):
+def surrogate_grad(u, alpha=2.0, shape="arctan"):
     """Return the derivative of the surrogate at u = h - v_threshold (Eq. 4b).
 
-    Its peak, on the threshold, is alpha / 2: exactly 1 at alpha = 2.
+    Its peak, on the threshold, is alpha / 2: exactly 1 at alpha = 2. shape "rectangular" has that
+    height wherever |u| < 1 / alpha, and 0 elsewhere: SD-SNN's is 1 for |u| < 0.5.
     """
+    if shape == "rectangular":
+        return (u.abs() < 1 / alpha).to(u.dtype) * (alpha / 2)
     return (alpha / 2) / (1 + (math.pi / 2 * alpha * u) ** 2)  # Eq. 4b
 
 
-def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max"):
+def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max", shape="arctan"):
     """Return how near to its threshold each channel is kept, as a score in (0, alpha / 2] (Eq. 6).
 
     h_seq: [T, N, C, ...], the potential after charging and before the reset. aggregate: "max" (the
-    paper's choice) or "mean" over what follows C. Returns [C] in float64, for linear layers as
-    well.
+    paper's choice) or "mean" over what follows C. shape: of the surrogate; a rectangular one tells
+    only how often a neuron is near. Returns [C] in float64, for linear layers as well.
 
     INTERPRETATION: mean over T, then max over H x W, then mean over the samples: in the text the
     aggregation acts on the structure and the average runs over the samples.
@@ -72,7 +86,8 @@ def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max"):
     if h_seq.dim() < 3:
         raise ValueError(f"criticality got shape {tuple(h_seq.shape)}, expected [T, N, C, ...]")
     dtype = torch.promote_types(h_seq.dtype, torch.float32)
-    per_neuron = sum(surrogate_grad(h.to(dtype) - v_threshold, alpha) for h in h_seq) / len(h_seq)
+    per_neuron = sum(surrogate_grad(h.to(dtype) - v_threshold, alpha, shape)
+                     for h in h_seq) / len(h_seq)
     return _per_channel(per_neuron, aggregate)
 
 
@@ -189,12 +204,63 @@ class _LIF(torch.autograd.Function):
         return a.unflatten(1, ctx.shape).permute(ctx.inverse), *(None,) * 6
 
 
+class _AnyLIF(torch.autograd.Function):
+    """The neurons of other papers (see the top of this file); spikes and h, shaped like x_seq.
+
+    rate: 1 / tau, a tensor with one number. soft, decay_input, strict: bool.
+    """
+
+    @staticmethod
+    def forward(ctx, x_seq, rate, v_threshold, v_reset, alpha, shape, soft, decay_input, strict):
+        order = sorted(range(1, x_seq.dim()), key=x_seq.stride, reverse=True)  # as it is in memory
+        x, k = _as_rows(x_seq, order), rate.detach().to(x_seq.dtype)
+        h = torch.empty_like(x, memory_format=torch.contiguous_format)
+        s = torch.empty_like(h)
+        fire, v = torch.gt if strict else torch.ge, torch.full_like(h[0], v_reset)
+        for x_t, h_t, s_t in zip(x, h, s):
+            current = (x_t - (v - v_reset)) * k if decay_input else x_t - (v - v_reset) * k
+            torch.add(v, current, out=h_t)
+            fire(h_t, v_threshold, out=s_t)
+            v = h_t - s_t * v_threshold if soft else h_t + s_t * (v_reset - h_t)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h, s, k)
+        ctx.settings = v_threshold, v_reset, alpha, shape, soft, decay_input
+        ctx.order, ctx.shape = order, [x_seq.shape[d] for d in order]
+        ctx.inverse = [0] + [1 + order.index(d) for d in range(1, x_seq.dim())]
+        spikes, h_seq = (rows.unflatten(1, ctx.shape).permute(ctx.inverse) for rows in (s, h))
+        ctx.mark_non_differentiable(h_seq)
+        return spikes, h_seq
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_seq, _):
+        if g_seq is None:
+            return (None,) * 9
+        h, s, k = ctx.saved_tensors
+        v_threshold, v_reset, alpha, shape, soft, decay_input = ctx.settings
+        g, a = _as_rows(g_seq, ctx.order), torch.empty_like(h)
+        to_v, to_rate = 0, torch.zeros((), dtype=torch.float32, device=h.device)
+        for t in reversed(range(len(h))):
+            to_h = g[t] * surrogate_grad(h[t] - v_threshold, alpha, shape)
+            to_h = to_h + (to_v if soft else to_v * (1 - s[t]))
+            a[t] = to_h * k if decay_input else to_h
+            to_v = to_h * (1 - k)
+            if ctx.needs_input_grad[1]:
+                v = torch.full_like(h[0], v_reset) if t == 0 else (
+                    h[t - 1] - s[t - 1] * v_threshold if soft
+                    else h[t - 1] + s[t - 1] * (v_reset - h[t - 1]))
+                to_rate += (to_h * ((h[t] - v) / k if decay_input else v_reset - v)).sum()
+        return a.unflatten(1, ctx.shape).permute(ctx.inverse), to_rate.to(k.dtype), *[None] * 7
+
+
 class LIF(nn.Module):
     """Leaky integrate-and-fire neurons: input currents over time -> spikes over time (Eqs. 1-4).
 
     tau: membrane time constant in time steps, > 1. v_threshold, v_reset: potentials, the reset
-    below the threshold. alpha: steepness of the surrogate, > 0. Raises ValueError outside these
-    ranges.
+    below the threshold. alpha: steepness of the surrogate, > 0. surrogate: "arctan" |
+    "rectangular". reset: "hard" | "soft". decay_input: x / tau, and not x. strict: fires above the
+    threshold only. learn_tau: tau is where a parameter of the layer starts (PLIF). Raises
+    ValueError outside these ranges.
     INTERPRETATION: tau = 4/3 and alpha = 2 are elided in the paper; its set-up follows LTH-SNN,
     whose public code uses them, with a decayed input (x / tau) and a detached reset.
 
@@ -207,7 +273,8 @@ class LIF(nn.Module):
     [C] in float64 (Eq. 6). The potentials are in the cache in the forward pass, so this is cheap.
     """
 
-    def __init__(self, tau=4 / 3, v_threshold=1.0, v_reset=0.0, alpha=2.0):
+    def __init__(self, tau=4 / 3, v_threshold=1.0, v_reset=0.0, alpha=2.0, surrogate="arctan",
+                 reset="hard", decay_input=True, strict=False, learn_tau=False):
         super().__init__()
         if not (math.isfinite(tau) and tau > 1):
             raise ValueError(f"tau is {tau}, expected a number above 1 (in time steps), "
@@ -217,7 +284,15 @@ class LIF(nn.Module):
                              f"numbers, the reset below the threshold, such as 0 and 1")
         if not (math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha is {alpha}, expected a number above 0, such as 2")
+        if surrogate not in SURROGATES or reset not in RESETS:
+            raise ValueError(f"surrogate is {surrogate!r} and reset {reset!r}, expected one of "
+                             f"{', '.join(SURROGATES)}, and of {', '.join(RESETS)}")
         self.tau, self.v_threshold, self.v_reset, self.alpha = tau, v_threshold, v_reset, alpha
+        self.surrogate, self.other = surrogate, None  # other: what only _AnyLIF can do
+        self.w = nn.Parameter(torch.tensor(-math.log(tau - 1))) if learn_tau else None
+        if (surrogate, reset, decay_input, strict, learn_tau) != ("arctan", "hard", True, False,
+                                                                  False):
+            self.other = dict(soft=reset == "soft", decay_input=decay_input, strict=strict)
         self.record = None
         self.score = None
 
@@ -225,12 +300,24 @@ class LIF(nn.Module):
         if x_seq.dim() < 2 or time_steps not in (None, len(x_seq)) and len(x_seq) != 1:
             raise ValueError(f"LIF got shape {tuple(x_seq.shape)}, expected [T, N, ...], or "
                              f"[1, N, ...] with time_steps. Add time first: x.unsqueeze(0)")
-        spikes, near = _LIF.apply(x_seq, time_steps or len(x_seq), self.tau, self.v_threshold,
-                                  self.v_reset, self.alpha, self.record is not None)
+        time_steps = time_steps or len(x_seq)
+        if self.other is None:
+            spikes, near = _LIF.apply(x_seq, time_steps, self.tau, self.v_threshold, self.v_reset,
+                                      self.alpha, self.record is not None)
+            if self.record is not None:
+                self.score = _per_channel(near, self.record)
+            return spikes
+        rate = (self.w.sigmoid() if self.w is not None
+                else torch.full((), 1 / self.tau, dtype=x_seq.dtype, device=x_seq.device))
+        spikes, h_seq = _AnyLIF.apply(x_seq.expand(time_steps, *x_seq.shape[1:]), rate,
+                                      self.v_threshold, self.v_reset, self.alpha, self.surrogate,
+                                      *self.other.values())
         if self.record is not None:
-            self.score = _per_channel(near, self.record)
+            self.score = criticality(h_seq.detach(), self.v_threshold, self.alpha, self.record,
+                                     self.surrogate)
         return spikes
 
     def extra_repr(self):
+        others = "".join(f", {name}={value}" for name, value in (self.other or {}).items())
         return (f"tau={self.tau:.4g}, v_threshold={self.v_threshold}, v_reset={self.v_reset}, "
-                f"alpha={self.alpha}")
+                f"alpha={self.alpha}{others}")

@@ -9,18 +9,15 @@ keeps exactly K connections: those whose theta falls below 0 go, and as many dor
 random, come. Then Grad R is trimmed to the K largest theta, and both train on with the mask fixed.
 
     python prune_gradr.py                                # Grad R, the whole job on embedded data
-    python prune_gradr.py --method deepr                 # Deep R
-    python prune_gradr.py --optimizer sgd                # without Adam; --method deepr as well
+    python prune_gradr.py --method deepr                 # Deep R; both also with --optimizer sgd
     python prune_gradr.py --dataset cifar100 --sparsity 0.95
+    python prune_gradr.py --dataset mnist                # the paper's settings; also: cifar10
 
-To find --prior for another network or data set, bisect with --epochs-finetune 0 and a seed that is
-not used later: a run says how many connections its structure epochs ended with.
-
-Other than in Grad R's code: a weight that is 0 at the start can wake up; N epochs are N, not N + 1;
-and its Deep R had no noise, set new connections back to 0 before they saw a gradient, and counted
-them by |w|. Kept: the target of the prior, here --sparsity, moves nothing while the prior's centre
-is out of reach; the first lines of a run tell. updates.jsonl has a line every --interval
-iterations: what came and went since the line before; the run's folder is as everywhere.
+To find --prior for another network, bisect with --epochs-finetune 0 and another seed: a run says
+how many connections its structure epochs ended with. Other than in Grad R's code a weight that is 0
+at the start can wake up, and N epochs are N, not N + 1; and its Deep R had no noise, set new
+connections back to 0 before they saw a gradient, and counted them by |w|. Kept: the target of the
+prior, --sparsity, moves nothing while the prior's centre is out of reach; a run tells.
 """
 import math
 from pathlib import Path
@@ -34,18 +31,23 @@ import training
 from masks import Masks, seeded, select
 from runfolder import Run, finished
 
-# INTERPRETATION: network and epochs are those of all methods; Grad R's own are 6 convolutions and 2
-# linear layers, T = 8, 2048 epochs at batch 16, of which the lr is kept
-PAPER = dict(epochs_prune=200, epochs_finetune=300, interval=2000, lr=None)
-MNIST = dict(epochs_prune=6, epochs_finetune=4, interval=90, lr=None)
+# Grad R's own; shifts by 0.15 of the side are crops by 4 pixels, without its scaling of images.
+# INTERPRETATION: elsewhere network and epochs are those of all methods
+GRADR = dict(mode="paper", sparsity=0.95, time_steps=8, loss="mse", epochs_finetune=0, lr=None)
+LONG = dict(epochs_prune=200, epochs_finetune=300, interval=2000, lr=None)
+SHORT = dict(epochs_prune=6, epochs_finetune=4, interval=90, lr=None)
 SETTINGS = {  # the defaults by data set; "all" holds for each of them
-    "all": dict(method="gradr", sparsity=0.9, optimizer="adam", prior=None, temperature=None,
-                weight_decay=None),
-    "fashion-mini": dict(epochs_prune=8, epochs_finetune=4, interval=25, lr=None),
-    "mnist": MNIST, "fashion-mnist": MNIST, "cifar10": PAPER, "cifar100": PAPER,
-    "tiny-imagenet": dict(epochs_prune=50, epochs_finetune=100, interval=1000, lr=None),
+    "all": dict(method="gradr", mode="matched", sparsity=0.9, optimizer="adam", prior=None,
+                temperature=None, weight_decay=None),
+    "mnist": GRADR | dict(model="gradr-linear", epochs_prune=512, interval=2000, crop=4, rotate=30),
+    "cifar10": GRADR | dict(model="gradr-conv", epochs_prune=2048, interval=20_000, batch_size=16),
+    "fashion-mini": SHORT | dict(epochs_prune=8, interval=25), "fashion-mnist": SHORT,
+    "cifar100": LONG, "n-mnist": SHORT,
+    "tiny-imagenet": LONG | dict(epochs_prune=50, epochs_finetune=100, interval=1000),
+    **dict.fromkeys(("dvs-gesture", "cifar10-dvs"), LONG | dict(interval=300)),
     "smoke": dict(epochs_prune=1, epochs_finetune=1, interval=4),  # upper bounds
 }
+PAPER_PRIOR = 1e-3  # a, with which the target p = 0.95 moves nothing: see `centre`
 # INTERPRETATION: elsewhere 1e-3, as Grad R's MNIST script has; its README says 1e-4
 ADAM_LR = {"cifar10": 1e-4, "cifar100": 1e-4, "tiny-imagenet": 1e-4}
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, Grad R's code
@@ -170,9 +172,9 @@ def fixed_mask_step(wires, g, lr, args):
 # ---- the script ----------------------------------------------------------------------------------
 
 
-def sum_of_rates(optimizer, lr, steps):
+def sum_of_rates(optimizer, lr, steps, mode="matched"):
     """Return the sum of the rates over a stage: how far a prior of scale 1 moves a strength."""
-    return lr * ((steps + 1) / 2 + ADAM_START * (optimizer == "adam"))
+    return lr * ((steps + 1) / (2 if mode == "matched" else 1) + ADAM_START * (optimizer == "adam"))
 
 
 def default_prior(args, steps):
@@ -211,7 +213,7 @@ def fix_mask(run, masks, wires, keep):
 
 def run_name(args):
     name = f"{Path(args.dataset).stem}-{args.model}-{args.method}-{args.sparsity:g}"
-    name += "-sgd" * (args.optimizer == "sgd")
+    name += "-sgd" * (args.optimizer == "sgd") + "-paper" * (args.mode == "paper")
     for letter, value in (("a", args.prior), ("T", args.temperature)):
         name += "" if value is None else f"-{letter}{value:g}"
     return f"{name}-seed{args.seed}"
@@ -228,6 +230,8 @@ def complete(args, _):
     if gradr and args.sparsity < 0.5:
         raise ValueError(f"--sparsity is {args.sparsity:g}, expected at least 0.5 with --method "
                          f"gradr, whose prior has no centre for less. Raise it, or take deepr")
+    if (args.mode, args.method, args.prior) == ("paper", "gradr", None):
+        args.prior = PAPER_PRIOR
     if args.weight_decay is None:
         args.weight_decay = 0.0 if adam else flags.COMMON["weight_decay"]
     if args.lr is None:
@@ -239,6 +243,8 @@ def parse_args(argv):
     parser = flags.make_parser(__doc__)
     add = parser.add_argument_group("rewiring").add_argument
     add("--method", choices=("gradr", "deepr"), help="Grad R or Deep R")
+    add("--mode", choices=("matched", "paper"), help="paper: constant lr in the structure epochs, "
+        "their connectivity is the result, gradr's prior is 1e-3; matched: exactly --sparsity")
     add("--sparsity", type=flags.number(0, 1, above=True), help="share of the prunable weights "
         "that is dead in the end; gradr: also the target of the prior, at least 0.5")
     add("--optimizer", choices=("adam", "sgd"), help="adam: lr 1e-3 (cifar*, tiny-imagenet: 1e-4), "
@@ -266,7 +272,7 @@ def main(argv=None):
         # BN and biases have a plain optimiser of their own
         own = dict(betas=BETAS) if args.optimizer == "adam" else dict(momentum=args.momentum)
         optimizer = dict(adam=torch.optim.Adam, sgd=torch.optim.SGD)[args.optimizer](
-            [p for name, p in net.named_parameters() if name not in masks.weights],
+            [dict(params=[p for name, p in net.named_parameters() if name not in masks.weights])],
             args.lr, weight_decay=args.weight_decay, **own)
         stages = training.stages(args, images, prune=args.epochs_prune,
                                  finetune=args.epochs_finetune)
@@ -281,7 +287,7 @@ def main(argv=None):
     plan = f"Deep R, K = {keep:,}, L1 {args.prior:.4g}, T {args.temperature or 0:.4g}"
     if args.method == "gradr":
         c = centre(args.sparsity, args.prior)
-        pull = args.prior * sum_of_rates(args.optimizer, args.lr, last)
+        pull = args.prior * sum_of_rates(args.optimizer, args.lr, last, args.mode)
         plan = (f"Grad R, prior a = {args.prior:.4g} pulls by {pull:.3g} in all; its centre, "
                 f"{c:.3g}, is {'within' if pull >= -c else 'out of'} reach")
     forward = torch.compile(net) if args.compile else net
@@ -289,8 +295,8 @@ def main(argv=None):
         run.header(images, net, plan)
         if run.iteration == 0:
             if args.init is not None:
-                before = training.evaluate(forward, net, images, args)
-                run.notes["dense_accuracy"] = before["accuracy"]
+                run.notes["dense_accuracy"] = training.evaluate(
+                    forward, net, images, args)["accuracy"]
             if args.method == "deepr":  # K connections from the start, drawn at random
                 masks.flat.copy_(select(masks.flat, keep, [], seeded(args.seed, 0)))
                 masks.guard()
@@ -304,11 +310,12 @@ def main(argv=None):
             for x, y in run.track(images, epoch):
                 with training.autocast(args):
                     logits = forward(x)  # [T, N, K]
-                loss = training.loss_over_time(logits, y)
+                loss = training.loss_over_time(logits, y, args.loss)
                 net.zero_grad()
                 loss.backward()
                 # INTERPRETATION: a cosine a stage, as all methods have; Grad R's code has none
-                lr = training.cosine(args.lr, *stages.position(run.iteration))
+                lr = args.lr if args.mode == "paper" else training.cosine(
+                    args.lr, *stages.position(run.iteration))
                 training.set_lr(optimizer, lr)
                 optimizer.step()
                 step(wires, wires.gradients(args.weight_decay), lr, args)
@@ -323,7 +330,7 @@ def main(argv=None):
                                None if args.method == "gradr" else args.sparsity)
                     run.verify(None if args.method == "gradr" else keep, may_be_empty=True)
                 if run.iteration == last:
-                    fix_mask(run, masks, wires, keep)
+                    fix_mask(run, masks, wires, keep if args.mode == "matched" else masks.n_alive)
             run.end_epoch(optimizer.param_groups[0]["lr"],
                           training.evaluate(forward, net, images, args),
                           1 - int(wires.active.count_nonzero()) / masks.total,
@@ -331,7 +338,7 @@ def main(argv=None):
 
         # What came of it
         with training.autocast(args):
-            counts = metrics.count(net, images.x_test.split(args.batch_size), masks.alive)
+            counts = metrics.count(net, images.inputs("test", args.batch_size), masks.alive)
         densities = [run.notes["first_density"], *(1 - row["sparsity"] for row in run.rows[:-1])]
         return run.finish(
             net, masks.alive, counts, script="prune_gradr", method=args.method,

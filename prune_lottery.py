@@ -41,7 +41,9 @@ SETTINGS = {  # the defaults by data set; "all" holds for each of them
     "all": dict(method="imp", search="imp", sparsity=0.9) | EB | ET,
     "fashion-mini": SHORT | dict(epochs_prune=8), "mnist": SHORT, "fashion-mnist": SHORT,
     "cifar10": PAPER, "cifar100": PAPER,
-    "tiny-imagenet": SHORT | dict(epochs_prune=50, epochs_finetune=100),
+    "tiny-imagenet": SHORT | dict(epochs_prune=50, epochs_finetune=100), "n-mnist": SHORT,
+    **dict.fromkeys(("dvs-gesture", "cifar10-dvs"), SHORT | dict(epochs_prune=80,
+                                                                  epochs_finetune=120)),
     "smoke": dict(epochs_prune=4, epochs_finetune=1, rounds=2),  # upper bounds
 }
 FULL_EPOCHS, FULL_ROUNDS = 300, {0.90: 8, 0.95: 11, 0.98: 14}
@@ -128,7 +130,8 @@ def measure_time(run, images):
     chosen = chosen[:TIME_IMAGES].to(run.device)
     net.eval()  # in train mode the batch would set its own statistics, and the running ones
     with training.autocast(args):
-        logits = torch.cat([net(x) for x in images.x_train[chosen].split(args.batch_size)], 1)
+        some = images._replace(x_train=images.x_train[chosen])
+        logits = torch.cat([net(x) for x in some.inputs("train", args.batch_size)], 1)
     net.train()
     kl = divergences(logits)
     found = early_time(kl, args.kl_ratio)
@@ -314,7 +317,7 @@ def main(argv=None):
             for x, y in run.track(images, epoch):
                 with training.autocast(args):
                     logits = forward(x)  # [T', N, K]
-                loss = training.loss_over_time(logits, y)  # the mean over T', not T
+                loss = training.loss_over_time(logits, y, args.loss)  # the mean over T', not T
                 optimizer.zero_grad()
                 loss.backward()
                 # INTERPRETATION: one cosine a training, each from the full lr to 0
@@ -334,7 +337,7 @@ def main(argv=None):
 
         # What came of it
         with training.autocast(args):
-            counts = metrics.count(net, images.x_test.split(args.batch_size), masks.alive)
+            counts = metrics.count(net, images.inputs("test", args.batch_size), masks.alive)
         costs, final = run.notes["costs"], run.stages.by_name["finetune"]
         run.say(f"  epochs                  {len(costs) - final} of search + {final} = "
                 f"{len(costs)}\n  each * density * T' / T {sum(costs[:-final]):.1f} of search + "

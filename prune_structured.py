@@ -41,12 +41,12 @@ SETTINGS = {  # the defaults by data set; "all" holds for each of them
     "all": dict(method="criticality", metric="criticality", regen_base="kept", prune_ratio=None,
                 regen=None, target_macs=None, finetune_l1=False, weight_decay=None),
     "fashion-mini": dict(epochs_pretrain=8, epochs_prune=4, epochs_finetune=8, l1=3e-3),
-    "mnist": SHORT, "fashion-mnist": SHORT, "cifar10": PAPER,
-    "cifar100": PAPER, "tiny-imagenet": PAPER,
+    **dict.fromkeys(("mnist", "fashion-mnist", "n-mnist"), SHORT),
+    **dict.fromkeys(("cifar10", "cifar100", "tiny-imagenet", "dvs-gesture", "cifar10-dvs"), PAPER),
     "smoke": dict(epochs_pretrain=1, epochs_prune=1, epochs_finetune=1),  # upper bounds
 }
 REGEN = {"vgg16": {0.4522: 0.1, 0.6764: 0.05}, "resnet19": {0.512: 0.3, 0.658: 0.1},
-         "small": {0.5: 0.3}}  # {p: r}; the first p is the default
+         "small": {0.5: 0.3}}  # {p: r}; the first p is the default; of other networks as of small
 
 
 # ---- which channels stay -------------------------------------------------------------------------
@@ -164,7 +164,7 @@ def run_name(args):
 
 def complete(args, explicit):
     """Fill in the defaults that depend on other flags; refuse flags that contradict each other."""
-    greg, table = args.method.startswith("greg"), REGEN[args.model]
+    greg, table = args.method.startswith("greg"), REGEN.get(args.model, REGEN["small"])
     unused = dict(l1=0.0) if greg else dict(epochs_prune=0)
     if args.method != "criticality":
         unused |= dict(regen=0.0, metric="criticality", regen_base="kept")
@@ -199,11 +199,11 @@ def parse_args(argv):
         help="what chooses the channels")
     either("--prune-ratio", type=flags.number(0, 1), metavar="P", help="share of the prunable "
            "channels that is gone in the end, a fraction in [0, 1); 0 trains the dense reference "
-           "(default: the paper's, vgg16: 0.4522, resnet19: 0.512; small: 0.5)")
+           "(default: the paper's, vgg16: 0.4522, resnet19: 0.512; others: 0.5)")
     either("--target-macs", type=flags.number(0, 1, above=True), metavar="SHARE", help="find the "
            "ratio that removes this share of the MACs (the paper's FLOPs), by bisection")
     add("--regen", type=flags.number(0, 1), help="regeneration rate r, a fraction in [0, 1); 0 is "
-        "slimming (default: the paper's, vgg16: 0.1, 0.05; resnet19: 0.3, 0.1; small: 0.3)")
+        "slimming (default: the paper's, vgg16: 0.1, 0.05; resnet19: 0.3, 0.1; others: 0.3)")
     add("--metric", choices=("criticality", "gradient", "random"), help="what ranks who comes back")
     add("--regen-base", choices=("kept", "pruned"),
         help="what r is a share of: the channels that stay, or those that are cut at first")
@@ -224,7 +224,7 @@ def train(run, stage, images, l1=0.0, lr=None, greg=None):
         for x, y in run.track(images, epoch):
             with training.autocast(args):
                 logits = forward(x)  # [T, N, K]
-            loss = training.loss_over_time(logits, y)
+            loss = training.loss_over_time(logits, y, args.loss)
             optimizer.zero_grad()
             (loss * run.weight).backward()
             if l1 > 0:  # the gradient of l1 * sum |gamma|, which the printed loss leaves out
@@ -289,7 +289,7 @@ def prune(run, images):
     kept = dict(zip(names, rows[0].split(sizes)))
     masked, small = channels.silence(net, kept), channels.remove(net, kept)
     record = channels.account(net, ratio, *rows, scores, spiked) | channels.differences(
-        masked.eval(), small.eval(), kept, images.x_test[:args.batch_size])
+        masked.eval(), small.eval(), kept, next(images.inputs("test", args.batch_size)))
     for name, other in dict(silenced=masked, removed=small).items():
         record[f"accuracy_{name}"] = training.evaluate(other, other, images, args)["accuracy"]
     files.write_json(run.folder / "channels.json", record)
@@ -307,8 +307,8 @@ def finish(run, images, dense):
     for name, (before, after) in channels.savings(dense, net).items():
         run.say(f"  {name:<24}{before:,} -> {after:,} ({100 * (1 - after / before):.2f} % less)")
     with training.autocast(args):
-        counts = metrics.count(net, images.x_test.split(args.batch_size))
-        speed = {n: metrics.speedup(dense, net, images.x_test[:1].expand(n, -1, -1, -1),
+        counts = metrics.count(net, images.inputs("test", args.batch_size))
+        speed = {n: metrics.speedup(dense, net, next(images.inputs("test", n)),
                                     seconds=0 if args.smoke else 2) for n in (1, 32)}
     run.say(f"  dense / small time      {speed[1]:.2f} at batch 1, {speed[32]:.2f} at batch 32")
     names, sizes = channels.layers(net)

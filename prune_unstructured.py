@@ -46,6 +46,10 @@ SETTINGS = {  # the defaults by data set; "all" holds for each of them
     "cifar10": PAPER, "cifar100": PAPER,
     # INTERPRETATION: the main text says 150 epochs of fine-tuning, the appendix 100
     "tiny-imagenet": dict(epochs_prune=50, epochs_finetune=100, interval=1000),
+    # INTERPRETATION: the paper has no events; 40 updates, 2 epochs of pruning to 3 of fine-tuning
+    "n-mnist": dict(epochs_prune=6, epochs_finetune=4, interval=90),
+    "dvs-gesture": dict(epochs_prune=80, epochs_finetune=120, interval=136),
+    "cifar10-dvs": dict(epochs_prune=80, epochs_finetune=120, interval=282),
     "smoke": dict(epochs_prune=1, epochs_finetune=1, interval=4),  # upper bounds
 }
 REGEN = {0.90: 0.5, 0.95: 0.2, 0.98: 0.1}
@@ -252,7 +256,7 @@ def main(argv=None):
 
                 with training.autocast(args):
                     logits = forward(x)  # [T, N, K]
-                loss = training.loss_over_time(logits, y)
+                loss = training.loss_over_time(logits, y, args.loss)
                 optimizer.zero_grad()
                 (loss * run.weight).backward()  # 1, or by this process's share of the images
                 # INTERPRETATION of "cosine": one a stage, from lr to 0
@@ -288,7 +292,7 @@ def main(argv=None):
             return None
         net, masks = run.parts["net"], run.parts["masks"]  # in full: see compact.for_finetuning
         with training.autocast(args):
-            counts = metrics.count(net, images.x_test.split(args.batch_size), masks.alive)
+            counts = metrics.count(net, images.inputs("test", args.batch_size), masks.alive)
         own = dict(script="prune_unstructured", method=method_of(args), macs_dense=counts["macs"])
         if args.sparsity > 0:
             own |= dict(regen=args.regen,

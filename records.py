@@ -111,9 +111,8 @@ def look(run):
     except (OSError, ValueError) as error:
         raise Unfit(run, " ".join(str(error).split())) from None
     net = net.to(device, memory_format=torch.channels_last)
-    size, (x, y) = run.config["batch_size"], (images.x_test, images.y_test)
-    train = list(zip(images.x_train.split(size), images.y_train.split(size)))
-    test = list(zip(x.split(size), y.split(size)))
+    train, test = (list(images.pairs(split, run.config["batch_size"]))
+                   for split in ("train", "test"))
     with tqdm(total=len(train) + 3 * len(test), desc=run.folder.name, unit="batch", leave=False,
               dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
         def stream(batches):
@@ -123,8 +122,8 @@ def look(run):
 
         of_train, _ = metrics.class_statistics(net, stream(train), images.num_classes)
         of_test, variance = metrics.class_statistics(net, stream(test), images.num_classes)
-        seen = metrics.spike_counts(net, stream(x.split(size)))
-        counts = metrics.count(net, stream(x.split(size)), {
+        seen = metrics.spike_counts(net, stream(x for x, _ in test))
+        counts = metrics.count(net, stream(x for x, _ in test), {
             name: mask.to(device) for name, mask in packed["masks"].items()})
     found = dict(variance=variance, similarity=torch.cosine_similarity(of_train, of_test))
     found |= {f"entropy/{name}": entropy for name, (entropy, _) in seen.items()}

@@ -308,7 +308,7 @@ class Run:
         """
         args = self.args
         for batch in data.batches(images.x_train, images.y_train, args.batch_size, args.seed, epoch,
-                                  self.step, args.crop, args.flip, args.cutout,
+                                  self.step, args.crop, args.flip, args.cutout, args.rotate,
                                   parallel.rank(), parallel.size()):
             self.weight = parallel.weight(min(
                 args.batch_size, len(images.x_train) - self.step * args.batch_size))

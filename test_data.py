@@ -187,7 +187,8 @@ def test_damaged_npz(tmp_path, name, write, damage):
 
 
 @pytest.mark.parametrize("name, text", [
-    ("cifar-10", "fashion-mini, mnist, fashion-mnist, cifar10, cifar100, tiny-imagenet, or a path"),
+    ("cifar-10", "fashion-mini, mnist, fashion-mnist, cifar10, cifar100, tiny-imagenet, n-mnist, "
+     "dvs-gesture, cifar10-dvs, or a path"),
     ("nowhere/at/all", "nowhere/at/all"), ("nowhere.npz", "nowhere.npz"),
     ("x" * 5000, "xxx"), ("two\nlines", "two lines"), ("images.zip", "a file of an unknown kind"),
 ])

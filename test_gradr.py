@@ -608,8 +608,9 @@ def test_deep_r_from_a_dense_network_goes_on_bit_by_bit(monkeypatch):
     given = ["--method", "deepr", "--init", "dense.pt", "--temperature", "1e-6", "--prior", "0.01",
              "--precision", "bf16"]
     summary = run("--run-dir", "unbroken", *given)
-    assert summary["dense_accuracy"] == pytest.approx(training.evaluate(
-        net, net, images, Namespace(batch_size=10, device="cpu", precision="bf16"))["accuracy"])
+    args = Namespace(batch_size=10, device="cpu", precision="bf16", loss="ce")
+    assert summary["dense_accuracy"] == pytest.approx(
+        training.evaluate(net, net, images, args)["accuracy"])
     stop_after(5, monkeypatch, run, "--run-dir", "r", *given)
     run("--run-dir", "r", "--resume", short=False)
     assert_same_run("unbroken", "r")
@@ -673,9 +674,9 @@ def test_deep_r_may_be_less_than_half_sparse():
 def test_a_loss_that_is_not_finite_stops_the_run(capsys, monkeypatch):
     loss_over_time, seen = training.loss_over_time, []
 
-    def explode(logits, labels):
+    def explode(logits, labels, kind):
         seen.extend([None] * logits.requires_grad)
-        return loss_over_time(logits, labels) * (math.nan if len(seen) == 21 else 1)
+        return loss_over_time(logits, labels, kind) * (math.nan if len(seen) == 21 else 1)
 
     monkeypatch.setattr(training, "loss_over_time", explode)
     with pytest.raises(SystemExit) as stop:

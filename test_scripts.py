@@ -170,7 +170,8 @@ def test_the_defaults_are_the_paper_s(capsys):
         prune_unstructured.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    assert ("epochs of the pruning stage (default 8: fashion-mini; 6: mnist, fashion-mnist; 200: "
+    assert ("epochs of the pruning stage (default 8: fashion-mini; 6: mnist, fashion-mnist, "
+            "n-mnist; 200: "
             in shown)
     assert "a fraction in [0, 1) (default 0.9)" in shown
     assert "None" not in shown
@@ -260,7 +261,7 @@ def test_scores_are_taken_from_the_batch_of_the_update(monkeypatch):
         ranked.append({name: score.clone() for name, score in scores.items()})
         return spread(masks, scores)
 
-    def watch(logits, labels):
+    def watch(logits, labels, kind):
         seen.append(None)
         return step(logits, labels)
 
@@ -396,9 +397,9 @@ def test_resume_without_a_checkpoint_and_of_a_finished_run(capsys):
 def test_a_loss_that_is_not_finite_stops_the_run(capsys, monkeypatch):
     loss_over_time, trained = training.loss_over_time, []
 
-    def explode(logits, labels):
+    def explode(logits, labels, kind):
         trained.extend([None] * logits.requires_grad)
-        return loss_over_time(logits, labels) * (math.nan if len(trained) == 21 else 1)
+        return loss_over_time(logits, labels, kind) * (math.nan if len(trained) == 21 else 1)
 
     monkeypatch.setattr(training, "loss_over_time", explode)
     error = wrong(capsys, "--run-dir", "r", code=1)

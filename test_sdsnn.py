@@ -573,7 +573,7 @@ def test_the_percentile_of_growth(monkeypatch):
     assert (37 + seen[4].index(99), 37 + seen[2].index(99)) == (74, 76)
     assert set(seen[4][74 - 37:]) == {99}
     seen.clear()
-    monkeypatch.setattr(prune_sdsnn, "PERCENTILE", dict(conv=55, fc=55))
+    rest[0].percentile = dict(conv=55, fc=55)
     for epoch in range(37, 80):
         list(develop(epoch, *rest))
     assert 37 + seen[2].index(99) == 77
@@ -817,14 +817,14 @@ def test_the_training_forward_is_masked(mine, monkeypatch):
             super().__init__(net)
             masks_seen.append(self)
 
-    def watch(logits, labels):
+    def watch(logits, labels, kind):
         masks = masks_seen[-1]
         drifted = sum(int((masks.weights[n][~m] != 0).sum()) for n, m in masks.alive.items())
         if logits.requires_grad:
             live.append(drifted)
         else:
             assert drifted == 0  # at the end of each epoch, where the network is evaluated
-        return loss_over_time(logits, labels)
+        return loss_over_time(logits, labels, kind)
 
     monkeypatch.setattr(prune_sdsnn, "Masks", Watched)
     monkeypatch.setattr(training, "loss_over_time", watch)
@@ -859,10 +859,10 @@ def test_a_smoke_run():
 
 
 def test_the_commands_in_the_text_run():
-    x = np.random.default_rng(0).integers(0, 256, (100, 32, 32, 3), dtype=np.uint8)
-    y = np.arange(100)
+    x = np.random.default_rng(0).integers(0, 256, (100, 28, 28), dtype=np.uint8)
+    y = np.arange(100) % 10
     Path("data").mkdir()
-    np.savez("data/cifar100.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
+    np.savez("data/mnist.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
     found = [line.split("#")[0].split()[2:] for line in prune_sdsnn.__doc__.splitlines()
              if line.startswith("    python prune_sdsnn.py")]
     assert len(found) >= 3
@@ -962,9 +962,9 @@ def test_an_existing_run_is_never_replaced_silently(mine, capsys):
 def test_a_loss_that_is_not_finite_stops_the_run(mine, capsys, monkeypatch):
     loss_over_time, trained = training.loss_over_time, []
 
-    def explode(logits, labels):
+    def explode(logits, labels, kind):
         trained.extend([None] * logits.requires_grad)
-        return loss_over_time(logits, labels) * (math.nan if len(trained) == 18 else 1)
+        return loss_over_time(logits, labels, kind) * (math.nan if len(trained) == 18 else 1)
 
     monkeypatch.setattr(training, "loss_over_time", explode)
     with pytest.raises(SystemExit) as stop:

@@ -417,7 +417,7 @@ def test_the_ratio_for_a_target_is_the_nearest():
 def scored(net, metric="criticality", batch_size=7, count=20, aggregate="max"):
     images = data.load("fashion-mini")
     images = images._replace(x_train=images.x_train[:count], y_train=images.y_train[:count])
-    args = SimpleNamespace(batch_size=batch_size, device="cpu", precision="fp32")
+    args = SimpleNamespace(batch_size=batch_size, device="cpu", precision="fp32", loss="ce")
     return images, training.score_channels(net, images, args, metric, aggregate)
 
 
@@ -720,7 +720,7 @@ def test_scores_and_gammas_of_a_run_are_those_of_the_dense_network(monkeypatch):
             conv.bn.weight.grad.add_(torch.sign(conv.bn.weight.detach()), alpha=0.02)
         sgd.step()
     assert torch.equal(row("r", "gamma"), channels.gammas(net).double())
-    args = SimpleNamespace(batch_size=25, device="cpu", precision="fp32")
+    args = SimpleNamespace(batch_size=25, device="cpu", precision="fp32", loss="ce")
     scores, _ = training.score_channels(net, images, args)
     assert torch.equal(row("r", "score"), scores)
 

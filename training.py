@@ -79,7 +79,7 @@ def load(args, device):
     """Return the data set that the flags ask for, on the device."""
     return parallel.first(lambda: data.load(
         args.dataset, args.data_dir, args.train_limit,
-        flags.SMOKE_IMAGES if args.smoke else None)).to(device)
+        flags.SMOKE_IMAGES if args.smoke else None, args.time_steps)).to(device)
 
 
 def build(args, images, widths=None):
@@ -88,7 +88,12 @@ def build(args, images, widths=None):
 
     widths: of a slimmed network, where a checkpoint holds one.
     """
-    side = images.x_train.shape[2]
+    *_, channels, side = images.x_train.shape[:-1]
+    if (args.encoding == "events") != (images.x_train.dim() == 5):
+        raise ValueError(f"--encoding is {args.encoding}, but {args.dataset} is made of "
+                         f"{'events' if images.x_train.dim() == 5 else 'images'}, expected "
+                         f"{'events' if images.x_train.dim() == 5 else 'direct or rate'}. Leave it "
+                         f"out")
     for flag in ("crop", "cutout"):
         if getattr(args, flag) >= side:
             raise ValueError(f"--{flag} is {getattr(args, flag)}, expected less than the {side} "
@@ -101,8 +106,11 @@ def build(args, images, widths=None):
         raise ValueError(f"--batch-size is {args.batch_size}, but torchrun started "
                          f"{parallel.size()} processes, expected at least an image for each. "
                          f"Raise it or lower --nproc-per-node")
-    net = models.build(args.model, images.num_classes, images.x_train.shape[1], side,
-                       args.time_steps, widths or models.default_widths(args.model, args.width))
+    neuron = dict(tau=args.tau, v_threshold=args.threshold, surrogate=args.surrogate,
+                  reset=args.reset)
+    net = models.build(args.model, images.num_classes, channels, side, args.time_steps,
+                       widths or models.default_widths(args.model, args.width), args.encoding,
+                       {name: value for name, value in neuron.items() if value is not None})
     check_last_batch(args, images, net.config)
     net.set_normalisation(images.mean, images.std)
     goes_on = args.resume and Path(args.run_dir, "checkpoint.pt").exists()
@@ -112,7 +120,8 @@ def build(args, images, widths=None):
         if not all(mask.all() for mask in packed["masks"].values()):
             raise ValueError(f"{args.init} is a pruned network, expected a dense one: pruning "
                              f"starts from all weights. Train one with --sparsity 0")
-        for key in ("name", "num_classes", "in_channels", "image_size", "widths"):
+        for key in ("name", "num_classes", "in_channels", "image_size", "widths", "encoding",
+                    "neuron"):
             if source.config[key] != net.config[key]:
                 raise ValueError(f"{args.init} has {key} {source.config[key]}, expected "
                                  f"{net.config[key]} as the flags ask for. Give the flags that it "
@@ -151,6 +160,14 @@ def check_last_batch(args, images, config):
 def sgd(args, net):
     return torch.optim.SGD(net.parameters(), args.lr, args.momentum,
                            weight_decay=args.weight_decay)
+
+
+def optimizer(args, net):
+    """Return the optimiser that --optimizer names: "sgd", "adam" or "adamw"."""
+    if args.optimizer == "sgd":
+        return sgd(args, net)
+    return dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[args.optimizer](
+        net.parameters(), args.lr, weight_decay=args.weight_decay)
 
 
 def stages(args, images, **epochs):
@@ -208,11 +225,17 @@ def autocast(args):
     return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
-def loss_over_time(logits, labels):
-    """Return the cross-entropy of each time step's output, averaged over T and the batch.
+def loss_over_time(logits, labels, kind="ce"):
+    """Return the cross-entropy of each time step's output, averaged over T and the batch; or, of
+    kind "mse", the mean squared distance of the mean over T, the firing rate of an output that
+    spikes, to the one-hot target.
 
-    logits: [T, N, K]. labels: [N]. INTERPRETATION: the paper names no loss; this is LTH-SNN's.
+    logits: [T, N, K]. labels: [N]. INTERPRETATION: the paper names no loss; this is LTH-SNN's. The
+    other is Grad R's and SD-SNN's, on CIFAR-10 as well, where its UnilateralMse is not specified.
     """
+    if kind == "mse":
+        rate = logits.float().mean(0)
+        return F.mse_loss(rate, F.one_hot(labels, rate.shape[1]).to(rate.dtype))
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.repeat(len(logits)))
 
 
@@ -306,10 +329,10 @@ def evaluate(forward, net, images, args):
     parallel.average_statistics(net)
     net.eval()
     with torch.inference_mode(), metrics.firing(net) as spikes:
-        for x, y in parallel.share(zip(images.x_test.split(size), images.y_test.split(size))):
+        for x, y in parallel.share(images.pairs("test", size)):
             with autocast(args):
                 logits = forward(x)
-            meter.add(loss_over_time(logits, y), logits, y)
+            meter.add(loss_over_time(logits, y, args.loss), logits, y)
     net.train()
     loss, accuracy = meter.means()
     rate, by_layer = metrics.rates(_over_ranks(spikes, net))
@@ -349,18 +372,18 @@ def score_channels(net, images, args, metric="criticality", aggregate="max"):
     net.eval()
     for lif in neurons.values():
         lif.record = aggregate if metric == "criticality" else None
-    pairs = list(zip(images.x_train.split(args.batch_size), images.y_train.split(args.batch_size)))
+    pairs = list(images.pairs("train", args.batch_size))
     for x, y in tqdm(parallel.share(pairs), "scoring", leave=False,
                      disable=not sys.stderr.isatty() or parallel.rank() > 0):
         with (torch.set_grad_enabled(metric == "gradient"), autocast(args),
               metrics.hooks(neurons, after=watch)):
-            loss = loss_over_time(net(x), y)
+            loss = loss_over_time(net(x), y, args.loss)
         if metric == "gradient":
             grads = torch.autograd.grad(loss, gammas)
             scores = scores + torch.cat(grads).abs().double() / len(pairs)
         else:
             batch = torch.cat([lif.score for lif in neurons.values()])
-            scores = scores + batch * (len(x) / len(images.x_train))
+            scores = scores + batch * (len(y) / len(images.y_train))
     for lif in neurons.values():
         lif.record = lif.score = None
     net.train(was_training)

@@ -1,0 +1,537 @@
+"""The other papers' networks and neurons against their formulas, encodings, counts, and presets."""
+import importlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import channels
+import compare
+import data
+import metrics
+import models
+import neurons
+import plans
+import prune_gradr
+import prune_pq
+import prune_sdsnn
+import prune_structured
+import prune_unstructured
+import records
+import training
+from conftest import lines, one_line
+from masks import Masks, momenta
+from neurons import LIF
+
+NEW = [name for name in models.NAMES if name not in ("vgg16", "resnet19", "small")]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def small(name, size=16, in_channels=2, factor=0.05, classes=3, time_steps=3, **more):
+    """A narrow network, whose neurons fire."""
+    torch.manual_seed(0)
+    net = models.build(name, classes, in_channels, size, time_steps,
+                       plans.default_widths(name, factor), **more)
+    with torch.no_grad():
+        for weight in map(net.get_parameter, models.scored_by(net)):
+            weight.mul_(3)
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.bias.fill_(0.8)
+        for layer in (*getattr(net, "hidden", ()), net.fc):
+            layer.weight.abs_()
+    return net
+
+
+# ---- neurons -------------------------------------------------------------------------------------
+
+
+class Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, strict, derivative):
+        ctx.save_for_backward(u)
+        ctx.derivative = derivative
+        return (u > 0 if strict else u >= 0).to(u.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * ctx.derivative(*ctx.saved_tensors), None, None
+
+
+def by_hand(x_seq, tau, threshold, v_reset, derivative, soft, decay_input, strict):
+    """The plain loop, differentiated by autograd; tau: a number or a tensor."""
+    v, spikes = torch.full_like(x_seq[0], v_reset), []
+    for x in x_seq:
+        h = v - (v - v_reset) / tau + (x / tau if decay_input else x)
+        s = Step.apply(h - threshold, strict, derivative)
+        spikes.append(s)
+        kept = s.detach()  # the reset is detached
+        v = h - threshold * kept if soft else h * (1 - kept) + v_reset * kept
+    return torch.stack(spikes)
+
+
+def arctan(u):
+    return 1 / (1 + (math.pi * u) ** 2)
+
+
+def rectangle(u):
+    return (u.abs() < 0.5).to(u.dtype)
+
+
+@pytest.mark.parametrize("surrogate, derivative", [("arctan", arctan), ("rectangular", rectangle)])
+@pytest.mark.parametrize("reset", ["hard", "soft"])
+@pytest.mark.parametrize("decay_input", [True, False])
+@pytest.mark.parametrize("learn_tau", [True, False])
+@pytest.mark.parametrize("v_reset", [0.0, -0.25])
+def test_other_neurons_are_their_formulas(surrogate, derivative, reset, decay_input, learn_tau,
+                                          v_reset):
+    x = (torch.randn(7, 2, 3, 4, 5, generator=generator()).double() * 2).requires_grad_()
+    g = torch.randn(7, 2, 3, 4, 5, generator=generator(1)).double()
+    lif = LIF(1.6, 0.75, v_reset, surrogate=surrogate, reset=reset, decay_input=decay_input,
+              strict=True, learn_tau=learn_tau).double()
+    spikes = lif(x)
+    (spikes * g).sum().backward()
+    got, x.grad = x.grad, None
+    w, tau = None, 1.6
+    if learn_tau:
+        assert lif.w.sigmoid().item() == pytest.approx(1 / 1.6)
+        w = lif.w.detach().clone().requires_grad_()
+        tau = 1 / w.sigmoid()
+    want = by_hand(x, tau, 0.75, v_reset, derivative, reset == "soft", decay_input, True)
+    (want * g).sum().backward()
+    assert torch.equal(spikes, want) and 0.05 < spikes.mean() < 0.9
+    assert torch.allclose(got, x.grad, atol=1e-10) and got.count_nonzero() > 100
+    if learn_tau:
+        assert lif.w.grad.item() == pytest.approx(w.grad.item(), rel=1e-6, abs=1e-6)
+    else:
+        assert not list(lif.parameters())
+
+
+def test_sd_snn_by_hand():
+    """h = 0.2 v (1 - s) + x, a spike where h > 0.5."""
+    lif = LIF(**plans.NEURONS["sdsnn-small"]).double()
+    x = torch.tensor([0.5, 0.4, 0.1, 0.6, 0.3]).double().view(5, 1, 1)
+    # h: .5 (not above), .5 (0.1 + 0.4: not above, up to rounding), .2, .64 (fires), .3
+    assert lif(x).flatten().tolist()[2:] == [0, 1, 0] and lif(x[:1]).item() == 0
+    assert LIF(1.25, 0.5, decay_input=False)(x[:1]).item() == 1  # not strict: on the threshold
+    assert neurons.surrogate_grad(torch.tensor([-0.5, -0.49, 0, 0.49, 0.5]), 2.0,
+                                  "rectangular").tolist() == [0, 1, 1, 1, 0]
+
+
+def test_the_soft_reset_by_hand():
+    lif = LIF(2.0, reset="soft").double()
+    x = torch.tensor([3.0, 0.0, 0.0]).double().view(3, 1, 1)  # h: 1.5, 0.25, 0.125
+    assert lif(x).flatten().tolist() == [1, 0, 0]
+    x[0] = 8  # h: 4, v 3; 1.5, v 0.5; 0.25
+    assert lif(x).flatten().tolist() == [1, 1, 0]
+
+
+def test_the_usual_neuron_takes_the_usual_path(monkeypatch):
+    monkeypatch.setattr(neurons._AnyLIF, "apply", lambda *_: pytest.fail("the slow path"))
+    LIF()(torch.rand(3, 2, 4))
+    LIF(2.0, 0.5, alpha=3.0)(torch.rand(3, 2, 4))
+
+
+@pytest.mark.parametrize("wrong", [dict(surrogate="tent"), dict(reset="none"),
+                                   dict(tau=1.0, learn_tau=True)])
+def test_wrong_neurons(wrong):
+    with pytest.raises(ValueError, match="expected"):
+        LIF(**wrong)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_other_neurons_keep_the_memory_format(layout):
+    maps = torch.randn(2, 3, 4, 5, generator=generator()).to(memory_format=layout)
+    lif = LIF(surrogate="rectangular", reset="soft")
+    once = lif(maps.expand(4, *maps.shape))
+    assert torch.equal(once, lif(maps.expand(4, *maps.shape).contiguous()))
+    assert once[0].is_contiguous(memory_format=layout)
+    assert lif(maps.expand(4, *maps.shape).bfloat16()).dtype == torch.bfloat16
+
+
+def test_criticality_of_a_rectangular_surrogate():
+    """The share of the steps at which a neuron is near its threshold."""
+    lif = LIF(1.25, 0.5, surrogate="rectangular", decay_input=False)
+    lif.record = "max"
+    x = torch.tensor([[0.3, 2.0], [0.0, 2.0]]).view(2, 1, 2)  # h: .3, .06 | 2, 2
+    lif(x)
+    assert lif.score.tolist() == [1.0, 0.0]  # |.3 - .5| and |.06 - .5| are below .5
+
+
+# ---- networks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, channels_in, size, sizes, total", [
+    ("sdsnn-small", 1, 28, [135, 5400, 588_000, 3000], 596_535 + 15 + 40 + 300 + 10),
+    ("sdsnn-large", 3, 32, [3456, 147_456, 294_912, 589_824, 1_179_648, 2_359_296,
+                            32_768 * 512, 5120], None),
+    ("gradr-linear", 1, 28, [784 * 800, 8000], 635_200),
+    ("gradr-conv", 3, 32, [6912, *[589_824] * 5, 33_554_432, 204_800], 36_718_336),
+    ("vggsnn", 2, 48, [1152, 73_728, 294_912, 589_824, 1_179_648, 2_359_296, 2_359_296, 2_359_296,
+                       512 * 9 * 10], None)])
+def test_the_published_counts(name, channels_in, size, sizes, total):
+    with torch.device("meta"):
+        net = models.build(name, 10, channels_in, size, 4)
+    assert [net.get_parameter(weight).numel() for weight in models.scored_by(net)] == sizes
+    assert list(models.scored_by(net)) == [n for n, p in net.named_parameters() if p.dim() > 1]
+    if total:
+        assert sum(p.numel() for p in net.parameters()) == total
+    if name == "gradr-conv":
+        assert sum(sizes) == 36_715_264
+    taus = [n for n, p in net.named_parameters() if p.dim() == 0]
+    assert len(taus) == (8 if name == "sdsnn-large" else 0)  # a tau of each layer's neurons
+
+
+def test_sd_snn_on_gestures_has_the_published_layer():
+    with torch.device("meta"):
+        net = models.build("sdsnn-small", 11, 2, 128, 64, encoding="events")
+    assert net.hidden[0].weight.shape == (300, 40_960)
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_shapes_and_round_trip(name, tmp_path):
+    net = small(name, 16, encoding="events", neuron=dict(reset="soft"))
+    masks = Masks(net)
+    masks.prune(masks.total // 2, masks.magnitudes(), generator())
+    masks.guard()
+    masks.apply(torch.optim.SGD(net.parameters(), 0.1))
+    torch.save(models.pack(net, masks.alive), tmp_path / "model.pt")
+    x = torch.poisson(torch.full((3, 4, 2, 16, 16), 2.0)).to(torch.uint8)
+    loaded = models.load(tmp_path / "model.pt")
+    out = net.eval()(x)
+    assert out.shape == (3, 4, 3) and torch.equal(out, loaded(x)) and out.any()
+    assert loaded.config == net.config and loaded.config["neuron"]["reset"] == "soft"
+    assert torch.equal(out[:2], net(x[:2]))
+    net.time_steps = 2  # the first steps, as an early-time ticket is searched for with
+    assert torch.equal(net(x), out[:2])
+    old = {k: v for k, v in models.pack(models.build("small", 3, 1, 8, 2)).items()
+           if k not in ("encoding", "neuron")}
+    assert models.unpack(old).encoding == "direct"  # files of before there were others
+
+
+def test_votes_by_hand():
+    """Each class is the mean of 10 neighbouring outputs."""
+    net = small("gradr-conv", 8, classes=2, time_steps=1).eval()
+    fired = torch.zeros(1, 1, 20)
+    fired[..., [0, 3, 9, 10]] = 1
+    net.lif_out.forward = lambda current: fired
+    assert net(torch.rand(1, 2, 8, 8)).flatten().tolist() == pytest.approx([0.3, 0.1])
+    assert net.fc.out_features == 20 and net.fc.bias is None
+
+
+def test_dropout_has_one_mask_for_all_steps():
+    net = small("gradr-conv", 8, time_steps=4)
+    net.train()
+    seen = {}
+    with metrics.hooks({"": net.hidden[0]}, before=seen.__setitem__):
+        net(torch.rand(2, 2, 8, 8, generator=generator()) * 5)
+        dropped = seen[""].unflatten(0, (4, 2))
+        assert set(dropped.unique().tolist()) == {0.0, 2.0}  # spikes, twice as large
+        net.eval()(torch.rand(2, 2, 8, 8, generator=generator()) * 5)
+        assert set(seen[""].unique().tolist()) == {0.0, 1.0}
+    # with a spike at each step everywhere, what is silent is silent for all T
+    net.train()
+    for lif in net.lifs:
+        lif.v_threshold = -1e9
+    with metrics.hooks({"": net.hidden[0]}, before=seen.__setitem__):
+        net(torch.rand(2, 2, 8, 8))
+    kept = seen[""].unflatten(0, (4, 2)) > 0
+    assert (kept == kept[:1]).all() and 0.3 < kept.double().mean() < 0.7
+    assert not torch.equal(kept[0, 0], kept[0, 1])
+
+
+# ---- encodings and losses ------------------------------------------------------------------------
+
+
+def test_rate_coding_has_the_mean_of_the_pixels_and_a_seed():
+    net = small("sdsnn-small", 8, 1, encoding="rate", time_steps=2000)
+    pixels = torch.tensor([0, 51, 128, 255], dtype=torch.uint8).view(1, 1, 2, 2).repeat(1, 1, 4, 4)
+    spikes = net.eval()._spikes(pixels)
+    assert spikes.shape == (2000, 1, 1, 8, 8) and set(spikes.unique().tolist()) == {0.0, 1.0}
+    assert torch.allclose(spikes.mean(0), pixels / 255, atol=0.05)
+    assert (spikes.mean(0)[pixels == 0] == 0).all() and (spikes.mean(0)[pixels == 255] == 1).all()
+    assert torch.allclose(spikes.mean(), (pixels / 255).mean(), atol=0.005)
+    assert torch.equal(spikes, net._spikes(pixels))  # a prediction is always the same
+    net.train()
+    torch.manual_seed(3)
+    one, other = net._spikes(pixels), net._spikes(pixels)
+    torch.manual_seed(3)
+    assert torch.equal(one, net._spikes(pixels)) and not torch.equal(one, other)
+    seen = {}
+    with metrics.hooks({"": net.convs[0].conv}, before=seen.__setitem__):
+        net.eval()(pixels)
+    assert torch.equal(seen[""], spikes.flatten(0, 1))  # that is what the network sees
+
+
+def test_counts_of_events_come_as_they_are():
+    net = small("vggsnn", 16, encoding="events")
+    net.set_normalisation([0.3, 0.3], [0.1, 0.1])  # which counts have no use for
+    frames = torch.randint(0, 9, (3, 2, 2, 16, 16), dtype=torch.uint8)
+    seen = {}
+    with metrics.hooks({"": net.convs[0].conv}, before=seen.__setitem__):
+        net.eval()(frames)
+    assert torch.equal(seen[""].unflatten(0, (3, 2)), frames.float())
+
+
+def test_the_squared_distance_of_the_rate_by_hand():
+    spikes = torch.tensor([[[1.0, 0.0]], [[1.0, 1.0]], [[0.0, 0.0]], [[1.0, 0.0]]])  # [T, 1, K]
+    loss = training.loss_over_time(spikes, torch.tensor([0]), "mse")
+    assert loss.item() == pytest.approx(((0.75 - 1) ** 2 + 0.25**2) / 2)
+
+
+# ---- counting, masks, channels -------------------------------------------------------------------
+
+
+def sops_by_brute_force(net, images, alive):
+    """Each input of a layer that is not 0, times the alive weights that it meets, one by one."""
+    layers = {name.removesuffix(".weight"): net.get_submodule(name.removesuffix(".weight"))
+              for name in models.scored_by(net)}
+    seen, total = {}, 0.0
+    with metrics.hooks(layers, before=seen.__setitem__):
+        net(images)
+    n = images.shape[-4]
+    for i, (name, x) in enumerate(seen.items()):
+        if i == 0 and net.encoding == "direct":
+            continue
+        module, mask = layers[name], alive[f"{name}.weight"].double()
+        x = x.double() * net.averaged.get(name, 1)
+        assert torch.equal(x, x.round()), name  # whole spikes, an average of 4 counted as 4
+        out = (F.linear(x, mask) if x.dim() == 2 else
+               F.conv2d(x, mask, None, module.stride, module.padding))
+        total += out.sum().item() / n
+    return total
+
+
+@pytest.mark.parametrize("name", NEW)
+@pytest.mark.parametrize("encoding", plans.ENCODINGS)
+def test_synaptic_operations(name, encoding):
+    net = small(name, 16, encoding=encoding).eval()
+    masks = Masks(net)
+    masks.prune(masks.total // 2, masks.magnitudes(), generator())
+    masks.apply(torch.optim.SGD(net.parameters(), 0.1))
+    images = (torch.randint(0, 4, (3, 4, 2, 16, 16), dtype=torch.uint8) if encoding == "events"
+              else torch.randint(0, 256, (4, 2, 16, 16), dtype=torch.uint8))
+    counts = metrics.count(net, [images], masks.alive)
+    want = sops_by_brute_force(net, images, masks.alive)
+    assert counts["sops"] == pytest.approx(want) and want > 0
+    first = next(iter(metrics.macs(net.config).values()))
+    energy = 0.9 * counts["sops"] + (4.6 * first if encoding == "direct" else 0)
+    assert counts["energy_mj"] == pytest.approx(energy * 1e-9)
+    assert (counts["macs_first_once"] == counts["macs_every_step"]) == (encoding != "direct")
+    assert list(counts["layer_sops"]) == [name.removesuffix(".weight") for name in list(
+        models.scored_by(net))[encoding == "direct":]]
+    reads = [lif for lif in models.lifs(net)]
+    assert reads == list(counts["firing_rates"])
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_criticality_of_every_weight(name):
+    net = small(name, 16, encoding="rate")
+    masks = Masks(net)
+    models.record(net, "max")
+    net(torch.randint(0, 256, (4, 2, 16, 16), dtype=torch.uint8))
+    scores = {lif: module.score for lif, module in models.lifs(net).items()}
+    spread = masks.spread(scores)
+    assert spread.shape == (masks.total,) and spread.isfinite().all()
+    last = dict(zip(masks.weights, spread.split(masks.sizes)))["fc.weight"]
+    if net.lif_out is not None:  # the neuron that it feeds, and not the one that it reads
+        want = scores["lif_out"].float()[:, None].expand(net.fc.weight.shape)
+        assert torch.equal(last.view(net.fc.weight.shape), want)
+
+
+@pytest.mark.parametrize("name", ["vggsnn", "sdsnn-large", "gradr-conv"])
+def test_channels_are_removed_exactly(name):
+    net = small(name, 16, factor=0.04, encoding="events").double()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.3, 2)
+            torch.nn.init.uniform_(module.bias, -0.2, 1)
+    names, sizes = channels.layers(net)
+    assert names == [f"convs.{i}" for i in range(len(net.convs))]
+    kept = {n: torch.rand(size, generator=generator(i)) < 0.6 for i, (n, size) in enumerate(
+        zip(names, sizes))}
+    for keep in kept.values():
+        keep[0] = True
+    masked, tiny = channels.silence(net, kept).eval(), channels.remove(net, kept).eval()
+    frames = torch.randint(0, 3, (3, 4, 2, 16, 16)).double()
+    found = channels.differences(masked, tiny, kept, frames)
+    assert found["spikes_that_differ"] == 0 and found["logits_differ_by"] < 1e-10
+    assert sum(p.numel() for p in tiny.parameters()) < sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["sdsnn-small", "gradr-linear"])
+def test_networks_without_bn_cannot_be_slimmed(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        prune_structured.main(["--model", name])
+    assert stop.value.code == 2
+    assert f"{name} has no channels with batch normalisation, expected some" in one_line(capsys)
+    assert not Path("runs").exists()
+
+
+def test_adam_forgets_dead_weights():
+    net = small("gradr-linear", 8, 1)
+    optimizer = torch.optim.Adam(net.parameters(), 0.1)
+    masks = Masks(net)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.rand(2, 1, 8, 8) * 9).sum().backward()
+        optimizer.step()
+        masks.prune(masks.total // 3, masks.magnitudes(), generator())
+        masks.apply(optimizer)
+        for name, weight in masks.weights.items():
+            (first,) = momenta(optimizer, weight)
+            assert not weight[~masks.alive[name]].any() and not first[~masks.alive[name]].any()
+
+
+# ---- presets -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script, dataset, want", [
+    (prune_sdsnn, "mnist", dict(
+        model="sdsnn-small", encoding="rate", time_steps=20, loss="mse", optimizer="adam", lr=1e-3,
+        weight_decay=0.0, batch_size=100, epochs_prune=300, epochs_finetune=0, rate_conv=0.05,
+        rate_fc=0.35, crop=0, rotate=0.0, flip=False, sparsity=0.0)),
+    (prune_sdsnn, "n-mnist", dict(
+        model="sdsnn-small", encoding="events", time_steps=20, optimizer="adam", batch_size=100,
+        epochs_prune=300, rate_fc=0.45, crop=4, rotate=10.0)),
+    (prune_sdsnn, "dvs-gesture", dict(
+        model="sdsnn-small", encoding="events", time_steps=64, optimizer="adam", batch_size=4,
+        epochs_prune=300, rate_conv=0.05, rate_fc=0.6, crop=16, rotate=5.0)),
+    (prune_sdsnn, "cifar10", dict(
+        model="sdsnn-large", encoding="direct", time_steps=8, loss="mse", optimizer="adamw",
+        lr=2.44e-4, weight_decay=0.01, batch_size=50, epochs_prune=600, rate_conv=0.005,
+        rate_fc=0.03, crop=4, flip=True)),
+    (prune_gradr, "mnist", dict(
+        model="gradr-linear", time_steps=8, batch_size=128, epochs_prune=512, epochs_finetune=0,
+        lr=1e-3, optimizer="adam", weight_decay=0.0, loss="mse", sparsity=0.95, prior=1e-3,
+        mode="paper", crop=4, rotate=30, flip=False)),
+    (prune_gradr, "cifar10", dict(
+        model="gradr-conv", time_steps=8, batch_size=16, epochs_prune=2048, lr=1e-4, loss="mse",
+        sparsity=0.95, prior=1e-3, mode="paper", crop=4, flip=True)),
+    (prune_pq, "cifar10-dvs", dict(
+        model="vggsnn", encoding="events", time_steps=10, density=0.5, eta=0.001, start="er",
+        growth="momentum", mode="adaptive", sparsity=None))])
+def test_the_papers_settings(script, dataset, want):
+    args = vars(script.parse_args(["--dataset", dataset]))
+    assert {flag: args[flag] for flag in want} == want
+
+
+def test_sd_snn_rules_of_gestures():
+    plan = prune_sdsnn.make_plan(300, prune_sdsnn.RULES["dvs-gesture"])
+    assert plan.divisor == 11 and plan.percentile == dict(conv=65, fc=55)
+    mask = torch.ones(300, 30, dtype=torch.bool)
+    mask[:180] = False
+    assert prune_sdsnn.next_percent(60.0, mask, None, 37, plan) == pytest.approx(70.9091, abs=1e-4)
+
+
+def test_learning_rates_of_sd_snn():
+    stages = training.Stages(10, prune=100)
+    args = prune_sdsnn.parse_args(["--dataset", "mnist"])
+    assert prune_sdsnn.rate(args, stages, 1) == 1e-3
+    assert prune_sdsnn.rate(args, stages, 501) == pytest.approx(0.5e-3)  # a cosine
+    args.mode = "official"
+    assert [prune_sdsnn.rate(args, stages, i) for i in (400, 401, 801)] == pytest.approx(
+        [1e-3, 1e-4, 1e-5])
+    args = prune_sdsnn.parse_args(["--dataset", "cifar10"])
+    assert prune_sdsnn.rate(args, stages, 1) == pytest.approx(2.44e-4 / 50)
+    assert prune_sdsnn.rate(args, stages, 501) == pytest.approx(1.22e-4)
+
+
+def save(name, channels_in, size):
+    Path("data").mkdir(exist_ok=True)
+    rng = np.random.default_rng(0)
+    y = np.arange(80) % 10
+    shape = (size, size) if channels_in == 1 else (size, size, channels_in)
+    x = rng.integers(0, 128, (80, *shape)) + 12 * y.reshape(-1, *[1] * len(shape))
+    x = x.astype(np.uint8)
+    np.savez(f"data/{name}.npz", x_train=x, y_train=y, x_test=x[:20], y_test=y[:20])
+
+
+@pytest.mark.parametrize("script, dataset, channels_in, size", [
+    (prune_sdsnn, "mnist", 1, 28), (prune_gradr, "mnist", 1, 28), (prune_sdsnn, "cifar10", 3, 32),
+    (prune_gradr, "cifar10", 3, 32)])
+def test_presets_of_images(script, dataset, channels_in, size):
+    save(dataset, channels_in, size)
+    summary = script.main(["--dataset", dataset, "--smoke", "--run-dir", "r", "--width", "0.02",
+                           "--time-steps", "3"])
+    name = dict(mnist=("sdsnn-small", "gradr-linear"), cifar10=("sdsnn-large", "gradr-conv"))
+    assert summary["model"] == name[dataset][script is prune_gradr]
+    net = models.load("r/model.pt")
+    images = data.load(dataset, "data")
+    right = torch.cat([net(x).sum(0).argmax(1) == y for x, y in images.pairs("test", 16)])
+    # rate coding draws the same spikes for the same batches
+    assert right.double().mean().item() == pytest.approx(summary["test_accuracy"])
+
+
+def test_grad_r_as_in_the_paper():
+    """A constant rate; connectivity is what comes out; the target p moves nothing at a = 1e-3."""
+    save("mnist", 1, 28)
+    given = ["--dataset", "mnist", "--width", "0.02", "--time-steps", "3", "--epochs-prune", "2",
+             "--interval", "2", "--batch-size", "20"]
+    one = prune_gradr.main([*given, "--run-dir", "a"])
+    two = prune_gradr.main([*given, "--run-dir", "b", "--sparsity", "0.6"])
+    assert {row["lr"] for row in lines("a", "metrics")} == {1e-3}
+    a, b = (models.read(f"{run}/model.pt")["state_dict"] for run in "ab")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert one["sparsity"] == two["sparsity"] not in (0.95, 0.6) and 0 < one["sparsity"] < 0.5
+    exact = prune_gradr.main([*given, "--run-dir", "c", "--mode", "matched", "--prior", "0.001"])
+    assert exact["sparsity"] == pytest.approx(0.95, abs=1e-3)
+
+
+def test_flags_of_the_neurons(capsys):
+    given = ["--smoke", "--run-dir", "r", "--tau", "2", "--threshold", "0.7", "--reset", "soft",
+             "--surrogate", "rectangular", "--encoding", "rate", "--loss", "mse"]
+    prune_unstructured.main(given)
+    packed = models.read("r/model.pt")
+    assert packed["neuron"] == dict(tau=2.0, v_threshold=0.7, surrogate="rectangular", reset="soft")
+    assert packed["encoding"] == "rate"
+    lif = models.load("r/model.pt").lifs[0]
+    assert (lif.tau, lif.v_threshold, lif.surrogate, lif.other["soft"]) == (
+        2.0, 0.7, "rectangular", True)
+    config = json.loads(Path("r/config.json").read_text())
+    assert (config["tau"], config["threshold"], config["loss"]) == (2.0, 0.7, "mse")
+    for wrong in (["--tau", "1"], ["--threshold", "0"], ["--reset", "none"]):
+        with pytest.raises(SystemExit) as stop:
+            prune_unstructured.main(wrong)
+        assert stop.value.code == 2
+        assert wrong[0] in one_line(capsys)
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10", "n-mnist", "cifar10-dvs"])
+def test_a_comparison_has_one_protocol(dataset):
+    """compare.py takes the same network, input and loss for all, whatever a script's preset is."""
+    seen = set()
+    for _, words in compare.plan(compare.parse_args(["--dataset", dataset])):
+        args = importlib.import_module(Path(words[1]).stem).parse_args(words[2:])
+        seen.add(tuple(getattr(args, flag) for flag in (
+            "model", "time_steps", "batch_size", "encoding", "loss", "crop", "rotate", "flip")))
+        if "structured" not in words[1] or "unstructured" in words[1]:
+            assert args.lr == compare.flags.DATASETS[dataset]["lr"], words
+            assert getattr(args, "mode", "matched") in ("matched", "fixed")
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_every_network_is_pruned_and_looked_into(name):
+    """Algorithm 1 with its scores, then what analyze.py reads of a run."""
+    summary = prune_unstructured.main([
+        "--smoke", "--model", name, "--width", "0.04", "--time-steps", "2", "--run-dir", "r"])
+    total = sum(layer["weights"] for layer in summary["layers"])
+    assert sum(layer["alive"] for layer in summary["layers"]) == total - round(0.9 * total)
+    found = records.look(records.read_run(Path("r")))
+    assert {f"criticality/{lif}" for lif in models.lifs(models.load("r/model.pt"))} <= set(found)
+    assert found["variance"].shape == (10,)
+
+
+def test_channels_of_other_networks_are_removed_in_a_run():
+    prune_structured.main(["--smoke", "--model", "gradr-conv", "--width", "0.04", "--time-steps",
+                           "2", "--run-dir", "r"])
+    record = json.loads(Path("r/channels.json").read_text())
+    assert record["spikes_that_differ"] == 0 and record["kept"] < record["channels"]
