@@ -361,7 +361,11 @@ def draw(rows, folder):
         if logarithmic:
             axis.set(xscale="log", yscale="log")
         else:
-            axis.set(xticks=[1, 2], ylim=(0, None))
+            axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+        if key != "weights":
+            ticks = sorted({row[key] for row in own})
+            axis.set_xticks(ticks, ticks)
+            axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axis.set(xlabel=x, ylabel=y)
         plots.legend(axis, 1)
     keys = list(dict.fromkeys(key for row in rows for key in row))
