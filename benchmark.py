@@ -205,6 +205,7 @@ def available(rows):
 def measure(network, device, quick):
     """Return (rows, ratios) of one network: dicts, and {name of a ratio: number}."""
     channels, side, classes, T, N = SIZES[network]
+    torch.compiler.reset()  # networks share the code of their class, and its limit of recompiling
     rows, missing = available([row for row in ROWS if not (quick and "compiled" in row)])
     candidates = {}
     for row in tqdm(rows, f"{network}: building", leave=False, disable=not sys.stderr.isatty()):
@@ -360,7 +361,11 @@ def draw(rows, folder):
         if logarithmic:
             axis.set(xscale="log", yscale="log")
         else:
-            axis.set(xticks=[1, 2], ylim=(0, None))
+            axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
+        if key != "weights":
+            ticks = sorted({row[key] for row in own})
+            axis.set_xticks(ticks, ticks)
+            axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axis.set(xlabel=x, ylabel=y)
         plots.legend(axis, 1)
     keys = list(dict.fromkeys(key for row in rows for key in row))
@@ -399,13 +404,17 @@ def main(argv=None):
     parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="VGG-16 only, nothing compiled, no scaling")
+    add("--networks", nargs="+", choices=list(SIZES), metavar="NAME", help=f"of "
+        f"{', '.join(SIZES)} (default: all of them, and the scaling)")
     add("--json", metavar="FILE", help="write every row and the ratios")
     add("--figures", metavar="DIR", help="draw the scaling (not with --quick) into this folder")
     add("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
     args = parser.parse_args(argv)
-    given = dict(quick=False, json=None, figures=None, device=None) | vars(args)
-    if given["quick"] and given["figures"]:
-        parser.error("--figures needs the scaling, which --quick leaves out. Leave one out")
+    given = dict(quick=False, networks=None, json=None, figures=None,
+                 device=None) | vars(args)
+    if given["figures"] and (given["quick"] or given["networks"]):
+        parser.error("--figures needs the scaling, which --quick and --networks leave out. Leave "
+                     "one out")
     with flags.exits(2, ValueError, OSError):
         if given["json"] and not Path(given["json"]).absolute().parent.is_dir():
             raise ValueError(f"the folder of --json {given['json']} does not exist, expected one. "
@@ -418,14 +427,14 @@ def main(argv=None):
           f"times: median (middle half)\n", flush=True)
 
     table, ratios = [], {}
-    for network in ["vgg16"] if given["quick"] else list(SIZES):
+    for network in given["networks"] or (["vgg16"] if given["quick"] else list(SIZES)):
         rows, found = measure(network, device, given["quick"])
         rows += pruned_inference(network, device)
         table += rows
         ratios |= {name if network == "vgg16" else f"{network}_{name}": value
                    for name, value in found.items()}
     show(table, ratios)
-    if not given["quick"]:
+    if not given["quick"] and not given["networks"]:
         scaled = scaling(device)
         table += scaled
         if given["figures"]:

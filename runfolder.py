@@ -271,8 +271,8 @@ class Run:
 
     @contextmanager
     def _catching_signals(self):
-        """Let Ctrl-C and SIGTERM end the run at the next step, saved, and at once where nothing is
-        unsaved: while it counts, say. A second one ends it at once."""
+        """Let Ctrl-C, SIGTERM and SIGHUP end the run at the next step, saved, and at once where
+        nothing is unsaved: while it counts, say. A second one ends it at once."""
         def stop(number, _):
             self.stopped_by = number
             if parallel.size() == 1:  # torchrun passes on each of them
@@ -280,8 +280,8 @@ class Run:
             if not self.unsaved and not parallel.together():
                 raise Stopped
 
-        previous = {number: signal.signal(number, stop)
-                    for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {number: signal.signal(number, stop) for number in {
+            signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}}
         try:
             yield
         except Stopped:

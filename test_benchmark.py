@@ -142,14 +142,16 @@ RATIOS = (  # of the README's table: the text, the key, the unit
 
 def ratio_rows():
     """The rows of the README's table of ratios, from the logs in results/."""
-    full, *quick = (json.loads((ROOT / f"results/benchmark{name}.json").read_text())["ratios"]
-                    for name in ("", "-quick1", "-quick2", "-quick3"))
+    full, small, *quick = (
+        json.loads((ROOT / f"results/benchmark{name}.json").read_text())["ratios"]
+        for name in ("", "-small", "-quick1", "-quick2", "-quick3"))
 
     def cell(value, unit):
         return f"{100 * value:.1f} %" if unit == "%" else f"{value:.2f}"
 
     for text, key, unit in RATIOS:
-        cells = [cell(full[prefix + key], unit) for prefix in ("", "resnet19_", "small_")]
+        cells = [cell(run[prefix + key], unit) for run, prefix in (
+            (full, ""), (full, "resnet19_"), (small, "small_"))]
         runs = [cell(run[key], unit) for run in quick if key in run]
         yield f"| {text} | {', '.join(runs) or '-'} | {' | '.join(cells)} |"
 

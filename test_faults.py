@@ -264,7 +264,7 @@ def test_checkpoints_inside_an_epoch(monkeypatch, unbroken):
     assert saved == [(0, 4), (1, 0), (1, 4), (2, 0), (2, 4), (3, 0)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_the_result_is_counted(number, monkeypatch, capsys, unbroken):
     """All is saved by then: it ends at once, and only the end is left to do."""
     whole = unbroken(MAIN)

@@ -449,6 +449,8 @@ def test_what_is_refused(monkeypatch, capsys):
         monkeypatch, capsys, prune_unstructured.main, "--sync-bn", "--device", "cpu")
     assert "torchrun started 2 processes, expected one" in refused(
         monkeypatch, capsys, prune_lottery.main, **two)
+    assert "--compile is given, but torchrun started 2 processes" in refused(
+        monkeypatch, capsys, prune_unstructured.main, "--compile", **two)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "torchrun started 2 processes here, but torch sees 1 GPUs" in refused(

@@ -47,6 +47,9 @@ def set_up(args, shared=False):
     if args.sync_bn and args.device == "cpu":
         raise ValueError("--sync-bn is given, but --device is cpu, expected GPUs: torch has it "
                          "only there. Leave it out")
+    if args.compile and parallel.size() > 1:
+        raise ValueError(f"--compile is given, but torchrun started {parallel.size()} processes, "
+                         f"expected one: the two together are not tested. Leave one out")
     number, here = parallel.local()
     if args.device == "cuda" and here > torch.cuda.device_count():
         raise ValueError(f"torchrun started {here} processes here, but torch sees "
