@@ -20,7 +20,7 @@ import metrics
 import models
 from masks import reactivate, select
 
-PARTS = ("conv.weight", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
+PARTS = ("conv.weight", "conv.bias", "bn.weight", "bn.bias", "bn.running_mean", "bn.running_var")
 
 
 def layers(net):

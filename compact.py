@@ -55,8 +55,12 @@ def drop_unread(net, alive):
 
 def constant(net, name):
     """Return the input current of a layer's channels where no weight brings any, [C]: what BN makes
-    of 0 in eval mode."""
-    bn = net.get_submodule(name).bn
+    of 0 in eval mode; without BN the bias of the convolution, or 0."""
+    layer = net.get_submodule(name)
+    if not hasattr(layer, "bn"):
+        bias = layer.conv.bias
+        return layer.conv.weight.new_zeros(len(layer.conv.weight)) if bias is None else bias
+    bn = layer.bn
     zeros = torch.zeros_like(bn.weight).view(1, -1, 1, 1)
     return F.batch_norm(zeros, bn.running_mean, bn.running_var, bn.weight, bn.bias,
                         eps=bn.eps).flatten()
@@ -66,8 +70,8 @@ def constant(net, name):
 def drop_silent(net, alive, kept):
     """Return which of the kept channels may fire in eval mode, {layer: [C] bool}, True = kept.
 
-    Those that go have no alive weight from a kept channel, and a constant current below the
-    threshold, which the potential never passes: they are silent at any T. From the first layer to
+    Those that go have no alive weight from a kept channel, and a constant current with which the
+    potential stays below the threshold: they are silent at any T. From the first layer to
     the last, since a weight from a silent channel brings nothing.
     """
     groups, kept = models.removable(net), dict(kept)
@@ -77,7 +81,8 @@ def drop_silent(net, alive, kept):
         inputs = alive[weights]
         if weights in feeders:  # else what it reads is there as a whole
             inputs = inputs[:, kept[feeders[weights]]]
-        fires = constant(net, name) >= net.get_submodule(group.lif).v_threshold
+        lif = net.get_submodule(group.lif)
+        fires = lif.limit(constant(net, name)) >= lif.v_threshold
         kept[name] = _hold(kept[name] & (inputs.flatten(1).any(1) | fires), kept[name],
                            alive[weights])
     return kept

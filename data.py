@@ -64,10 +64,18 @@ class Dataset(NamedTuple):
         """Yield the "train" or "test" set in its order, as a network takes it: [n, C, H, W] images
         or [T, n, 2, H, W] frames, views both."""
         for x in getattr(self, f"x_{split}").split(batch_size):
-            yield x if x.dim() == 4 else x.transpose(0, 1)
+            yield _time_first(x)
 
     def pairs(self, split, batch_size):  # with the labels [n] beside it
         return zip(self.inputs(split, batch_size), getattr(self, f"y_{split}").split(batch_size))
+
+    def copies(self, n):
+        """Return the first test image n times, as a network takes it: a batch to measure with."""
+        return _time_first(self.x_test[:1].expand(n, *self.x_test.shape[1:]))
+
+
+def _time_first(x):
+    return x if x.dim() == 4 else x.transpose(0, 1)
 
 
 def load(name, data_dir="data", train_limit=None, at_most=None, time_steps=None):

@@ -25,12 +25,11 @@ except ImportError:  # Windows, which has msvcrt in its place
     fcntl = None
     import msvcrt
 
-CHECKPOINT_FORMAT = 2  # of checkpoint.pt; raised when old files can no longer be read
+CHECKPOINT_FORMAT = 3  # of checkpoint.pt; raised when old files can no longer be read
 CHECKPOINT_KEYS = {  # what it holds, and of what type
     "position": list, "flags": dict, "widths": list, "parts": dict, "masks_hold": bool,
     "metrics": int, "updates": int, "notes": dict, "meter": torch.Tensor,
-    "statistics": torch.Tensor, "rng": torch.Tensor,
-    "rng_cuda": (torch.Tensor, type(None)), "seconds": float}
+    "statistics": torch.Tensor, "seconds": float}
 
 
 # ---- writing -------------------------------------------------------------------------------------

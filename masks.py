@@ -211,18 +211,18 @@ class Masks:
         alive = [mask.count_nonzero() for mask in self.alive.values()]
         wrong = []  # of each layer: dead weights, and momenta, that are not 0
         for name, weight in self.weights.items():
-            momentum = optimizer.state.get(weight, {}).get("momentum_buffer")
-            wrong += [((tensor != 0) & ~self.alive[name]).count_nonzero() if tensor is not None
-                      else torch.zeros_like(alive[0]) for tensor in (weight.detach(), momentum)]
+            rows = [weight.detach(), *momenta(optimizer, weight)]
+            wrong += [((tensor != 0) & ~self.alive[name]).count_nonzero() for tensor in rows]
+            wrong += [torch.zeros_like(alive[0])] * (2 - len(rows))
         counts = torch.stack(alive + wrong).tolist()
         alive, wrong = counts[:len(alive)], counts[len(alive):]
         if keep is not None and sum(alive) != keep:
             return f"{sum(alive):,} weights are alive, expected {keep:,}"
-        for name, n_alive, weights, momenta in zip(self.weights, alive, wrong[::2], wrong[1::2]):
+        for name, n_alive, weights, past in zip(self.weights, alive, wrong[::2], wrong[1::2]):
             if n_alive == 0 and not may_be_empty:
                 return f"{name} has no weight alive, expected at least 1"
-            if weights or momenta:
-                return (f"{weights:,} dead weights and {momenta:,} momenta of dead weights of "
+            if weights or past:
+                return (f"{weights:,} dead weights and {past:,} momenta of dead weights of "
                         f"{name} are not 0, expected none")
         return None
 

@@ -142,10 +142,12 @@ class SpikingNet(nn.Module):
         return lif(fused(first, x_seq), self.time_steps if len(x_seq) == 1 else None)
 
     def _spikes(self, x):
-        """Return spikes drawn with the probabilities of pixels [N, C, H, W], [T, N, C, H, W]."""
+        """Return spikes drawn with the probabilities of pixels [N, C, H, W], [T, N, C, H, W]. In
+        eval mode all images share one seeded draw: the prediction of one depends on it alone."""
         chance = x.to(self.mean.dtype) / 255 if x.dtype == torch.uint8 else x
         seeded = None if self.training else torch.Generator(x.device).manual_seed(0)
-        drawn = torch.rand(self.time_steps, *x.shape, generator=seeded, device=x.device,
+        shape = x.shape if self.training else (1, *x.shape[1:])
+        drawn = torch.rand(self.time_steps, *shape, generator=seeded, device=x.device,
                            dtype=chance.dtype)
         return (drawn < chance).to(chance.dtype)
 

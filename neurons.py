@@ -317,6 +317,12 @@ class LIF(nn.Module):
                                      self.surrogate)
         return spikes
 
+    def limit(self, current):
+        """Return the potential that a constant current tends to, from v_reset, and never passes."""
+        if self.other is None or self.other["decay_input"]:
+            return self.v_reset + current
+        return self.v_reset + current * (self.tau if self.w is None else 1 / self.w.sigmoid())
+
     def extra_repr(self):
         others = "".join(f", {name}={value}" for name, value in (self.other or {}).items())
         return (f"tau={self.tau:.4g}, v_threshold={self.v_threshold}, v_reset={self.v_reset}, "

@@ -308,8 +308,8 @@ def finish(run, images, dense):
         run.say(f"  {name:<24}{before:,} -> {after:,} ({100 * (1 - after / before):.2f} % less)")
     with training.autocast(args):
         counts = metrics.count(net, images.inputs("test", args.batch_size))
-        speed = {n: metrics.speedup(dense, net, next(images.inputs("test", n)),
-                                    seconds=0 if args.smoke else 2) for n in (1, 32)}
+        speed = {n: metrics.speedup(dense, net, images.copies(n), seconds=0 if args.smoke else 2)
+                 for n in (1, 32)}
     run.say(f"  dense / small time      {speed[1]:.2f} at batch 1, {speed[32]:.2f} at batch 32")
     names, sizes = channels.layers(net)
     history = torch.stack(notes["gamma"]).split(sizes, 1) if notes["gamma"] else []

@@ -198,13 +198,13 @@ def deploy(run, images):
     args, net, alive = run.args, run.parts["net"], run.parts["masks"].alive
     kept = compact.needed(net, alive)
     if channels.kept_widths(net, kept) == net.config["widths"]:
-        run.say("  no channel can be left out: alive weights read each one, and each may fire")
+        run.say("  no channel can be left out: alive weights read each one, and each may fire" if kept
+                else f"  {args.model} has no convolutions, whose channels alone are left out")
         return {}
     small, small_alive = compact.without(net, alive, kept)
     save_tensors(run.folder / "compact.pt", models.pack(small, small_alive))
     with training.autocast(args):
-        speed = {n: metrics.speedup(net, small, images.x_test[:1].expand(n, -1, -1, -1),
-                                    seconds=0.2) for n in (1, 32)}
+        speed = {n: metrics.speedup(net, small, images.copies(n), seconds=0.2) for n in (1, 32)}
     run.say(f"  compact.pt: {compact.describe(net, small)}; {speed[1]:.2f} times as fast at "
             f"batch 1, {speed[32]:.2f} at batch 32")
     return dict(speedup_batch1=speed[1], speedup_batch32=speed[32])

@@ -30,7 +30,7 @@ import models
 import parallel
 from files import fits, read_checkpoint, save_tensors, write_json, write_lines
 from machine import device_name, peak_memory_mib, versions
-from masks import Broken, recount
+from masks import Broken, recount, seeded
 from training import Meter, Watch
 
 FILES = ("config.json", "summary.json", "checkpoint.pt", "metrics.jsonl", "updates.jsonl",
@@ -185,9 +185,6 @@ class Run:
             self.seconds, self.notes = state["seconds"], state["notes"]
             self.meter.restore(state["meter"])
             parallel.restore_statistics(self.parts["net"], state["statistics"])
-            torch.set_rng_state(state["rng"])
-            if self.device.type == "cuda" and state["rng_cuda"] is not None:
-                torch.cuda.set_rng_state(state["rng_cuda"])
 
     def _read_lines(self, name, count):
         """Read the first `count` rows of a log: later ones are of work that is done again."""
@@ -219,8 +216,7 @@ class Run:
             "masks_hold": masks is not None and not masks.violation(self.parts["optimizer"]),
             "metrics": len(self.rows), "updates": len(self.updates), "notes": self.notes,
             "meter": self.meter.state(),
-            "statistics": parallel.statistics(self.parts["net"]), "rng": torch.get_rng_state(),
-            "rng_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            "statistics": parallel.statistics(self.parts["net"]),
             "seconds": self.seconds + time.monotonic() - self.began})
         self.unsaved, self.saved_at = False, time.monotonic()
 
@@ -315,6 +311,8 @@ class Run:
             self.meter.counts = self.weight > 0
             self.unsaved = True
             self.iteration += 1
+            # what rate coding and dropout draw in this step depends on nothing before it
+            torch.manual_seed(seeded(args.seed, self.iteration, parallel.rank()).initial_seed())
             yield batch
             self.step += 1
             self.bar.update()

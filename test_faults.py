@@ -497,7 +497,6 @@ BAD_STATES = {
                                     "its masks disagree with its weights"),
     "momentum of dead weights": (changed(*MOMENTUM, by=lambda m: m + 1), "its masks disagree"),
     "a mask turned": (changed("parts", "masks", "alive", by=lambda m: ~m), "its masks disagree"),
-    "random state": (changed("rng", by=lambda rng: rng[:9]), "RNG state size"),
     "sums": (changed("meter", to=(torch.zeros(3), 0)), "does not fit"),
 }
 

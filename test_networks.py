@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import channels
+import compact
 import compare
 import data
 import metrics
@@ -259,6 +260,8 @@ def test_rate_coding_has_the_mean_of_the_pixels_and_a_seed():
     assert (spikes.mean(0)[pixels == 0] == 0).all() and (spikes.mean(0)[pixels == 255] == 1).all()
     assert torch.allclose(spikes.mean(), (pixels / 255).mean(), atol=0.005)
     assert torch.equal(spikes, net._spikes(pixels))  # a prediction is always the same
+    several = torch.cat([255 - pixels, pixels])  # and depends on nothing beside it
+    assert torch.equal(spikes, net._spikes(several)[:, 1:])
     net.train()
     torch.manual_seed(3)
     one, other = net._spikes(pixels), net._spikes(pixels)
@@ -364,6 +367,50 @@ def test_channels_are_removed_exactly(name):
     found = channels.differences(masked, tiny, kept, frames)
     assert found["spikes_that_differ"] == 0 and found["logits_differ_by"] < 1e-10
     assert sum(p.numel() for p in tiny.parameters()) < sum(p.numel() for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", ["vggsnn", "sdsnn-small", "sdsnn-large", "gradr-conv"])
+def test_channels_that_change_nothing_are_left_out_exactly(name):
+    """Unread ones, and ones without input that stay silent: whether they do is the neuron's own."""
+    net = small(name, 16, factor=0.5 if name == "sdsnn-small" else 0.1, time_steps=30).eval()
+    masks, draw = Masks(net), generator(1)
+    for i, (layer, group) in enumerate(models.removable(net).items()):
+        conv, size = net.get_submodule(layer).conv, net.config["widths"][group.width]
+        masks.alive[f"{layer}.conv.weight"][torch.arange(size) % 3 == 1] = False
+        masks.alive[group.reader].unflatten(1, (size, -1))[:, torch.arange(size) % 4 == 2] = False
+        currents = torch.rand(size, generator=draw) * 1.2  # some fire, some do not
+        with torch.no_grad():
+            (conv.bias if conv.bias is not None else net.get_submodule(layer).bn.bias).copy_(currents)
+    masks.apply(torch.optim.SGD(net.parameters(), 0.1))
+    read, kept = compact.drop_unread(net, masks.alive), compact.needed(net, masks.alive)
+    counts = [sum(int(keep.sum()) for keep in found.values()) for found in (read, kept)]
+    assert 0 < counts[1] < counts[0] < sum(net.config["widths"])
+    unfed = [int((~masks.alive[f"{layer}.conv.weight"][keep].flatten(1).any(1)).sum())
+             for layer, keep in kept.items()]
+    assert sum(unfed) > 0  # some fire by their constant current, and stay
+    tiny, _ = compact.without(net.double(), masks.alive, kept)
+    frames = torch.rand(4, 2, 16, 16, generator=draw).double()
+    found = channels.differences(net, tiny, kept, frames)
+    assert found["spikes_that_differ"] == 0 and found["logits_differ_by"] < 1e-10
+
+
+@pytest.mark.parametrize("neuron, fires", [
+    (dict(tau=1.25, v_threshold=0.5, decay_input=False), 0.4), (dict(tau=2.0, v_threshold=0.5), 0.5),
+    (dict(tau=2.0, learn_tau=True, decay_input=False), 0.5), (dict(reset="soft"), 1.0)])
+def test_the_limit_of_a_potential_is_what_a_loop_tends_to(neuron, fires):
+    """`fires` by hand: the threshold, over tau where the input does not decay."""
+    lif = LIF(**neuron)
+    for current in (0.98 * fires, 1.02 * fires):
+        spikes = lif(torch.full((60, 1, 1), current))
+        assert bool(spikes.any()) == (current > fires)
+        assert bool(lif.limit(torch.tensor(current)) >= lif.v_threshold) == (current > fires)
+
+
+def test_a_network_without_convolutions_keeps_its_neurons(capsys):
+    prune_unstructured.main(["--smoke", "--model", "gradr-linear", "--run-dir", "r"])
+    assert "gradr-linear has no convolutions, whose channels alone are left out" in (
+        capsys.readouterr().out)
+    assert not Path("r/compact.pt").exists()
 
 
 @pytest.mark.parametrize("name", ["sdsnn-small", "gradr-linear"])

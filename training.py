@@ -138,10 +138,9 @@ def forward_of(args, net):
     gradients are averaged over the processes where there are several."""
     if args.sync_bn and parallel.size() > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(net)  # its layers, with their parameters
-    side, device = net.config["image_size"], net.mean.device
-    return parallel.average_gradients(
-        torch.compile(net) if args.compile else net,
-        torch.zeros(1, net.config["in_channels"], side, side, dtype=torch.uint8, device=device))
+    side, first = net.config["image_size"], (net.time_steps, 1) * (net.encoding == "events") or (1,)
+    return parallel.average_gradients(torch.compile(net) if args.compile else net, torch.zeros(
+        *first, net.config["in_channels"], side, side, dtype=torch.uint8, device=net.mean.device))
 
 
 def check_last_batch(args, images, config):
@@ -150,12 +149,12 @@ def check_last_batch(args, images, config):
     if last // parallel.size() > 1:
         return
     with torch.device("meta"):  # no memory, no work, and no draw from torch's generator
-        net, image = models.build(**config), images.x_train[:1].to("meta")
+        net, image = models.build(**config), images.copies(1).to("meta")
     try:
         net(image)
     except ValueError:
         raise ValueError(f"--batch-size is {args.batch_size}, which leaves a batch of one image of "
-                         f"{len(image[0, 0])} pixels, and --time-steps {args.time_steps}: one "
+                         f"{image.shape[-1]} pixels, and --time-steps {args.time_steps}: one "
                          f"value a channel in {args.model}, expected more for batch normalisation. "
                          f"Change one of the two") from None
 
