@@ -61,10 +61,9 @@ class Dataset(NamedTuple):
         return self._replace(**{key: getattr(self, key).to(device) for key in KEYS})
 
     def inputs(self, split, batch_size):
-        """Yield the "train" or "test" set in its order, as a network takes it: [n, C, H, W] images
-        or [T, n, 2, H, W] frames, views both."""
-        for x in getattr(self, f"x_{split}").split(batch_size):
-            yield _time_first(x)
+        """Return an iterator over the "train" or "test" set in its order, as a network takes it:
+        [n, C, H, W] images or [T, n, 2, H, W] frames, views both."""
+        return map(_time_first, getattr(self, f"x_{split}").split(batch_size))
 
     def pairs(self, split, batch_size):  # with the labels [n] beside it
         return zip(self.inputs(split, batch_size), getattr(self, f"y_{split}").split(batch_size))
@@ -90,8 +89,7 @@ def load(name, data_dir="data", train_limit=None, at_most=None, time_steps=None)
     time_steps: how many frames a recording of events makes; their counts have mean 0 and std 1.
     Raises ValueError or FileNotFoundError, one line each, for whatever is wrong with the files.
     """
-    data_dir = Path(os.path.expanduser(data_dir))
-    are_events = name in events.KINDS
+    data_dir, are_events = Path(os.path.expanduser(data_dir)), name in events.KINDS
     x_train, y_train, x_test, y_test = (events.load(name, data_dir, time_steps) if are_events
                                         else _read(name, data_dir))
     num_classes = int(y_train.max()) + 1
@@ -102,11 +100,10 @@ def load(name, data_dir="data", train_limit=None, at_most=None, time_steps=None)
     x_train, y_train = _first_balanced(x_train, y_train, min(limits, default=None))
     x_test, y_test = _first_balanced(x_test, y_test, at_most)
     mean, std = ([0.0, 0.0], [1.0, 1.0]) if are_events else _mean_and_std(x_train)
-    x_train, x_test = map(torch.from_numpy, (x_train, x_test))
     if not are_events:
-        x_train, x_test = (x.permute(0, 3, 1, 2) for x in (x_train, x_test))
-    y_train, y_test = torch.from_numpy(y_train), torch.from_numpy(y_test)
-    return Dataset(name, x_train, y_train, x_test, y_test, num_classes, mean, std)
+        x_train, x_test = (x.transpose(0, 3, 1, 2) for x in (x_train, x_test))
+    tensors = map(torch.from_numpy, (x_train, y_train, x_test, y_test))
+    return Dataset(name, *tensors, num_classes, mean, std)
 
 
 # ---- batches ------------------------------------------------------------------------------------
@@ -119,8 +116,8 @@ def num_batches(n, batch_size):
 
 def batches(images, labels, batch_size, seed, epoch, first=0, pad=0, flip=False, cutout=0,
             rotate=0.0, rank=0, size=1):
-    """Yield one epoch as pairs (uint8 [n, C, H, W] in channels_last memory, labels [n]); of frames
-    [N, T, 2, H, W] as pairs ([T, n, 2, H, W], labels), all T of a recording augmented alike.
+    """Yield one epoch as pairs (uint8 [n, C, H, W] in channels_last memory, labels [n]); frames
+    [N, T, 2, H, W] come as [T, n, 2, H, W], all T of a recording augmented alike.
 
     Each image comes once, the last batch may be smaller. Order and augmentation depend on seed and
     epoch (both >= 0) only, and are drawn for the whole epoch at once: a batch does not depend on
@@ -128,24 +125,23 @@ def batches(images, labels, batch_size, seed, epoch, first=0, pad=0, flip=False,
 
     images: uint8 [N, C, H, W] or [N, T, C, H, W], labels: [N], where the batches are wanted.
     pad: pixels of black around an image before a crop of its size is cut at a random place; LTH-SNN
-    has 4 at 32 pixels and 8 at 64; 0: no crop.
-    flip: mirror half of the images. cutout: side of a black square with a uniformly drawn centre,
-    clipped at the borders (16 in LTH-SNN), in pixels; 0: none. rotate: largest angle, in degrees,
-    by which images are turned about their middle, either way, before all else; 0: none.
+    has 4 at 32 pixels and 8 at 64; 0: no crop. flip: mirror half of the images. cutout: side of a
+    black square with a uniformly drawn centre, clipped at the borders (16 in LTH-SNN), in pixels;
+    0: none. rotate: largest angle, in degrees, of a turn that comes first, either way; 0: none.
     rank, size: yield only every size-th image of each batch, from the rank-th on, so that `size`
     processes share it; the first image where there is none left, so that each has one.
     """
     N, *frame, _, H, W = images.shape
     # SeedSequence mixes its words: unlike with seed + epoch, runs do not share shifted epochs.
-    mixed = np.random.SeedSequence([seed, epoch]).generate_state(1)
-    rng = torch.Generator().manual_seed(int(mixed[0]))
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    rng = torch.Generator().manual_seed(mixed)
     draws = [torch.randperm(N, generator=rng),
              torch.randint(0, 2 * pad + 1, (N,), generator=rng),  # top of the crop
              torch.randint(0, 2 * pad + 1, (N,), generator=rng),  # left of the crop
              torch.randint(0, 2, (N,), generator=rng).bool() & flip,
              torch.randint(0, H, (N,), generator=rng),            # centre of the hole
-             torch.randint(0, W, (N,), generator=rng)]
-    draws.append((2 * torch.rand(N, generator=rng) - 1) * math.radians(rotate))
+             torch.randint(0, W, (N,), generator=rng),
+             (2 * torch.rand(N, generator=rng) - 1) * math.radians(rotate)]
     draws = [draw.to(images.device) for draw in draws]
     pixels = images.flatten(1, -3).permute(0, 2, 3, 1)            # [N, H, W, C], of all frames
     for start in range(first * batch_size, N, batch_size):
@@ -154,32 +150,25 @@ def batches(images, labels, batch_size, seed, epoch, first=0, pad=0, flip=False,
         order, *rest, angle = (draw[place:end:size] for draw in draws)
         batch = pixels.index_select(0, order)
         batch = _augment(_turn(batch, angle) if rotate else batch, *rest, pad, cutout)
-        batch = batch.permute(0, 3, 1, 2)
-        batch = batch.unflatten(1, (*frame, -1)).transpose(0, 1) if frame else batch
+        batch = _time_first(batch.permute(0, 3, 1, 2).unflatten(1, (*frame, -1)))
         yield batch, labels.index_select(0, order)
 
 
 def _turn(images, angle):
-    """Turn images [n, H, W, C] about their middle by angles [n]; each pixel takes the nearest one,
-    or black from outside, as torchvision's RandomRotation does."""
-    n, H, W, C = images.shape
-    y = torch.arange(H, device=images.device)[:, None] - (H - 1) / 2
-    x = torch.arange(W, device=images.device) - (W - 1) / 2
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
-    rows = (cos * y + sin * x + (H - 1) / 2).round().long()                 # [n, H, W]
-    columns = (cos * x - sin * y + (W - 1) / 2).round().long()
-    inside = (0 <= rows) & (rows < H) & (0 <= columns) & (columns < W)
-    source = rows.clamp(0, H - 1) * W + columns.clamp(0, W - 1)
-    source += H * W * torch.arange(n, device=images.device)[:, None, None]
-    out = images.reshape(-1, C).index_select(0, source.view(-1)).view(n, H, W, C)
-    return out * inside[..., None]
+    """Turn square images [n, H, W, C] about their middle by angles [n]; each pixel takes the
+    nearest one, or black from outside, as torchvision's RandomRotation does."""
+    cos, sin, none = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    turns = torch.stack([cos, -sin, none, sin, cos, none], 1).view(-1, 2, 3)
+    maps = images.permute(0, 3, 1, 2).float()
+    places = F.affine_grid(turns, maps.shape, align_corners=False)
+    turned = F.grid_sample(maps, places, mode="nearest", align_corners=False)
+    return turned.permute(0, 2, 3, 1).to(images.dtype)
 
 
 def _augment(images, top, left, mirror, hole_y, hole_x, pad, cutout):
     """Crop, flip and cut holes into images [n, H, W, C]; the other tensors hold n values each."""
     n, H, W, C = images.shape
-    y = torch.arange(H, device=images.device)
-    x = torch.arange(W, device=images.device)
+    y, x = (torch.arange(size, device=images.device) for size in (H, W))
     # The pixel that each pixel of the result comes from, as an index into the padded batch.
     images = F.pad(images, (0, 0, pad, pad, pad, pad))
     rows = top[:, None] + y                                                 # [n, H]
@@ -301,8 +290,8 @@ def _read_folder(root):
     test = []
     for folder in _list(root / ("test" if (root / "test").exists() else "val"), "class folders"):
         if folder.name not in label_of:
-            raise _error(ValueError, f"{folder} is a class without training images",
-                         f"only classes of {root / 'train'}", "Rename or remove it")
+            raise _error(ValueError, f"{folder} is a class without training images", "only classes "
+                         f"of {root / 'train'}", "Rename or remove it")
         test += [(file, label_of[folder.name]) for file in _list(folder, "images")]
     return _decode(root, train, test)
 

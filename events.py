@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 
 
 # SD-SNN has T = 20 and 32x32 of N-MNIST's 34x34, T = 64 and all of DVS-Gesture's 128x128; PQ has
-# T = 10 and 48x48 of CIFAR10-DVS. INTERPRETATION: 32x32 is the middle; bins are of equal length, and
+# T = 10 and 48x48 of CIFAR10-DVS. INTERPRETATION: 32x32 is the middle; bins have equal length, and
 # for CIFAR10-DVS of equal number, as is usual with VGGSNN; 48x48 is by scaling the coordinates of
 # events, x * 48 // 128, and not by interpolating frames, so that counts stay whole
 KINDS = {

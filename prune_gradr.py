@@ -10,7 +10,6 @@ random, come. Then Grad R is trimmed to the K largest theta, and both train on w
 
     python prune_gradr.py                                # Grad R, the whole job on embedded data
     python prune_gradr.py --method deepr                 # Deep R; both also with --optimizer sgd
-    python prune_gradr.py --dataset cifar100 --sparsity 0.95
     python prune_gradr.py --dataset mnist                # the paper's settings; also: cifar10
 
 To find --prior for another network, bisect with --epochs-finetune 0 and another seed: a run says
@@ -270,10 +269,8 @@ def main(argv=None):
         masks = Masks(net)
         wires = Connections(masks)
         # BN and biases have a plain optimiser of their own
-        own = dict(betas=BETAS) if args.optimizer == "adam" else dict(momentum=args.momentum)
-        optimizer = dict(adam=torch.optim.Adam, sgd=torch.optim.SGD)[args.optimizer](
-            [dict(params=[p for name, p in net.named_parameters() if name not in masks.weights])],
-            args.lr, weight_decay=args.weight_decay, **own)
+        others = [p for name, p in net.named_parameters() if name not in masks.weights]
+        optimizer = training.optimizer(args, [dict(params=others)])  # an empty list is a mistake
         stages = training.stages(args, images, prune=args.epochs_prune,
                                  finetune=args.epochs_finetune)
         keep, last = masks.keep_at(args.sparsity), stages.steps("prune")

@@ -36,14 +36,13 @@ from runfolder import Run, finished
 # Matched: the epochs of the criticality paper. Full: LTH-SNN's code, in rounds of about 25 %
 PAPER = dict(epochs_prune=200, epochs_finetune=300, rounds=4, budget="full")
 SHORT = dict(epochs_prune=6, epochs_finetune=4, rounds=4, budget="matched")
+EVENTS = SHORT | dict(epochs_prune=80, epochs_finetune=120)
 EB, ET = dict(epsilon=0.02, distance="entries"), dict(kl_ratio=0.6)
 SETTINGS = {  # the defaults by data set; "all" holds for each of them
     "all": dict(method="imp", search="imp", sparsity=0.9) | EB | ET,
     "fashion-mini": SHORT | dict(epochs_prune=8), "mnist": SHORT, "fashion-mnist": SHORT,
-    "cifar10": PAPER, "cifar100": PAPER,
-    "tiny-imagenet": SHORT | dict(epochs_prune=50, epochs_finetune=100), "n-mnist": SHORT,
-    **dict.fromkeys(("dvs-gesture", "cifar10-dvs"), SHORT | dict(epochs_prune=80,
-                                                                  epochs_finetune=120)),
+    "cifar10": PAPER, "cifar100": PAPER, "n-mnist": SHORT, "dvs-gesture": EVENTS,
+    "cifar10-dvs": EVENTS, "tiny-imagenet": SHORT | dict(epochs_prune=50, epochs_finetune=100),
     "smoke": dict(epochs_prune=4, epochs_finetune=1, rounds=2),  # upper bounds
 }
 FULL_EPOCHS, FULL_ROUNDS = 300, {0.90: 8, 0.95: 11, 0.98: 14}

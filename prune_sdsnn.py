@@ -10,7 +10,6 @@ ranges are small are pruned, at a rate that adapts; synapses that keep wanting t
 
 To compare it at a matched budget, --sparsity ends the structure epochs with one exact top-K by
 magnitude; then the mask is fixed. Elsewhere optimiser, network and loss are those of all scripts.
-
 The published code never moves the ranges of CIFAR-10's convolutions, masks at epoch ends alone, so
 that training is dense, leaves pruned neurons their bias, so that they may fire, starts r- at
 -max(w), and lets a drift of any size shrink a range: --mode official does so too. Not copied: small
@@ -284,7 +283,7 @@ def main(argv=None):
         device = training.set_up(args)
         images = training.load(args, device)
         net = training.build(args, images)
-        masks, optimizer = Masks(net), training.optimizer(args, net)
+        masks, optimizer = Masks(net), training.optimizer(args, net.parameters())
         stages = training.stages(args, images, prune=args.epochs_prune,
                                  finetune=args.epochs_finetune)
         masks.check(args.sparsity)

@@ -198,8 +198,8 @@ def deploy(run, images):
     args, net, alive = run.args, run.parts["net"], run.parts["masks"].alive
     kept = compact.needed(net, alive)
     if channels.kept_widths(net, kept) == net.config["widths"]:
-        run.say("  no channel can be left out: alive weights read each one, and each may fire" if kept
-                else f"  {args.model} has no convolutions, whose channels alone are left out")
+        run.say("  no channel can be left out: alive weights read each one, and each may fire"
+                if kept else f"  {args.model} has no convolutions: only their channels can go")
         return {}
     small, small_alive = compact.without(net, alive, kept)
     save_tensors(run.folder / "compact.pt", models.pack(small, small_alive))

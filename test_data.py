@@ -679,7 +679,7 @@ def test_data_dir_is_a_file(tmp_path, offline):
             data.load(name, tmp_path / "data")
 
 
-@pytest.mark.parametrize("name", [name for name in data.NAMES if name != "fashion-mini"])
+@pytest.mark.parametrize("name", [*data.TORCHVISION, "tiny-imagenet"])
 def test_npz_comes_first_and_keeps_the_name(tmp_path, offline, name):
     arrays = good_arrays()
     save(tmp_path / f"{name}.npz", **arrays)

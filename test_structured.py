@@ -731,14 +731,14 @@ def test_the_l1_step_by_hand():
     net.convs[0].bn.weight.data = torch.tensor([2.0, -3.0, 0.0])
     net.fc.weight.data.zero_()  # no gradient reaches the layers below
     args = SimpleNamespace(compile=False, sync_bn=False, device="cpu", precision="fp32", lr=1.0,
-                           batch_size=4)
+                           batch_size=4, loss="ce")
     batch = [(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))]
     fake = SimpleNamespace(
         args=args, parts=dict(net=net, optimizer=torch.optim.SGD(net.parameters(), 1.0)),
         epochs_of=lambda _: [0], track=lambda *_: batch, iteration=1, notes={},
         stages=SimpleNamespace(position=lambda _: (0, 9)), meter=training.Meter(net.mean.device),
         end_epoch=lambda *_: None, weight=1.0)
-    images = SimpleNamespace(x_test=batch[0][0], y_test=batch[0][1])
+    images = data.Dataset("zeros", *batch[0], *batch[0], 2, [0.0], [1.0])
     prune_structured.train(fake, "pretrain", images, l1=0.1)
     assert net.convs[0].bn.weight.tolist() == pytest.approx([1.9, -2.9, 0.0])
     assert net.convs[1].bn.weight.tolist() == pytest.approx([0.9])
@@ -969,7 +969,7 @@ def test_the_defaults_are_the_paper_s(capsys):
     with pytest.raises(SystemExit):
         prune_structured.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "default: the paper's, vgg16: 0.4522, resnet19: 0.512; small: 0.5" in shown
+    assert "default: the paper's, vgg16: 0.4522, resnet19: 0.512; others: 0.5" in shown
     assert "None" not in shown
 
 

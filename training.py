@@ -164,12 +164,12 @@ def sgd(args, net):
                            weight_decay=args.weight_decay)
 
 
-def optimizer(args, net):
-    """Return the optimiser that --optimizer names: "sgd", "adam" or "adamw"."""
-    if args.optimizer == "sgd":
-        return sgd(args, net)
-    return dict(adam=torch.optim.Adam, adamw=torch.optim.AdamW)[args.optimizer](
-        net.parameters(), args.lr, weight_decay=args.weight_decay)
+def optimizer(args, parameters):
+    """Return the optimiser that --optimizer names, "sgd", "adam" or "adamw", for parameters or
+    groups of them."""
+    kind = dict(sgd=torch.optim.SGD, adam=torch.optim.Adam, adamw=torch.optim.AdamW)[args.optimizer]
+    own = dict(momentum=args.momentum) if args.optimizer == "sgd" else {}
+    return kind(parameters, args.lr, weight_decay=args.weight_decay, **own)
 
 
 def stages(args, images, **epochs):
