@@ -416,6 +416,16 @@ def test_a_preset_from_the_command_line(tonic):
     assert "model sdsnn-small, T = 20" in done.stdout and "20 train, 10 test" in done.stdout
 
 
+@pytest.mark.parametrize("script", ["prune_unstructured", "prune_structured"])
+@pytest.mark.parametrize("name", ["dvs-gesture", "cifar10-dvs"])
+def test_both_algorithms_on_the_other_sets(name, script):
+    """At their own size, with few frames and channels; n-mnist goes through all scripts above."""
+    write_frames(name, 2, 11 if name == "dvs-gesture" else 10)
+    summary = smoke(script, "--dataset", name, "--time-steps", "2", "--width", "0.05",
+                    "--batch-size", "5", "--run-dir", "r")
+    assert (summary["dataset"], summary["time_steps"]) == (name, 2) and summary["sops"] > 0
+
+
 def test_channels_of_frames_are_removed(capsys):
     write_frames("cifar10-dvs", 3, each=(2, 1))
     summary = smoke("prune_structured", "--dataset", "cifar10-dvs", "--time-steps", "3",

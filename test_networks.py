@@ -24,7 +24,7 @@ import prune_structured
 import prune_unstructured
 import records
 import training
-from conftest import lines, one_line
+from conftest import assert_same_run, lines, one_line, stop_after
 from masks import Masks, momenta
 from neurons import LIF
 
@@ -515,6 +515,22 @@ def test_presets_of_images(script, dataset, channels_in, size):
     right = torch.cat([net(x).sum(0).argmax(1) == y for x, y in images.pairs("test", 16)])
     # rate coding draws the same spikes for the same batches
     assert right.double().mean().item() == pytest.approx(summary["test_accuracy"])
+
+
+@pytest.mark.parametrize("at", [3, 7])
+@pytest.mark.parametrize("model, encoding", [("sdsnn-small", "rate"), ("gradr-conv", "direct")])
+def test_a_run_that_draws_in_each_step_goes_on_bit_by_bit(model, encoding, at, monkeypatch):
+    """Spikes of rate coding, and dropout: in the first epoch, and in the second."""
+    save("mnist", 1, 16)
+    given = ["--dataset", "mnist", "--model", model, "--encoding", encoding, "--width", "0.03",
+             "--time-steps", "2", "--batch-size", "20", "--epochs-prune", "2", "--crop", "0",
+             "--epochs-finetune", "1", "--interval", "2"]
+    monkeypatch.setattr("sys.argv", ["prune_unstructured.py"])
+    prune_unstructured.main([*given, "--run-dir", "whole"])
+    stop_after(at, monkeypatch, prune_unstructured.main, [*given, "--run-dir", "stopped"])
+    torch.rand(7)  # where the generator is does not matter
+    prune_unstructured.main(["--resume", "--run-dir", "stopped"])
+    assert_same_run("whole", "stopped")
 
 
 def test_grad_r_as_in_the_paper():
