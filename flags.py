@@ -238,17 +238,16 @@ def with_sizes(name, args, usual):
 
 
 def explain_defaults(parser, tables, shared):
-    """Add to each flag's help what its default is, from the tables that hold it."""
+    """Add to each flag's help what its default is: of fashion-mini and all that are not named, then
+    of those that are."""
     for action in parser._actions:
         by_value = {}
         for name, table in tables.items():
-            if action.dest in table:
-                by_value.setdefault(table[action.dest], []).append(name)
-        if len(by_value) > 1:
-            shown = "; ".join(f"{value}: {', '.join(names)}" for value, names in by_value.items())
-        else:
-            shown = next(iter(by_value), shared.get(action.dest))
-        if shown not in (None, False):
+            by_value.setdefault(table.get(action.dest, shared.get(action.dest)), []).append(name)
+        usual, *others = by_value  # fashion-mini comes first
+        shown = "; ".join([str(usual), *(f"{value}: {', '.join(by_value[value])}"
+                                         for value in others)])
+        if others or usual not in (None, False):
             action.help += f" (default {shown})"
         action.help = action.help.replace("%", "%%")
 

@@ -887,7 +887,7 @@ def test_defaults_and_names(capsys):
     with pytest.raises(SystemExit):
         prune_sdsnn.main(["--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "then it adapts (default 0.05:" in shown and "0.005: cifar10" in shown
+    assert "then it adapts (default 0.05; " in shown and "0.005: cifar10" in shown
     assert "None" not in shown
 
 
