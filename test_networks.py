@@ -2,6 +2,7 @@
 import importlib
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -598,3 +599,30 @@ def test_channels_of_other_networks_are_removed_in_a_run():
                            "2", "--run-dir", "r"])
     record = json.loads(Path("r/channels.json").read_text())
     assert record["spikes_that_differ"] == 0 and record["kept"] < record["channels"]
+
+
+# ---- README.md -----------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_the_weights_in_the_readme(name):
+    (found,) = re.findall(rf"^\| `{name}` \|.*\| ([\d,]+) \((\d+)×\d+×(\d)\) \|", README, re.M)
+    weights, side, in_channels = (int(number.replace(",", "")) for number in found)
+    with torch.device("meta"):
+        net = models.build(name, 10, in_channels, side, 2)
+    assert sum(layer["weights"] for layer in metrics.parameters(net)["layers"]) == weights
+
+
+@pytest.mark.parametrize("name", ["gradr-linear", "sdsnn-small"])
+def test_the_runs_in_the_readme(name):
+    """Their figures are those of the logs."""
+    (run,) = (ROOT / "results/networks").glob(f"*{name}*")
+    summary, config = (json.loads((run / f"{file}.json").read_text())
+                       for file in ("summary", "config"))
+    assert (summary["model"], config["model"], config["dataset"]) == (name, name, "fashion-mnist")
+    assert (f"| `{name}` | {config['train_limit'] or 60_000:,} | {config['epochs_prune']} | "
+            f"{100 * summary['test_accuracy']:.2f} % | {100 * summary['sparsity']:.2f} % | "
+            f"{summary['sops']:,.0f} |") in README
