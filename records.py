@@ -32,10 +32,11 @@ METHODS = ("dense", "gmp", "slimming", "criticality", "gradient", "random", "gra
            "greg2")
 
 # Flags that must be equal in runs that are compared, and those that mean nothing to a method
-SAME = {WEIGHTS: "dataset model width train_limit time_steps batch_size lr smoke epochs_prune "
-                 "epochs_finetune sparsity interval aggregate candidates".split(),
-        CHANNELS: "dataset model width train_limit time_steps batch_size lr smoke epochs_pretrain "
-                  "epochs_finetune prune_ratio target_macs regen_base l1 finetune_l1".split()}
+BOTH = ("dataset model width encoding tau threshold surrogate reset loss train_limit time_steps "
+        "batch_size lr smoke epochs_finetune").split()
+SAME = {WEIGHTS: BOTH + "epochs_prune sparsity interval aggregate candidates".split(),
+        CHANNELS: BOTH + "epochs_pretrain prune_ratio target_macs regen_base l1 "
+                         "finetune_l1".split()}
 LOOSE = {"dense": {"sparsity", "interval", "aggregate", "candidates", "prune_ratio", "target_macs",
                    "regen_base"},
          "gmp": {"aggregate", "candidates"}, "slimming": {"regen_base"},
@@ -68,6 +69,7 @@ def read_run(folder):
         if lacks:
             raise ValueError(f"{name}.json has no {', '.join(lacks)}")
     summary = found["summary"]
+    found["config"] = flags.COMMON | found["config"]  # of a time when some flags were not there
     return SimpleNamespace(folder=folder, **found, files={}, **{
         key: summary[key] for key in ("script", "method", "regen", "seed")})
 
