@@ -52,8 +52,14 @@ PAPER, SHORT = (200, 300), (6, 4)
 EPOCHS = {"fashion-mini": (8, 4), "mnist": SHORT, "fashion-mnist": SHORT, "n-mnist": SHORT,
           "cifar10": PAPER, "cifar100": PAPER, "tiny-imagenet": (50, 100), "dvs-gesture": (80, 120),
           "cifar10-dvs": (80, 120)}
-COLUMNS = ("method", "target", "test accuracy, %", "seeds", "sparsity, %", "MACs, M", "SOPs, k",
-           "energy, uJ", "training cost", "seconds")
+COLUMNS = ("method", "target", "test accuracy, %", "against the baseline, points", "seeds",
+           "sparsity, %", "MACs, M", "SOPs, k", "energy, uJ", "training cost", "rescued, %", "back, %")
+# Student's t for a two-sided 95 % interval, by degrees of freedom from 1 on
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+USUAL = dict(aggregate="max", candidates="all")  # our reading of the paper, which goes without saying
+# What does not make runs of one method differ: the target is a column of its own
+NO_VARIANT = {*records.NOT_FLAGS, "seed", "sparsity", "target_macs", "prune_ratio", "data_dir",
+              "save_every"}
 
 
 # ---- running -------------------------------------------------------------------------------------
@@ -125,22 +131,39 @@ def run_all(jobs, at_a_time):
             raise
 
 
-# ---- the table and the plot ----------------------------------------------------------------------
+# ---- the tables and the plot ---------------------------------------------------------------------
+
+
+def setting_of(run):
+    """Return what runs of a table share, in words: "weights" or "channels", data set, network, T and
+    epochs, and each flag that is not the usual one."""
+    config, channels = run.config, run.script == records.CHANNELS
+    usual = flags.COMMON | flags.DATASETS.get(config["dataset"], flags.SMALL)
+    first = "epochs_pretrain" if channels else "epochs_prune"
+    words = [Path(config["dataset"]).stem, config["model"], f"T = {config['time_steps']}",
+             f"{config.get(first)} + {config['epochs_finetune']} epochs"]
+    words += [f"{flag.replace('_', ' ')} {config.get(flag)}" for flag in (*records.BOTH, "precision")
+              if flag not in ("dataset", "model", "time_steps", "epochs_finetune")
+              and config.get(flag) != usual.get(flag)]
+    return f"{'channels' if channels else 'weights'}: {', '.join(words)}"
 
 
 def target_of(run):
-    """Return what a run was asked for: ("channels" or "weights", text)."""
+    """Return what a run was asked for, in words."""
     config = run.config
+    if run.method == "dense":
+        return "-"
     if run.script == records.CHANNELS:
         aim = ("MACs", config["target_macs"]) if config["target_macs"] is not None else (
             "channels", config["prune_ratio"])
-        return "channels", "-" if run.method == "dense" else f"-{100 * aim[1]:g} % {aim[0]}"
-    aim = config.get("sparsity")
-    return "weights", "-" if run.method == "dense" or aim is None else f"{100 * aim:g} % sparse"
+        return f"-{100 * aim[1]:g} % {aim[0]}"
+    return f"{100 * config['sparsity']:g} % sparse" if config.get("sparsity") else "-"
 
 
 def gather(folder):
-    """Return ({(table, target, method): runs}, {name: why} of what is not finished) of a folder."""
+    """Return ({(setting, target, method): {seed: run}}, {name: why} of what is not finished) of a
+    folder. Where runs of a method differ in more than the seed, its name says in what; of two that
+    do not, the first counts."""
     found, notes = {}, {}
     for path in sorted({*folder.glob("*/config.json"), *folder.glob("*.log")}):
         place = path.parent if path.suffix == ".json" else path.with_suffix("")
@@ -150,10 +173,18 @@ def gather(folder):
             log = log_of(place)
             notes[place.name] = f"not finished: {error}" + f"; see {log}" * log.exists()
             continue
-        key = (*target_of(run), run.method)
-        if all(run.folder != other.folder for other in found.setdefault(key, [])):
-            found[key].append(run)
-    return found, notes
+        found.setdefault((setting_of(run), target_of(run), run.method), {})[run.folder] = run
+
+    told_apart = {}
+    for (setting, target, method), runs in found.items():
+        flags_of = [{flag: value for flag, value in run.config.items() if flag not in NO_VARIANT
+                     and not flag.startswith("version_")} for run in runs.values()]
+        vary = [flag for flag in flags_of[0] if len({str(one.get(flag)) for one in flags_of}) > 1]
+        for run, values in zip(runs.values(), flags_of):
+            name = ", ".join([method, *(f"{flag.replace('_', ' ')} {values.get(flag)}"
+                                        for flag in vary if values.get(flag) != USUAL.get(flag))])
+            told_apart.setdefault((setting, target, name), {}).setdefault(run.seed, run)
+    return told_apart, notes
 
 
 def cost(run):
@@ -161,61 +192,103 @@ def cost(run):
     return run.summary["training_cost"] * run.summary["epochs"]
 
 
+def against(runs, baseline):
+    """Return the mean difference in accuracy to a baseline at the same seeds, in points, and half
+    of its 95 % interval by Student's t; NaN where two seeds are not shared."""
+    pairs = [100 * (run.summary["test_accuracy"] - baseline[seed].summary["test_accuracy"])
+             for seed, run in runs.items() if seed in baseline]
+    if len(pairs) < 2 or runs == baseline:
+        return np.nan, np.nan
+    n = len(pairs) - 1
+    t = T95[n - 1] if n <= len(T95) else 1.96 + 2.4 / n  # to 0.03
+    return np.mean(pairs), t * np.std(pairs, ddof=1) / np.sqrt(len(pairs))
+
+
+def rescued(run):
+    """Return which share of what an update prunes comes back in it, of all updates of a run."""
+    try:
+        rows = [row for row in records.read(run, "updates.jsonl") if row.get("survived") is not None]
+    except records.Unfit:
+        return np.nan
+    return np.mean([row["survived"] for row in rows]) if rows else np.nan
+
+
 def tabulate(found):
-    """Return {"weights" or "channels": rows}, the rows dicts by COLUMNS and the numbers behind."""
+    """Return {setting: rows}, the rows dicts by COLUMNS and the numbers behind."""
     tables = {}
-    for (table, target, method), runs in found.items():
-        dense = [cost(run) for (kind, _, name), mine in found.items() for run in mine
-                 if (kind, name) == (table, "dense")]
+    for (setting, target, method), by_seed in found.items():
+        runs = list(by_seed.values())
+        dense = [cost(run) for (kind, _, name), mine in found.items() for run in mine.values()
+                 if (kind, name) == (setting, "dense")]
+        baseline = found.get((setting, target, records.BASELINE.get(runs[0].script, "gmp")), {})
 
         def mean(key, factor=1.0):
             values = [run.summary[key] for run in runs]
             return np.nan if None in values else factor * np.mean(values)
 
         accuracy, std = plots.spread([100 * run.summary["test_accuracy"] for run in runs])
-        tables.setdefault(table, []).append(dict(
-            method=method, target=target, accuracy=accuracy, std=std,
-            seeds=" ".join(str(seed) for seed in sorted(run.seed for run in runs)),
+        difference, half = against(by_seed, baseline)
+        tables.setdefault(setting, []).append(dict(
+            method=method, target=target, accuracy=accuracy, std=std, against=difference, half=half,
+            seeds=" ".join(str(seed) for seed in sorted(by_seed)),
             sparsity=mean("sparsity", 100), macs=mean("macs", 1e-6), sops=mean("sops", 1e-3),
-            energy=mean("energy_mj", 1e3), seconds=mean("seconds"),
+            energy=mean("energy_mj", 1e3), back=mean("survived_by_regeneration", 100),
+            rescued=100 * np.mean([rescued(run) for run in runs]) if runs[0].regen else np.nan,
             training_cost=(np.mean([cost(run) for run in runs])
                            / (np.mean(dense) if dense else runs[0].summary["epochs"])),
             macs_removed=100 * np.mean([1 - run.summary["macs"] / run.summary["macs_dense"]
                                         for run in runs])))
     for rows in tables.values():
         rows.sort(key=lambda row: (row["target"] != "-", row["target"], -row["accuracy"]))
-    return dict(sorted(tables.items(), reverse=True))
+    return dict(sorted(tables.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
 def markdown(tables, notes):
-    """Return the tables as text; a run that is not finished is a row that says why."""
+    """Return the tables as text; a run that is not finished is a line that says why."""
+    def shown(value, digits, sign=""):
+        return "-" if np.isnan(value) else f"{value:{sign}.{digits}f}"
+
     text = []
-    for table, rows in tables.items():
-        text += [f"| {table}: {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        text += [f"| {row['method']} | {row['target']} | {row['accuracy']:.1f} ± {row['std']:.1f} "
-                 f"| {row['seeds']} | {row['sparsity']:.2f} | {row['macs']:.2f} | "
-                 f"{row['sops']:.0f} | {row['energy']:.3f} | {row['training_cost']:.2f} | "
-                 f"{row['seconds']:.0f} |" for row in rows]
-        text += [f"| {name} | {why} |" + " |" * (len(COLUMNS) - 2) for name, why in notes.items()
-                 if name.startswith("channels-") == (table == "channels")] + [""]
-    return "\n".join(text)
+    for setting, rows in tables.items():
+        text += [f"**{setting}**", "", f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        for row in rows:
+            difference = "-"
+            if not np.isnan(row["against"]):
+                low, high = row["against"] - row["half"], row["against"] + row["half"]
+                word = " above" if low > 0 else " below" if high < 0 else ""
+                difference = f"{row['against']:+.1f} ({low:+.1f} to {high:+.1f}){word}"
+            text.append("| " + " | ".join([
+                row["method"], row["target"],
+                f"{row['accuracy']:.1f}" + f" ± {row['std']:.1f}" * (" " in row["seeds"]),
+                difference, row["seeds"], shown(row["sparsity"], 2), shown(row["macs"], 2),
+                shown(row["sops"], 0), shown(row["energy"], 3), shown(row["training_cost"], 2),
+                shown(row["rescued"], 0), shown(row["back"], 1)]) + " |")
+        text.append("")
+    return "\n".join(text + [f"- {name}: {why}" for name, why in notes.items()])
 
 
 def draw(tables):
-    """Draw accuracy over sparsity (channels: MACs removed) and over training cost. Where all are
-    asked for the same sparsity, they are set apart, or they would cover each other."""
-    figure, axes = plots.canvas(2, len(tables))
-    for line, (table, rows) in zip(axes, tables.items()):
-        reached = "macs_removed" if table == "channels" else "sparsity"
-        for axis, x, label in ((line[0], reached, "MACs removed (%)" if table == "channels"
-                                else "Sparsity (%)"),
+    """Draw the largest table of weights and that of channels: accuracy over sparsity (channels: MACs
+    removed) and over training cost. Where all are asked for the same, they are set apart, or they
+    would cover each other."""
+    largest = {}
+    for setting, rows in tables.items():
+        plain = [row for row in rows if "," not in row["method"]]  # analyze.py draws rates
+        largest.setdefault(setting.partition(":")[0], (setting, plain or rows))
+    figure, axes = plots.canvas(2, len(largest))
+    for line, (setting, rows) in zip(axes, largest.values()):
+        channels = setting.startswith("channels")
+        for axis, x, label in ((line[0], "macs_removed" if channels else "sparsity",
+                                "MACs removed (%), set apart" if channels else
+                                "Sparsity (%), set apart"),
                                (line[1], "training_cost", "Training cost / dense")):
             apart = 1.2 if axis is line[0] else 0
             for i, row in enumerate(rows):
                 plots.plot(axis, [row[x] + apart * (i - len(rows) / 2) * (row["target"] != "-")],
-                           [row["accuracy"]], [row["std"]], row["method"], linestyle="none")
-            axis.set(xlabel=f"{label}, {table}" + ", set apart" * bool(apart),
-                     ylabel="Test accuracy (%)")
+                           [row["accuracy"]], [row["std"]], row["method"].partition(",")[0],
+                           label=row["method"], linestyle="none")
+            axis.set(xlabel=label, ylabel="Test accuracy (%)")
+        line[0].set_title(setting, fontsize=7, loc="left")
         handles, names = line[0].get_legend_handles_labels()
         known = dict(zip(names, handles))
         line[1].legend(known.values(), known, frameon=False, fontsize=7, loc="center left",
@@ -268,11 +341,11 @@ def main(argv=None):
         tables = tabulate(found)
         text = markdown(tables, notes)
         print(text)
-        runs = [run for mine in found.values() for run in mine]
+        runs = [run for mine in found.values() for run in mine.values()]
         write_whole(out / "compare.md", lambda file: file.write(text))
         plots.save(out / "compare", draw(tables), [
-            dict(pruned=table) | row for table, rows in tables.items() for row in rows],
-            records.about(runs))
+            dict(setting=setting) | row for setting, rows in tables.items() for row in rows],
+            f"{len(runs)} runs")
         print(f"{out / 'compare.md'}, .csv, .png, .pdf: {len(runs)} runs")
     return tables
 

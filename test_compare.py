@@ -78,8 +78,8 @@ def test_a_comparison_from_end_to_end(few, two_methods, monkeypatch, capfd):
         accuracies = [100 * one["test_accuracy"] for one in mine]
         assert row["accuracy"] == pytest.approx(statistics.mean(accuracies))
         assert row["std"] == pytest.approx(statistics.stdev(accuracies))
-        for key, factor in dict(sparsity=100, sops=1e-3, macs=1e-6, seconds=1).items():
-            assert row[key] == pytest.approx(factor * statistics.mean(one[key] for one in mine))
+        for key, factor in dict(sparsity=100, sops=1e-3, macs=1e-6, energy_mj=1e3).items():
+            assert row[key.removesuffix("_mj")] == pytest.approx(factor * statistics.mean(one[key] for one in mine))
         summaries[row["method"]] = mine
     cost = {name: statistics.mean(one["training_cost"] for one in mine)
             for name, mine in summaries.items()}
@@ -103,27 +103,115 @@ def test_a_comparison_from_end_to_end(few, two_methods, monkeypatch, capfd):
 def test_a_run_that_fails_is_a_row_and_the_rest_goes_on(few, two_methods, monkeypatch, capfd):
     monkeypatch.setitem(compare.WEIGHTS, "random", "prune_unstructured --metric random --lr inf")
     tables = compare.main([*TINY, "--seeds", "1", "--out", "out"])
-    assert {row["method"] for row in tables["weights"]} == {"dense", "gmp"}
+    ((setting, rows),) = tables.items()
+    assert setting == ("weights: few, small, T = 2, 1 + 1 epochs, width 0.25, batch size 16")
+    assert {row["method"] for row in rows} == {"dense", "gmp"}
     text = Path("out/compare.md").read_text()
-    assert ("| random-0.9-seed0 | not finished: it is no run: it has no config.json; "
-            "see out/random-0.9-seed0.log | |" in text)
+    assert ("- random-0.9-seed0: not finished: it is no run: it has no config.json; "
+            "see out/random-0.9-seed0.log" in text)
     log = Path("out/random-0.9-seed0.log").read_text()
     assert log.startswith("python prune_unstructured.py --metric random --lr inf")
     assert "error: --lr is inf" in log
     assert "failed with exit code 2: out/random-0.9-seed0, see" in "".join(capfd.readouterr())
 
 
-def test_other_targets_are_other_rows():
-    def run(method, seed, **config):
-        base = dict(sparsity=0.9, target_macs=None, prune_ratio=None)
-        return SimpleNamespace(
-            script="prune_structured" if "target_macs" in config else "prune_unstructured",
-            method=method, seed=seed, config=base | config, summary={})
+def written(folder, method="gmp", seed=0, accuracy=0.8, script="prune_unstructured", **config):
+    """Write a finished run's config.json and summary.json."""
+    folder = Path("logs", folder)
+    folder.mkdir(parents=True)
+    usual = dict(dataset="fashion-mini", model="small", time_steps=4, batch_size=64, lr=0.1,
+                 sparsity=0.9, regen=None, seed=seed, aggregate="max", commit=folder.name)
+    usual |= (dict(epochs_prune=8) if script == "prune_unstructured" else
+              dict(epochs_pretrain=8, target_macs=0.7, prune_ratio=None))
+    config = usual | dict(epochs_finetune=4) | config
+    summary = dict.fromkeys(runfolder.SUMMARY_KEYS, 1) | dict(
+        script=script, method=method, seed=seed, test_accuracy=accuracy, regen=config["regen"],
+        survived_by_regeneration=None, macs_dense=2)
+    for name, value in dict(config=config, summary=summary).items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
 
-    assert compare.target_of(run("gmp", 0)) == ("weights", "90 % sparse")
-    assert compare.target_of(run("gmp", 0, sparsity=0.95)) == ("weights", "95 % sparse")
-    assert compare.target_of(run("dense", 0, sparsity=0)) == ("weights", "-")
-    assert compare.target_of(run("greg1", 0, target_macs=0.7)) == ("channels", "-70 % MACs")
+
+def test_tables_hold_what_may_be_compared():
+    written("a")
+    written("b", sparsity=0.95)
+    written("c", "dense", sparsity=0)
+    written("d", epochs_prune=9)
+    written("e", width=0.5, precision="bf16")
+    written("f", "greg1", script="prune_structured")
+    found, notes = compare.gather(Path("logs"))
+    usual = "fashion-mini, small, T = 4, 8 + 4 epochs"
+    assert list(found) == [
+        (f"weights: {usual}", "90 % sparse", "gmp"), (f"weights: {usual}", "95 % sparse", "gmp"),
+        (f"weights: {usual}", "-", "dense"),
+        (f"weights: {usual.replace('8', '9')}", "90 % sparse", "gmp"),
+        (f"weights: {usual}, width 0.5, precision bf16", "90 % sparse", "gmp"),
+        (f"channels: {usual}", "-70 % MACs", "greg1")]
+    assert notes == {}
+
+
+def test_what_differs_is_in_the_name():
+    for seed in (0, 1):
+        for rate in (0.1, 0.3):
+            written(f"c{rate}{seed}", "criticality", seed, regen=rate)
+        written(f"m{seed}", "criticality", seed, regen=0.3, aggregate="mean")
+        written(f"g{seed}", seed=seed)
+    written("again", seed=1, accuracy=0.1)  # of two that differ in nothing the first counts: g1
+    found, _ = compare.gather(Path("logs"))
+    shown = {name: sorted(runs) for (_, _, name), runs in found.items()}
+    assert shown == {"criticality, regen 0.1": [0, 1], "criticality, regen 0.3": [0, 1], "gmp": [0, 1],
+                     "criticality, regen 0.3, aggregate mean": [0, 1]}
+    (rows,) = compare.tabulate(found).values()
+    assert [row["accuracy"] for row in rows if row["method"] == "gmp"] == [pytest.approx(80)]
+
+
+@pytest.mark.parametrize("accuracies, word", [([0.82, 0.83, 0.84], " above"), ([0.79] * 3, " below"),
+                                              ([0.78, 0.83, 0.80], "")])
+def test_differences_are_paired_by_seed(accuracies, word):
+    """By hand: differences 2, 3, 4 have mean 3, deviation 1: 3 -+ 4.303 / sqrt(3)."""
+    for seed, accuracy in enumerate(accuracies):
+        written(f"g{seed}", seed=seed, accuracy=0.8)
+        written(f"r{seed}", "random", seed, accuracy, regen=0.5)
+    written("r9", "random", 9, 0.99, regen=0.5)  # with no partner
+    found, notes = compare.gather(Path("logs"))
+    tables = compare.tabulate(found)
+    row = {row["method"]: row for rows in tables.values() for row in rows}["random"]
+    differences = 100 * np.array(accuracies) - 80
+    half = 4.303 * statistics.stdev(differences) / 3 ** 0.5
+    assert (row["against"], row["half"]) == pytest.approx((differences.mean(), half))
+    if word == " above":
+        assert (row["against"], row["half"]) == pytest.approx((3, 4.303 / 3 ** 0.5))
+    low, high = row["against"] - half, row["against"] + half
+    text = compare.markdown(tables, notes)
+    assert f"| {row['against']:+.1f} ({low:+.1f} to {high:+.1f}){word} | 0 1 2 9 |" in text
+    assert "| gmp | 90 % sparse | 80.0 ± 0.0 | - | 0 1 2 |" in text
+
+
+def test_one_pair_tells_nothing():
+    written("g")
+    written("r", "random", accuracy=0.9, regen=0.5)
+    tables = compare.tabulate(compare.gather(Path("logs"))[0])
+    assert all(np.isnan(row["against"]) for rows in tables.values() for row in rows)
+    assert "| random | 90 % sparse | 90.0 | - | 0 |" in compare.markdown(tables, {})
+
+
+def test_students_t_is_that_of_the_tables():
+    """0.975 quantiles, to the three digits of any table; beyond ten degrees to 0.03."""
+    def runs(n):
+        return {seed: SimpleNamespace(summary=dict(test_accuracy=0.01 * (seed % 2)))
+                for seed in range(n)}
+
+    for n, t in ((2, 12.706), (3, 4.303), (11, 2.228), (12, 2.201), (31, 2.042)):
+        none = {seed: SimpleNamespace(summary=dict(test_accuracy=0.0)) for seed in range(n)}
+        spread = statistics.stdev([seed % 2 for seed in range(n)]) / n ** 0.5
+        assert compare.against(runs(n), none)[1] / spread == pytest.approx(t, abs=0.03)
+
+
+def test_how_much_of_an_update_is_rescued():
+    written("c", "criticality", regen=0.5)
+    rows = [dict(survived=0.5), dict(survived=0.7), dict(survived=None)]
+    Path("logs/c/updates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    ((row,),) = compare.tabulate(compare.gather(Path("logs"))[0]).values()
+    assert row["rescued"] == pytest.approx(60)
 
 
 @pytest.mark.parametrize("given, says", [
