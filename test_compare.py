@@ -155,7 +155,7 @@ def test_what_differs_is_in_the_name():
             written(f"c{rate}{seed}", "criticality", seed, regen=rate)
         written(f"m{seed}", "criticality", seed, regen=0.3, aggregate="mean")
         written(f"g{seed}", seed=seed)
-    written("again", seed=1, accuracy=0.1)  # of two that differ in nothing the first counts: g1
+    written("z", seed=1, accuracy=0.1)  # of two that differ in nothing the first counts: g1
     found, _ = compare.gather(Path("logs"))
     shown = {name: sorted(runs) for (_, _, name), runs in found.items()}
     assert shown == {"criticality, regen 0.1": [0, 1], "criticality, regen 0.3": [0, 1], "gmp": [0, 1],
