@@ -43,10 +43,10 @@ def build(name, num_classes, in_channels, image_size, time_steps, widths=None, e
     """Return a freshly initialised network; it draws its weights from torch's global generator.
 
     name: one of NAMES. image_size: pixels, of square images. widths: the channels of each layer
-    (see default_widths): one a convolution or hidden linear layer. ResNet-19, 18
-    numbers: the stem, then inner and outer channels of each of the 8 blocks, then fc1. encoding: of
-    the input, "direct" | "rate" | "events". neuron: a dict of arguments of LIF; those that it does
-    not name are the network's own (plans.NEURONS).
+    (see default_widths): one a convolution or hidden linear layer; ResNet-19, 18 numbers: the stem,
+    then inner and outer channels of each of the 8 blocks, then fc1. encoding: of the input,
+    "direct" | "rate" | "events". neuron: a dict of arguments of LIF; those that it does not name
+    are the network's own (plans.NEURONS).
     Raises ValueError for names, sizes and widths that do not make a network.
     """
     plans.check_name(name)

@@ -338,7 +338,9 @@ def test_the_file_does_without_the_silent(capsys):
     net, masks = masked_net("small", 0.5)
     end = SimpleNamespace(args=SimpleNamespace(precision="fp32", device="cpu"), folder=Path("."),
                           parts=dict(net=net, masks=masks), say=print)
-    faster = prune_unstructured.deploy(end, SimpleNamespace(x_test=real_images(2)))
+    images, labels = real_images(2), torch.zeros(2, dtype=torch.int64)
+    faster = prune_unstructured.deploy(end, data.Dataset(
+        "fashion-mini", images, labels, images, labels, 10, [0.0], [1.0]))
     widths = channels.kept_widths(net, compact.needed(net, masks.alive))
     assert models.load("compact.pt").config["widths"] == widths
     assert sum(widths) < total(compact.drop_unread(net, masks.alive))

@@ -475,7 +475,7 @@ MOMENTUM = ("parts", "optimizer", "state", 0, "momentum_buffer")
 WEIGHT = ("parts", "net", "convs.1.conv.weight")
 BAD_STATES = {
     "no dict": (lambda state: [1], "it holds no state of a run"),
-    "another version": (changed("format", to=1), "format 1, expected 2: it was written by another"),
+    "another version": (changed("format", to=1), "format 1, expected 3: it was written by another"),
     "code": (changed("notes", to={"x": Code()}), "Weights only load failed"),
     "no masks": (changed("parts", "masks"), "its masks is of another network"),
     "no position": (changed("position"), "its entry position is missing"),
@@ -647,9 +647,9 @@ def test_scores_that_are_not_finite(monkeypatch, capsys):
 def test_a_loss_that_is_not_finite_names_what_else(monkeypatch, capsys):
     loss, calls = training.loss_over_time, []
 
-    def explode(logits, labels):
+    def explode(logits, labels, kind):
         calls.extend([None] * logits.requires_grad)
-        return loss(logits, labels) * (math.inf if len(calls) == 5 else 1)
+        return loss(logits, labels, kind) * (math.inf if len(calls) == 5 else 1)
 
     monkeypatch.setattr(training, "loss_over_time", explode)
     error = fails(capsys, 1, run, MAIN, "--run-dir", "r")

@@ -61,7 +61,8 @@ def small_net(images, dtype):
 
 def settings(**given):
     return prune_unstructured.parse_args([*SHORT, "--device", "cpu"]).__class__(
-        **dict(batch_size=50, precision="fp32", device="cpu", compile=False, sync_bn=False) | given)
+        **dict(batch_size=50, precision="fp32", device="cpu", compile=False, sync_bn=False,
+               loss="ce", encoding="direct") | given)
 
 
 def gradients_and_scores(n):

@@ -21,6 +21,7 @@ import runfolder
 import training
 from conftest import TIMES, assert_same_run, lines, one_line, stop_after
 from masks import Masks
+from test_events import write_frames
 
 ROOT = Path(__file__).parent
 SHORT = ["--train-limit", "400", "--epochs-prune", "2", "--epochs-finetune", "1", "--interval", "6",
@@ -640,12 +641,19 @@ def test_the_commands_in_the_scripts_are_understood():
 
 @pytest.mark.parametrize("script, arguments", commands_in_the_text("README.md"))
 def test_each_command_in_the_text_runs(script, arguments):
-    x = np.random.default_rng(0).integers(0, 256, (5000, 32, 32, 3), dtype=np.uint8)
+    n = 5000
+    x = np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
     Path("data").mkdir()
-    for path, classes in (("data/cifar100.npz", 100), ("mine.npz", 10)):
-        y = np.arange(5000) % classes
-        np.savez(path, x_train=x, y_train=y, x_test=x[:100], y_test=y[:100])
+    for path, images, classes in (("data/cifar100.npz", x, 100), ("mine.npz", x, 10),
+                                  ("data/mnist.npz", x[:, 2:30, 2:30, 0], 10),
+                                  ("data/fashion-mnist.npz", x[:, 2:30, 2:30, 0], 10)):
+        y = np.arange(n) % classes
+        np.savez(path, x_train=images, y_train=y, x_test=images[:100], y_test=y[:100])
     arguments = re.sub(r"--train-limit \d+", "--train-limit 2000", arguments)
+    for name in ("dvs-gesture", "cifar10-dvs"):
+        if name in arguments:  # few frames: this is about the command
+            write_frames(name, 2, 11 if name == "dvs-gesture" else 10, each=(3, 1))
+            arguments += " --time-steps 2 --batch-size 6"
     summary = importlib.import_module(script).main([*arguments.split(), "--smoke"])
     assert 0 <= summary["test_accuracy"] <= 1 and list(summary) == runfolder.SUMMARY_KEYS
 
