@@ -8,7 +8,14 @@
 Weights: same data, network, batches, epochs and final sparsity for all; where a method's own
 sparsity is an outcome, its structure epochs end with an exact cut. Channels: at equal MACs. The
 runs are processes of the scripts beside this file; finished ones are not repeated, stopped ones go
-on, and one that fails is a row that names its log.
+on, and one that fails is a line that names its log.
+
+There is a table for each data set, network and schedule; runs of a method that differ in a flag are
+rows of their own. Columns: mean and standard deviation over the seeds; the difference to GMP
+(channels: slimming) at the same seeds, in points, with its 95 % interval by Student's t, "above" or
+"below" only where the interval leaves out 0; rescued: of what an update prunes, the share that
+comes back in it, mean over the updates; back: the share of the final weights, or channels, that
+had been brought back.
 """
 import os
 import shlex
@@ -53,10 +60,11 @@ EPOCHS = {"fashion-mini": (8, 4), "mnist": SHORT, "fashion-mnist": SHORT, "n-mni
           "cifar10": PAPER, "cifar100": PAPER, "tiny-imagenet": (50, 100), "dvs-gesture": (80, 120),
           "cifar10-dvs": (80, 120)}
 COLUMNS = ("method", "target", "test accuracy, %", "against the baseline, points", "seeds",
-           "sparsity, %", "MACs, M", "SOPs, k", "energy, uJ", "training cost", "rescued, %", "back, %")
+           "sparsity, %", "MACs, M", "SOPs, k", "energy, uJ", "training cost", "rescued, %",
+           "back, %")
 # Student's t for a two-sided 95 % interval, by degrees of freedom from 1 on
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-USUAL = dict(aggregate="max", candidates="all")  # our reading of the paper, which goes without saying
+USUAL = dict(aggregate="max", candidates="all")  # our reading of the paper goes without saying
 # What does not make runs of one method differ: the target is a column of its own
 NO_VARIANT = {*records.NOT_FLAGS, "seed", "sparsity", "target_macs", "prune_ratio", "data_dir",
               "save_every"}
@@ -135,15 +143,15 @@ def run_all(jobs, at_a_time):
 
 
 def setting_of(run):
-    """Return what runs of a table share, in words: "weights" or "channels", data set, network, T and
-    epochs, and each flag that is not the usual one."""
+    """Return what runs of a table share, in words: "weights" or "channels", data set, network, T
+    and epochs, and each flag that is not the usual one."""
     config, channels = run.config, run.script == records.CHANNELS
     usual = flags.COMMON | flags.DATASETS.get(config["dataset"], flags.SMALL)
     first = "epochs_pretrain" if channels else "epochs_prune"
     words = [Path(config["dataset"]).stem, config["model"], f"T = {config['time_steps']}",
              f"{config.get(first)} + {config['epochs_finetune']} epochs"]
-    words += [f"{flag.replace('_', ' ')} {config.get(flag)}" for flag in (*records.BOTH, "precision")
-              if flag not in ("dataset", "model", "time_steps", "epochs_finetune")
+    words += [f"{flag.replace('_', ' ')} {config.get(flag)}"
+              for flag in (*records.BOTH, "precision") if flag not in ("dataset", "model", "time_steps", "epochs_finetune")
               and config.get(flag) != usual.get(flag)]
     return f"{'channels' if channels else 'weights'}: {', '.join(words)}"
 
@@ -207,10 +215,11 @@ def against(runs, baseline):
 def rescued(run):
     """Return which share of what an update prunes comes back in it, of all updates of a run."""
     try:
-        rows = [row for row in records.read(run, "updates.jsonl") if row.get("survived") is not None]
+        shares = [row.get("survived") for row in records.read(run, "updates.jsonl")]
     except records.Unfit:
         return np.nan
-    return np.mean([row["survived"] for row in rows]) if rows else np.nan
+    shares = [share for share in shares if share is not None]
+    return np.mean(shares) if shares else np.nan
 
 
 def tabulate(found):
@@ -268,9 +277,9 @@ def markdown(tables, notes):
 
 
 def draw(tables):
-    """Draw the largest table of weights and that of channels: accuracy over sparsity (channels: MACs
-    removed) and over training cost. Where all are asked for the same, they are set apart, or they
-    would cover each other."""
+    """Draw the largest table of weights and that of channels: accuracy over sparsity (channels:
+    MACs removed) and over training cost. Where all are asked for the same, they are set apart, or
+    they would cover each other."""
     largest = {}
     for setting, rows in tables.items():
         plain = [row for row in rows if "," not in row["method"]]  # analyze.py draws rates
