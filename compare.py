@@ -340,7 +340,8 @@ def main(argv=None):
     with flags.exits(2, ValueError, OSError):
         out = args.runs or args.out
         if args.runs is None:
-            data.load(args.dataset, args.data_dir or "data", args.train_limit)
+            steps = args.time_steps or flags.DATASETS.get(args.dataset, flags.SMALL)["time_steps"]
+            data.load(args.dataset, args.data_dir or "data", args.train_limit, time_steps=steps)
             out.mkdir(parents=True, exist_ok=True)
             run_all(plan(args), args.jobs)
         found, notes = gather(out)

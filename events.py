@@ -48,6 +48,7 @@ KINDS = {
     "cifar10-dvs": Kind("CIFAR10DVS", 128, 48, "scale", "events", ("",), (10_000,),
                         "airplane/*.aedat4 to truck/*.aedat4 (of the archive that tonic names)"),
 }
+FIX = "Unpack the archive again, or remove the file"
 PART = 9  # CIFAR10-DVS has no official split: of each class the first 9 tenths train
 EVENT = np.dtype([("x", np.int32), ("y", np.int32), ("t", np.int64), ("p", np.int8)])
 FILES = ("x_train.npy", "y_train.npy", "x_test.npy", "y_test.npy")
@@ -87,6 +88,10 @@ def load(name, data_dir, time_steps):
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{cache} is damaged ({_reason(error)}), expected the frames of {name}. "
                          f"Remove the folder: it is made anew from the recordings") from error
+    count, whole = len(arrays[1]) + len(arrays[3]), sum(kind.complete)
+    if count != whole:
+        print(f"note: {cache} holds {count:,} recordings, all of {name} are {whole:,}. If there "
+              f"are more now, remove the folder: it is made anew")
     return arrays
 
 
@@ -95,7 +100,7 @@ def recordings(kind, data_dir):
     module = _import("tonic.datasets")
     folder = data_dir / kind.reader
     sets = []
-    for i, (part, whole) in enumerate(zip(kind.folders, kind.complete)):
+    for i, part in enumerate(kind.folders):
         is_there = (folder / part).is_dir()
         # tonic wants the archive beside what was in it; the recordings are all that is needed
         reader = type(kind.reader, (getattr(module, kind.reader),),
@@ -108,8 +113,6 @@ def recordings(kind, data_dir):
             raise _missing(folder / part, f"{state} ({_reason(error)})", kind, data_dir) from error
         if len(found) == 0:
             raise _missing(folder / part, "holds no recordings", kind, data_dir)
-        if len(found) != whole:
-            print(f"note: {folder / part} holds {len(found):,} recordings, the whole set {whole:,}")
         order = sorted(range(len(found)), key=lambda j: [  # 10 comes after 9
             (int(run), "") if run.isdigit() else (0, run)
             for run in re.split(r"(\d+)", found.data[j])])
@@ -134,14 +137,19 @@ def bin_all(kind, rows, time_steps, path):
         len(rows), time_steps, 2, kind.side, kind.side))
     for i, (found, j, _) in enumerate(tqdm(rows, f"binning {path.stem}", disable=None,
                                            leave=False)):
-        out[i] = frames(kind, read(kind, found, j), time_steps)
+        stream = read(kind, found, j)
+        has = int(np.ptp(stream["t"])) if kind.bins == "time" else len(stream)
+        if has < time_steps:
+            what = "microseconds" if kind.bins == "time" else "events"
+            raise ValueError(f"{found.data[j]} has {has} {what}, expected at least one for each "
+                             f"of {time_steps} frames. {FIX}")
+        out[i] = frames(kind, stream, time_steps)
     out.flush()
 
 
 def read(kind, found, index):
     """Return the events of one recording in the order of time, with x, y, t and p, checked."""
     path = found.data[index]
-    fix = "Unpack the archive again, or remove the file"
     try:
         if path.endswith(".bin") and os.path.getsize(path) % 5:
             raise ValueError("5 bytes an event, and the last one is cut short")
@@ -151,14 +159,17 @@ def read(kind, found, index):
             stream[field] = raw[field]
     except Exception as error:  # what numpy, struct and the decoders raise on a file cut short
         raise ValueError(f"{path} cannot be read ({_reason(error)}), expected a whole recording of "
-                         f"{kind.reader}. {fix}") from error
+                         f"{kind.reader}. {FIX}") from error
     if len(stream) == 0:
-        raise ValueError(f"{path} holds no event, expected a recording of {kind.reader}. {fix}")
+        raise ValueError(f"{path} holds no event, expected a recording of {kind.reader}. {FIX}")
     low = min(int(stream[axis].min()) for axis in "xy")
     high = max(int(stream[axis].max()) for axis in "xy")
     if low < 0 or high >= kind.sensor:
         raise ValueError(f"{path} has an event at {low if low < 0 else high}, expected coordinates "
-                         f"from 0 to {kind.sensor - 1}, within the sensor of {kind.reader}. {fix}")
+                         f"from 0 to {kind.sensor - 1}, within the sensor of {kind.reader}. {FIX}")
+    if not np.isin(stream["p"], (0, 1)).all():
+        raise ValueError(f"{path} has a polarity of {stream['p'].min()} to {stream['p'].max()}, "
+                         f"expected 0 and 1. {FIX}")
     if (np.diff(stream["t"]) < 0).any():  # equal times keep the order of the file
         stream = stream[np.argsort(stream["t"], kind="stable")]
     return stream

@@ -139,8 +139,9 @@ class SpikingNet(nn.Module):
         if x_seq.dtype == torch.uint8:
             mean, std = self.mean.view(-1, 1, 1), self.std.view(-1, 1, 1)
             x_seq = (x_seq.to(self.mean.dtype) / 255 - mean) / std
-        return lif(fused(first, x_seq), self.time_steps if len(x_seq) == 1 else None)
+        return lif(fused(first, x_seq), self.time_steps if x.dim() == 4 else None)
 
+    @torch.compiler.disable  # one break, where the seeded generator would make many
     def _spikes(self, x):
         """Return spikes drawn with the probabilities of pixels [N, C, H, W], [T, N, C, H, W]. In
         eval mode all images share one seeded draw: the prediction of one depends on it alone."""

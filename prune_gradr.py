@@ -30,8 +30,8 @@ import training
 from masks import Masks, seeded, select
 from runfolder import Run, finished
 
-# Grad R's own; shifts by 0.15 of the side are crops by 4 pixels, without its scaling of images.
-# INTERPRETATION: elsewhere network and epochs are those of all methods
+# Grad R's own. INTERPRETATION: shifts by 0.15 of the side are crops by 4 pixels, and images are not
+# scaled (0.85 to 1.11 there); elsewhere network and epochs are those of all methods
 GRADR = dict(mode="paper", sparsity=0.95, time_steps=8, loss="mse", epochs_finetune=0, lr=None)
 LONG = dict(epochs_prune=200, epochs_finetune=300, interval=2000, lr=None)
 SHORT = dict(epochs_prune=6, epochs_finetune=4, interval=90, lr=None)
@@ -198,15 +198,16 @@ def fix_mask(run, masks, wires, keep):
     """End the structure epochs: exactly the `keep` largest strengths are alive from now on, the
     dormant ones nearest to 0 among them if too few are active. Deep R's K stay as they are."""
     before, found = masks.flat.clone(), masks.n_alive
-    run.say(f"  the structure epochs ended with {found:,} connections, {keep:,} are asked for"
-            + (": more than 20 % off. --prior moves it" if abs(found - keep) > 0.2 * keep else ""))
+    run.say(f"  the structure epochs ended with {found:,} connections" + (
+        f", {keep:,} are asked for" * (keep != found)
+        + ": more than 20 % off. --prior moves it" * (abs(found - keep) > 0.2 * keep)))
     eligible = before if run.args.method == "deepr" else torch.ones_like(before)
     masks.flat.copy_(select(eligible, keep, [wires.theta], seeded(run.args.seed, run.iteration)))
     for name in masks.guard(wires.theta):
         run.say(f"  note: {name} would have lost all weights; its largest one is kept")
     wires.fix(masks.flat)
     if not torch.equal(before, masks.flat):
-        log_update(run, masks, before, run.args.sparsity)
+        log_update(run, masks, before, run.args.sparsity if run.args.mode == "matched" else None)
     run.verify(keep)
 
 
@@ -311,7 +312,7 @@ def main(argv=None):
                 net.zero_grad()
                 loss.backward()
                 # INTERPRETATION: a cosine a stage, as all methods have; Grad R's code has none
-                lr = args.lr if args.mode == "paper" else training.cosine(
+                lr = args.lr if rewires and args.mode == "paper" else training.cosine(
                     args.lr, *stages.position(run.iteration))
                 training.set_lr(optimizer, lr)
                 optimizer.step()

@@ -63,7 +63,7 @@ def make_plan(epochs, rules):
     """Return the schedule of `epochs` structure epochs, counted from 0: window (n), first epochs of
     the constraint (clamp) and of pruning (start), last of the falling alpha (late), scale of time.
     INTERPRETATION: the code's 18, 19, 37, 60 are n, n + 1, 2 n + 1, 2 n + 24 for 300 epochs; fewer
-    take n = round(18 E / 300), more keep 18, as the 600 on CIFAR-10 do."""
+    take n = round(18 E / 300), more keep 18; its CIFAR-10 clamps from 6, Brain-Cog's from 19."""
     n = max(1, round(WINDOW * min(epochs, EPOCHS) / EPOCHS))
     count = {kind: round(c * n / WINDOW) for kind, c in rules["count"].items()}
     return SimpleNamespace(**dict(divisor=DIVISOR, percentile=PERCENTILE) | rules | dict(

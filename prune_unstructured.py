@@ -46,7 +46,7 @@ SETTINGS = {  # the defaults by data set; "all" holds for each of them
     "cifar10": PAPER, "cifar100": PAPER,
     # INTERPRETATION: the main text says 150 epochs of fine-tuning, the appendix 100
     "tiny-imagenet": dict(epochs_prune=50, epochs_finetune=100, interval=1000),
-    # INTERPRETATION: the paper has no events; 40 updates, 2 epochs of pruning to 3 of fine-tuning
+    # INTERPRETATION: the paper has no events; as mnist, and 40 updates in 2 epochs of 5
     "n-mnist": dict(epochs_prune=6, epochs_finetune=4, interval=90),
     "dvs-gesture": dict(epochs_prune=80, epochs_finetune=120, interval=136),
     "cifar10-dvs": dict(epochs_prune=80, epochs_finetune=120, interval=282),

@@ -312,7 +312,7 @@ class Run:
             self.unsaved = True
             self.iteration += 1
             # what rate coding and dropout draw in this step depends on nothing before it
-            torch.manual_seed(seeded(args.seed, self.iteration, parallel.rank()).initial_seed())
+            torch.manual_seed(seeded(args.seed, self.iteration, 1 + parallel.rank()).initial_seed())
             yield batch
             self.step += 1
             self.bar.update()

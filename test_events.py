@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import analyze
+import compare
 import data
 import events
 import models
@@ -365,6 +366,47 @@ def test_turning_by_hand():
     wide = [x for x, _ in data.batches(image.permute(0, 3, 1, 2).expand(64, -1, -1, -1),
                                        torch.zeros(64), 64, 0, 0, rotate=90.0)]
     assert len({tuple(x.flatten().tolist()) for x in wide[0]}) > 2
+
+
+class Recordings:
+    """What tonic's data sets have: paths, and (events, label) by index."""
+
+    def __init__(self, rows):
+        self.data, self.rows = ["somewhere.npy"], rows
+
+    def __getitem__(self, _):
+        return structured(self.rows), 0
+
+
+@pytest.mark.parametrize("name, rows, says", [
+    ("n-mnist", [(1, 1, t, 2) for t in range(50)], "a polarity of 2 to 2, expected 0 and 1"),
+    ("n-mnist", [(1, 1, t, -1) for t in range(50)], "a polarity of -1 to -1, expected 0 and 1"),
+    ("n-mnist", [(1, 1, t % 4, 1) for t in range(50)], "3 microseconds, expected at least one"),
+    ("cifar10-dvs", [(1, 1, 1000 * t, 1) for t in range(3)], "3 events, expected at least one")])
+def test_recordings_that_would_make_empty_or_wrong_frames(name, rows, says):
+    with pytest.raises(ValueError, match=f"somewhere.npy has {says}"):
+        events.bin_all(events.KINDS[name], [(Recordings(rows), 0, 0)], 4, Path("x.npy"))
+
+
+def test_part_of_a_set_says_so_each_time(capsys):
+    write_frames("n-mnist", 2)
+    for _ in range(2):
+        events.load("n-mnist", "data", 2)
+        assert "holds 30 recordings, all of n-mnist are 70,000" in capsys.readouterr().out
+
+
+def test_compare_loads_frames(monkeypatch):
+    write_frames("n-mnist", 20)
+    monkeypatch.setattr(compare, "run_all", lambda jobs, at_a_time: None)
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["--dataset", "n-mnist"])
+    assert stop.value.code == 2  # nothing ran, and there is no table
+
+
+def test_one_frame_is_one_step():
+    net = models.build("small", 3, 2, 32, 5, [2, 2, 2, 2], "events").eval()
+    for steps in (1, 2, 5, 7):
+        assert net(torch.ones(steps, 4, 2, 32, 32)).shape == (min(steps, 5), 4, 3)
 
 
 # ---- through the scripts -------------------------------------------------------------------------

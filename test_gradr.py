@@ -56,7 +56,8 @@ class Weights(Namespace):
 
 def settings(**changed):
     return Namespace(**dict(optimizer="adam", prior=1e-3, sparsity=0.95, temperature=0.0,
-                            momentum=0.9, method="deepr", seed=0, lr=1e-3) | changed)
+                            momentum=0.9, method="deepr", mode="matched",
+                            seed=0, lr=1e-3) | changed)
 
 
 def drive(w, gradients, step=grad_r_step, lr=1e-3, **changed):

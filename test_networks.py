@@ -549,6 +549,15 @@ def test_grad_r_as_in_the_paper():
     assert exact["sparsity"] == pytest.approx(0.95, abs=1e-3)
 
 
+def test_the_paper_mode_of_grad_r_fine_tunes_as_all_do(capsys):
+    save("mnist", 1, 16)
+    prune_gradr.main(["--dataset", "mnist", "--epochs-prune", "2", "--width", "0.05", "--crop", "2",
+                      "--epochs-finetune", "2", "--run-dir", "r", "--batch-size", "16"])
+    rates = [row["lr"] for row in lines("r", "metrics")]
+    assert rates[0] == rates[1] == 1e-3 > rates[2] > rates[3]
+    assert "asked for" not in capsys.readouterr().out  # the mode has no target
+
+
 def test_flags_of_the_neurons(capsys):
     given = ["--smoke", "--run-dir", "r", "--tau", "2", "--threshold", "0.7", "--reset", "soft",
              "--surrogate", "rectangular", "--encoding", "rate", "--loss", "mse"]
