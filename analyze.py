@@ -412,8 +412,7 @@ def main(argv=None):
     add = parser.add_argument
     add("figure", nargs="?", default="all", choices=("all", "report", *FIGURES), metavar="FIGURE",
         help=f"one of {', '.join(FIGURES)}, all of them (default), or report: all, in a page")
-    add("--runs", nargs="+", metavar="FOLDER", default=None,
-        help="folders of finished runs (default: those in runs/)")
+    add("--runs", nargs="+", metavar="FOLDER", help="folders of finished runs (default: in runs/)")
     add("--out", metavar="DIR", default=None, help="where the figures go (default figures)")
     add("--demo", action="store_true", default=False, help="first make short runs for all figures "
         "in runs/demo, about 20 minutes on two cores, and draw those in figures/demo")
@@ -424,12 +423,14 @@ def main(argv=None):
         folders = demo() if args.demo else [Path(folder) for folder in args.runs or sorted(
             path.parent for path in Path("runs").glob("*/config.json"))]
         out = Path(args.out or ("figures/demo" if args.demo else "figures"))
-        runs = []
+        runs, skipped = [], {}
         for folder in folders:
             try:
                 runs.append(read_run(folder))
             except ValueError as error:
-                print(f"skipped {folder}: {error}")
+                skipped.setdefault(str(error), []).append(str(folder))
+        for error, names in skipped.items():
+            print(f"skipped {', '.join(names)}: {error}")
         names = [args.figure] if args.figure in FIGURES else list(FIGURES)
         drawn = {name: found for name in names if (found := draw(name, runs, out)) is not None}
         if not drawn:
