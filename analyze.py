@@ -412,7 +412,7 @@ def main(argv=None):
     add = parser.add_argument
     add("figure", nargs="?", default="all", choices=("all", "report", *FIGURES), metavar="FIGURE",
         help=f"one of {', '.join(FIGURES)}, all of them (default), or report: all, in a page")
-    add("--runs", nargs="+", metavar="FOLDER", help="folders of finished runs (default: in runs/)")
+    add("--runs", nargs="+", metavar="FOLDER", default=None, help="finished runs (default: runs/*)")
     add("--out", metavar="DIR", default=None, help="where the figures go (default figures)")
     add("--demo", action="store_true", default=False, help="first make short runs for all figures "
         "in runs/demo, about 20 minutes on two cores, and draw those in figures/demo")

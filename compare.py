@@ -150,9 +150,9 @@ def setting_of(run):
     first = "epochs_pretrain" if channels else "epochs_prune"
     words = [Path(config["dataset"]).stem, config["model"], f"T = {config['time_steps']}",
              f"{config.get(first)} + {config['epochs_finetune']} epochs"]
-    words += [f"{flag.replace('_', ' ')} {config.get(flag)}"
-              for flag in (*records.BOTH, "precision") if flag not in ("dataset", "model", "time_steps", "epochs_finetune")
-              and config.get(flag) != usual.get(flag)]
+    said = ("dataset", "model", "time_steps", "epochs_finetune")
+    words += [f"{flag.replace('_', ' ')} {config.get(flag)}" for flag in (*records.BOTH, "precision")
+              if flag not in said and config.get(flag) != usual.get(flag)]
     return f"{'channels' if channels else 'weights'}: {', '.join(words)}"
 
 

@@ -387,8 +387,8 @@ def test_what_is_no_run_is_named_and_skipped(there, capsys):
     Path("runs/demo/random-r0.5/summary.json").write_text("[]")
     analyze.main(["layers", "--runs", *map(str, sorted(Path("runs/demo").iterdir())), "figures",
                   "few.npz", "absent"])
-    skipped = {name: why for names, why in re.findall("skipped (.*?): (.*)", capsys.readouterr().out)
-               for name in names.split(", ")}
+    found = re.findall("skipped (.*?): (.*)", capsys.readouterr().out)
+    skipped = {name: why for names, why in found for name in names.split(", ")}
     assert skipped == {
         "runs/demo/dense": "the run is not finished: it has no summary.json",
         "runs/demo/random-r0.1": "config.json is damaged",

@@ -241,6 +241,21 @@ def test_the_tables_in_the_text_are_those_of_the_logs():
     for block in blocks:  # a part of the rows
         rows = block.partition("\n\n")[0].splitlines()
         assert len(rows) > 4 and set(rows) <= set(made.splitlines())
-    (setting,) = (name for name in tables if name.startswith("weights: fashion-mini, small, T = 4"))
-    assert {row["method"] for row in tables[setting] if row["target"] in ("-", "90 % sparse")} == set(
+    rows = tables["weights: fashion-mini, small, T = 4, 8 + 4 epochs"]
+    assert {row["method"] for row in rows if row["target"] in ("-", "90 % sparse")} == set(
         compare.WEIGHTS)
+
+    # the paper's figures beside ours
+    (ours,) = (row for row in rows if (row["method"], row["target"]) == ("criticality",
+                                                                         "90 % sparse"))
+    (channels,) = (row for row in tables["channels: fashion-mini, small, T = 4, 8 + 8 epochs"]
+                   if (row["method"], row["target"]) == ("criticality", "-50 % channels"))
+    low, high = ours["against"] - ours["half"], ours["against"] + ours["half"]
+    text = (ROOT / "results/README.md").read_text()
+    for line in (
+            f"| +0.46 (CIFAR-10), +1.79 (CIFAR-100) | {ours['against']:+.1f} ({low:+.1f} to "
+            f"{high:+.1f}) | {ours['against'] - 0.46:+.1f}, {ours['against'] - 1.79:+.1f} |",
+            f"| 48.03 % | {ours['back']:.1f} % | {ours['back'] - 48.03:+.1f} |",
+            f"| above 50 % | {ours['rescued']:.0f} %, mean over the updates |",
+            f"| 42.60 % | {channels['back']:.1f} % | {channels['back'] - 42.6:+.1f} |"):
+        assert line in text
