@@ -151,7 +151,8 @@ def setting_of(run):
     words = [Path(config["dataset"]).stem, config["model"], f"T = {config['time_steps']}",
              f"{config.get(first)} + {config['epochs_finetune']} epochs"]
     said = ("dataset", "model", "time_steps", "epochs_finetune")
-    words += [f"{flag.replace('_', ' ')} {config.get(flag)}" for flag in (*records.BOTH, "precision")
+    words += [f"{flag.replace('_', ' ')} {config.get(flag)}"
+              for flag in (*records.BOTH, "precision")
               if flag not in said and config.get(flag) != usual.get(flag)]
     return f"{'channels' if channels else 'weights'}: {', '.join(words)}"
 
