@@ -550,6 +550,21 @@ def test_errors_from_the_real_command():
 # ---- the text ------------------------------------------------------------------------------------
 
 
+def test_the_network_in_results_is_that_of_its_log():
+    """It loads without training; kernels of other processors may turn an image or two."""
+    net = models.load(ROOT / "results/start/model.pt")
+    summary = json.loads((ROOT / "results/start/summary.json").read_text())
+    images = data.load("fashion-mini")
+    with torch.inference_mode():
+        right = (net(images.x_test).sum(0).argmax(1) == images.y_test).double().mean().item()
+    assert right == pytest.approx(summary["test_accuracy"], abs=0.005)
+    alive = sum(int(mask.sum()) for mask in models.read(
+        ROOT / "results/start/model.pt")["masks"].values())
+    assert alive == sum(layer["alive"] for layer in summary["layers"])
+    text = (ROOT / "README.md").read_text()
+    assert f"of the run above, {100 * summary['test_accuracy']:.1f} %" in text
+
+
 def test_ci_runs_the_test_command_of_the_readme():
     last_line = (ROOT / ".ci/run").read_text().splitlines()[-1]
     assert f"    {last_line}\n" in (ROOT / "README.md").read_text()
