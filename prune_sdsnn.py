@@ -250,7 +250,7 @@ def complete(args, explicit):
     if args.model not in plans.HIDDEN_LINEAR:
         if explicit.get("rate_fc", 0) != 0:
             raise ValueError(f"--rate-fc is {explicit['rate_fc']:g}, but the one linear layer of "
-                             f"{args.model} is its output. Leave it out, or use --model resnet19")
+                             f"{args.model} is its output. Leave it out, or take another --model")
         args.rate_fc = 0.0
     if args.epochs_prune <= make_plan(args.epochs_prune, MNIST_RULES).start:
         raise ValueError(f"--epochs-prune is {args.epochs_prune}, expected at least 4: no update "

@@ -138,7 +138,8 @@ def forward_of(args, net):
     gradients are averaged over the processes where there are several."""
     if args.sync_bn and parallel.size() > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(net)  # its layers, with their parameters
-    side, first = net.config["image_size"], (net.time_steps, 1) * (net.encoding == "events") or (1,)
+    side = net.config["image_size"]
+    first = (net.time_steps, 1) if net.encoding == "events" else (1,)
     return parallel.average_gradients(torch.compile(net) if args.compile else net, torch.zeros(
         *first, net.config["in_channels"], side, side, dtype=torch.uint8, device=net.mean.device))
 
