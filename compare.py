@@ -21,6 +21,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -278,31 +279,43 @@ def markdown(tables, notes):
 
 
 def draw(tables):
-    """Draw the largest table of weights and that of channels: accuracy over sparsity (channels:
-    MACs removed) and over training cost. Where all are asked for the same, they are set apart, or
-    they would cover each other."""
+    """Draw the largest table of weights and that of channels: accuracy at each target, the methods
+    side by side in the order of the table (dotted: dense), and over the training cost, where a line
+    joins the targets of a method."""
     largest = {}
     for setting, rows in tables.items():
         plain = [row for row in rows if "," not in row["method"]]  # analyze.py draws rates
         largest.setdefault(setting.partition(":")[0], (setting, plain or rows))
     figure, axes = plots.canvas(2, len(largest))
-    for line, (setting, rows) in zip(axes, largest.values()):
-        channels = setting.startswith("channels")
-        for axis, x, label in ((line[0], "macs_removed" if channels else "sparsity",
-                                "MACs removed (%), set apart" if channels else
-                                "Sparsity (%), set apart"),
-                               (line[1], "training_cost", "Training cost / dense")):
-            apart = 1.2 if axis is line[0] else 0
-            for i, row in enumerate(rows):
-                plots.plot(axis, [row[x] + apart * (i - len(rows) / 2) * (row["target"] != "-")],
-                           [row["accuracy"]], [row["std"]], row["method"].partition(",")[0],
-                           label=row["method"], linestyle="none")
-            axis.set(xlabel=label, ylabel="Test accuracy (%)")
-        line[0].set_title(setting, fontsize=7, loc="left")
-        handles, names = line[0].get_legend_handles_labels()
-        known = dict(zip(names, handles))
-        line[1].legend(known.values(), known, frameon=False, fontsize=7, loc="center left",
-                       bbox_to_anchor=(1, 0.5))
+    for (left, right), (setting, rows) in zip(axes, largest.values()):
+        there = Counter(row["target"] for row in rows if row["target"] != "-")
+        targets = [target for target in there if there[target] > 1] or list(there)  # to compare
+        methods = list(dict.fromkeys(row["method"] for row in rows if row["target"] in targets))
+        for row in rows:
+            if row["target"] == "-":
+                plots.plot(right, *([row[key]] for key in ("training_cost", "accuracy", "std")),
+                           "dense", linestyle=":")
+                left.axhline(row["accuracy"], color="black", linestyle=":", linewidth=1)
+        for i, method in enumerate(methods):
+            mine = [row for row in rows if row["method"] == method and row["target"] in targets]
+            cost, mean, std = ([row[key] for row in mine]
+                               for key in ("training_cost", "accuracy", "std"))
+            x = [targets.index(row["target"]) + 0.8 * ((i + 0.5) / len(methods) - 0.5)
+                 for row in mine]
+            known = method.partition(",")[0]
+            plots.plot(left, x, mean, std, known, linestyle="none")
+            plots.plot(right, cost, mean, std, known, label=method, linewidth=0.5)
+        # Seeds that came to nothing beside others that did not do not set the scale
+        steady = [row for row in rows if row["std"] < 10] or rows
+        low = min(row["accuracy"] - row["std"] for row in steady) - 1
+        high = max(row["accuracy"] + row["std"] for row in steady) + 1
+        for axis in (left, right):
+            axis.set(ylabel="Test accuracy (%)", ylim=(low, high))
+        left.set_xlim(-0.5, max(len(targets), 1) - 0.5)
+        left.set_xticks(range(len(targets)), targets)
+        right.set_xlabel("Training cost / dense")
+        left.set_title(setting, fontsize=7, loc="left")
+        right.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
 

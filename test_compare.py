@@ -215,6 +215,26 @@ def test_how_much_of_an_update_is_rescued():
     assert row["rescued"] == pytest.approx(60)
 
 
+def test_the_plot_shows_targets_that_compare_and_no_collapse_sets_its_scale():
+    for seed in (0, 1):
+        written(f"d{seed}", "dense", seed, 0.9, sparsity=0)
+        for sparsity in (0.9, 0.95, 0.98):
+            written(f"g{sparsity}{seed}", seed=seed, accuracy=0.8, sparsity=sparsity)
+        for sparsity in (0.9, 0.98):
+            written(f"r{sparsity}{seed}", "random", seed, 0.7, sparsity=sparsity)
+            written(f"c{sparsity}{seed}", "deepr", seed, 0.1 + 0.6 * seed, sparsity=sparsity,
+                    script="prune_gradr", epochs_prune=8)
+    figure = compare.draw(compare.tabulate(compare.gather(Path("logs"))[0]))
+    left, right = figure.axes
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["90 % sparse", "98 % sparse"]
+    bars = {bars.get_label(): bars.lines[0].get_xydata() for bars in left.containers}
+    assert list(bars) == ["gmp", "random", "deepr"]
+    assert np.allclose(bars["gmp"], [(-0.8 / 3, 80), (1 - 0.8 / 3, 80)])
+    assert np.allclose(bars["random"], [(0, 70), (1, 70)])
+    assert left.get_ylim() == right.get_ylim() == pytest.approx((69, 91))
+    assert [bars.get_label() for bars in right.containers] == ["dense", *bars]
+
+
 @pytest.mark.parametrize("given, says", [
     (["--runs", "nowhere"], "nowhere holds no finished run"), (["--sparsity", "90"], "write 0.9"),
     (["--dataset", "nothing.npz"], "nothing.npz"), (["--seeds", "0"], "at least 1"),
