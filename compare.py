@@ -4,6 +4,7 @@
     python compare.py --sparsity 0.9 0.95 --jobs 4        # several sparsities, four runs at a time
     python compare.py --epochs-prune 4 --epochs-finetune 2 --train-limit 3000    # a shorter one
     python compare.py --runs runs/compare                 # only the table, of the runs in a folder
+    python compare.py --runs runs/compare --baseline criticality    # differences to criticality
 
 Weights: same data, network, batches, epochs and final sparsity for all; where a method's own
 sparsity is an outcome, its structure epochs end with an exact cut. Channels: at equal MACs. The
@@ -12,12 +13,13 @@ on, and one that fails is a line that names its log.
 
 There is a table for each data set, network and schedule; runs of a method that differ in a flag are
 rows of their own. Columns: mean and standard deviation over the seeds; the difference to GMP
-(channels: slimming) at the same seeds, in points, with its 95 % interval by Student's t, "above" or
-"below" only where the interval leaves out 0; rescued: of what an update prunes, the share that
-comes back in it, mean over the updates; back: the share of the final weights, or channels, that
-had been brought back.
+(channels: slimming), or to --baseline, at the same seeds, in points, with its 95 % interval by
+Student's t, "above" or "below" only where the interval leaves out 0; rescued: of what an update
+prunes, the share that comes back in it, mean over the updates; back: the share of the final
+weights, or channels, that had been brought back.
 """
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -224,14 +226,20 @@ def rescued(run):
     return np.mean(shares) if shares else np.nan
 
 
-def tabulate(found):
-    """Return {setting: rows}, the rows dicts by COLUMNS and the numbers behind."""
+def tabulate(found, versus=None):
+    """Return {setting: rows}, the rows dicts by COLUMNS and the numbers behind. versus: the method
+    to take differences to, by its name in the table. Raises ValueError where there is none."""
+    names = {method for _, _, method in found}
+    if versus is not None and versus not in names:
+        raise ValueError(f"--baseline is {versus}, expected a method as the table names it. Choose "
+                         f"one of: {'; '.join(sorted(names))}")
     tables = {}
     for (setting, target, method), by_seed in found.items():
         runs = list(by_seed.values())
         dense = [cost(run) for (kind, _, name), mine in found.items() for run in mine.values()
                  if (kind, name) == (setting, "dense")]
-        baseline = found.get((setting, target, records.BASELINE.get(runs[0].script, "gmp")), {})
+        usual = records.BASELINE.get(runs[0].script, "gmp")
+        baseline = found.get((setting, target, versus or usual), {})
 
         def mean(key, factor=1.0):
             values = [run.summary[key] for run in runs]
@@ -346,7 +354,14 @@ def parse_args(argv):
         help="the folder of the runs and of the result (default runs/compare)")
     add("--runs", type=Path, default=None, metavar="DIR", help="run nothing: only tabulate and "
         "draw the runs in this folder")
-    return parser.parse_args(argv)
+    add("--baseline", default=None, metavar="METHOD", help="the row that differences are taken to, "
+        "as the table names it; the files are then compare-METHOD.* (default gmp, slimming)")
+    args = parser.parse_args(argv)
+    known = {**WEIGHTS, **CHANNELS}
+    if args.baseline is not None and args.baseline.partition(",")[0] not in known:
+        parser.error(f"--baseline is {args.baseline}, expected a method. Choose one of: "
+                     f"{', '.join(known)}")
+    return args
 
 
 def main(argv=None):
@@ -362,15 +377,16 @@ def main(argv=None):
         if not found:
             raise ValueError(f"{out} holds no finished run, expected those of: python compare.py. "
                              + "; ".join(f"{name} is {why}" for name, why in notes.items()))
-        tables = tabulate(found)
+        tables = tabulate(found, args.baseline)
+        name = "-".join(["compare", *re.findall(r"\w+", args.baseline or "")])
         text = markdown(tables, notes)
         print(text)
         runs = [run for mine in found.values() for run in mine.values()]
-        write_whole(out / "compare.md", lambda file: file.write(text))
-        plots.save(out / "compare", draw(tables), [
+        write_whole(out / f"{name}.md", lambda file: file.write(text))
+        plots.save(out / name, draw(tables), [
             dict(setting=setting) | row for setting, rows in tables.items() for row in rows],
             f"{len(runs)} runs")
-        print(f"{out / 'compare.md'}, .csv, .png, .pdf: {len(runs)} runs")
+        print(f"{out / name}.md, .csv, .png, .pdf: {len(runs)} runs")
     return tables
 
 

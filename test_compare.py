@@ -187,6 +187,32 @@ def test_differences_are_paired_by_seed(accuracies, word):
     assert "| gmp | 90 % sparse | 80.0 ± 0.0 | - | 0 1 2 |" in text
 
 
+def test_differences_to_another_row():
+    for seed in (0, 1):
+        written(f"g{seed}", seed=seed, accuracy=0.8)
+        written(f"c{seed}", "criticality", seed, 0.85 + 0.01 * seed, regen=0.5)
+        written(f"m{seed}", "criticality", seed, 0.87, regen=0.5, aggregate="mean")
+    found, _ = compare.gather(Path("logs"))
+    ((setting, rows),) = compare.tabulate(found, "criticality").items()
+    differences = {row["method"]: row["against"] for row in rows}
+    assert np.isnan(differences.pop("criticality"))  # to itself
+    assert differences == dict(gmp=pytest.approx(-5.5), **{
+        "criticality, aggregate mean": pytest.approx(1.5)})
+    before = compare.main(["--runs", "logs"])
+    text = Path("logs/compare.md").read_text()
+    compare.main(["--runs", "logs", "--baseline", "criticality, aggregate mean"])
+    assert text == Path("logs/compare.md").read_text() and list(before) == [setting]
+    assert "| gmp | 90 % sparse | 80.0 ± 0.0 | -7.0 (-7.0 to -7.0) below | 0 1 |" in Path(
+        "logs/compare-criticality-aggregate-mean.md").read_text()
+
+
+def test_a_baseline_that_is_not_in_the_table(capsys):
+    written("g")
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["--runs", "logs", "--baseline", "random"])
+    assert stopped.value.code == 2 and "one of: gmp" in one_line(capsys)
+
+
 def test_one_pair_tells_nothing():
     written("g")
     written("r", "random", accuracy=0.9, regen=0.5)
@@ -238,7 +264,8 @@ def test_the_plot_shows_targets_that_compare_and_no_collapse_sets_its_scale():
 @pytest.mark.parametrize("given, says", [
     (["--runs", "nowhere"], "nowhere holds no finished run"), (["--sparsity", "90"], "write 0.9"),
     (["--dataset", "nothing.npz"], "nothing.npz"), (["--seeds", "0"], "at least 1"),
-    (["--jobs", "x"], "whole number"), (["--sparsity", "0"], "above 0")])
+    (["--jobs", "x"], "whole number"), (["--sparsity", "0"], "above 0"),
+    (["--baseline", "best"], "expected a method")])
 def test_bad_input(given, says, capsys):
     with pytest.raises(SystemExit) as stopped:
         compare.main(given)
