@@ -161,29 +161,31 @@ def importance(runs):
 
 
 def per_class(runs, key, label, better):
-    """Draw a number of each class, in the order of the baseline's. better: -1 lower, 1 higher."""
-    if not (panels := compared(runs, "criticality", "baseline")):
+    """Draw a number of each class, in the order of the baseline's; better: -1 lower, 1 higher.
+    Where there are runs that regenerate by gradient and at random, these stand by as controls."""
+    if not (panels := compared(runs, "criticality", "baseline")
+            | compared(runs, "criticality", "baseline", "gradient", "random")):
         return None
-    figure, axes = canvas(len(panels))
-    rows, says = [], []
+    (figure, axes), rows, says = canvas(len(panels)), [], []
     for axis, (script, methods) in zip(axes[0], panels.items()):
         values = {method: np.array([look(run)[key] for run in mine])
                   for method, mine in methods.items()}
-        base, ours = values.values()
+        base = values[BASELINE[script]]
         order = base.mean(0).argsort()
         for method, found in values.items():
             mean, std = spread(found[:, order])
             plot(axis, range(len(order)), mean, std, method, linestyle="none")
             rows += [dict(pruned=TITLE[script], method=method, label=k, mean=m, std=s)
                      for k, m, s in zip(order, mean, std)]
+            if found is not base:
+                won = 100 * (better * (found - base) > 0).mean()
+                says.append(f"{TITLE[script]}: {method} is {('higher', 'lower')[better < 0]} in "
+                            f"{won:.0f} % of the classes (each seed counted), {found.mean():.4f} "
+                            f"against {base.mean():.4f} of {BASELINE[script]}")
         if len(order) <= 20:
             axis.set_xticks(range(len(order)), order)
         axis.set(xlabel=f"Class ({TITLE[script]} pruned)", ylabel=label)
         legend(axis)
-        won = 100 * (better * (ours - base) > 0).mean()
-        says.append(f"{TITLE[script]}: criticality is {'lower' if better < 0 else 'higher'} in "
-                    f"{won:.0f} % of the classes (each seed counted), on average "
-                    f"{ours.mean():.4f} against {base.mean():.4f} of {BASELINE[script]}")
     return figure, rows, flat(panels), "; ".join(says)
 
 
@@ -201,8 +203,7 @@ def curves(runs):
     """Figs. 4-7: accuracy and loss over the fine-tuning."""
     if not (panels := compared(runs, "criticality", "baseline")):
         return None
-    figure, axes = canvas(len(panels), 2)
-    rows, says = [], []
+    (figure, axes), rows, says = canvas(len(panels), 2), [], []
     for column, (script, methods) in zip(axes.T, panels.items()):
         for method, mine in methods.items():
             logs = [[row for row in read(run, "metrics.jsonl") if row["stage"] == "finetune"]
@@ -234,8 +235,7 @@ def in_two_rows(runs, values):
     """Draw two values of each layer, {label: function of a run}, one above the other."""
     if not (panels := compared(runs, "dense", "baseline", "criticality")):
         return None
-    figure, axes = canvas(len(panels), 2)
-    rows, says = [], []
+    (figure, axes), rows, says = canvas(len(panels), 2), [], []
     for column, (script, methods) in zip(axes.T, panels.items()):
         for axis, (label, value) in zip(column, values.items()):
             found = by_layer(axis, methods, value, label)
@@ -273,8 +273,7 @@ def criticality(runs):
     """Distribution of the channels' scores in each layer, before pruning and after."""
     if not (panels := compared(runs, "dense", "criticality")):
         return None
-    figure, axes = canvas(len(panels))
-    rows, says = [], []
+    (figure, axes), rows, says = canvas(len(panels)), [], []
     for axis, (script, methods) in zip(axes[0], panels.items()):
         for shift, method in ((-0.2, "dense"), (0.2, "criticality")):
             scores = [layers_of(run, "criticality") for run in methods[method]]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import compare
+import records
 import runfolder
 from conftest import one_line
 
@@ -273,36 +274,87 @@ def test_bad_input(given, says, capsys):
     assert not Path("runs").exists()
 
 
-def test_the_tables_in_the_text_are_those_of_the_logs():
-    """compare.py makes them again from the logs in results/, line by line."""
+MINI = "weights: fashion-mini, small, T = 4, 8 + 4 epochs"
+MINI_CHANNELS = "channels: fashion-mini, small, T = 4, 8 + 8 epochs"
+FULL = "weights: fashion-mnist, small, T = 4, 3 + 2 epochs"
+FULL_CHANNELS = "channels: fashion-mnist, small, T = 4, 3 + 2 epochs"
+CIFAR = "weights: cifar100, vgg16, T = 2, 3 + 2 epochs, width 0.25, batch size 64, lr 0.1"
+VGG = "VGG-16, CIFAR-10", "VGG-16, CIFAR-100"
+SLIMMED = {"VGG-16, -58 % FLOPs": 1.40, "ResNet-19, -69 %": 1.67}
+BESIDE = [  # the paper's tables 1 and 2, figure 2(a): what, {of what: figure}, and our cell of it
+    ("criticality - GMP at 90 %, points", dict(zip(VGG, (0.46, 1.79))), MINI, "90 % sparse",
+     "against"),
+    ("the same", {VGG[1]: 1.79}, CIFAR, "90 % sparse", "against"),
+    ("criticality - GMP at 95 %, points", dict(zip(VGG, (0.46, 0.97))), FULL, "95 % sparse",
+     "against"),
+    ("criticality - GMP at 98 %, points", dict(zip(VGG, (0.34, 0.56))), MINI, "98 % sparse",
+     "against"),
+    ("criticality - slimming, channels, points", SLIMMED, MINI_CHANNELS, "-70 % MACs", "against"),
+    ("the same", SLIMMED, FULL_CHANNELS, "-70 % MACs", "against"),
+    ("of an update's pruned weights, back in it, %", {"more than": 50}, MINI, "90 % sparse",
+     "rescued"),
+    ("the same", {"more than": 50}, FULL, "95 % sparse", "rescued"),
+    ("the same", {"more than": 50}, MINI, "98 % sparse", "rescued"),
+    ("final weights that had come back, %", {"VGG-16": 48.03}, MINI, "90 % sparse", "back"),
+    ("final channels that had come back, %", {"ResNet-19": 42.60}, MINI_CHANNELS, "-70 % MACs",
+     "back")]
+
+
+def beside_the_paper(tables):
+    """Return the rows of results/README.md that hold the paper's figures beside ours."""
+    lines = []
+    for what, paper, setting, target, column in BESIDE:
+        rows = {row["method"]: row for row in tables[setting] if row["target"] == target}
+        ours = rows["criticality"]
+        here, sign = ours[column], "+" if column == "against" else ""
+        if np.isnan(here):  # one seed
+            here = ours["accuracy"] - rows["gmp"]["accuracy"]
+        spread = "" if column != "against" else " (one seed)" if np.isnan(ours["half"]) else (
+            f" ({here - ours['half']:+.1f} to {here + ours['half']:+.1f})")
+        lines.append(f"| {what} | {', '.join(f'{x:{sign}.2f} ({of})' for of, x in paper.items())} "
+                     f"| {here:{sign}.1f}{spread} | {setting.partition(', T')[0]}, {target} | "
+                     f"{', '.join(f'{here - x:+.1f}' for x in paper.values())} |")
+    return lines
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    """The finished runs of results/, in a folder of their own."""
+    logs = tmp_path_factory.mktemp("shipped")
     for folder in (ROOT / "results").iterdir():
         if (folder / "config.json").exists():
-            shutil.copytree(folder, Path("logs", folder.name))
-    tables = compare.main(["--runs", "logs"])
-    made = Path("logs/compare.md").read_text()
+            shutil.copytree(folder, logs / folder.name)
+    return logs
+
+
+def test_the_tables_in_the_text_are_those_of_the_logs(shipped):
+    """compare.py makes them again from the logs in results/, line by line."""
+    tables = compare.main(["--runs", str(shipped)])
+    made = (shipped / "compare.md").read_text()
     assert made == (ROOT / "results/compare.md").read_text()
-    assert made.strip() in (ROOT / "results/README.md").read_text()
-    header = f"| {' | '.join(compare.COLUMNS)} |\n"
-    blocks = (ROOT / "README.md").read_text().split(header)[1:]
-    assert len(blocks) >= 2
+    text = (ROOT / "results/README.md").read_text()
+    assert made.strip() in text
+    for line in beside_the_paper(tables):
+        assert line in text
+    compare.main(["--runs", str(shipped), "--baseline", "criticality"])
+    known = {*made.splitlines(), *(shipped / "compare-criticality.md").read_text().splitlines()}
+    blocks = (ROOT / "README.md").read_text().split(f"| {' | '.join(compare.COLUMNS)} |\n")[1:]
+    assert len(blocks) >= 5
     for block in blocks:  # a part of the rows
         rows = block.partition("\n\n")[0].splitlines()
-        assert len(rows) > 4 and set(rows) <= set(made.splitlines())
-    rows = tables["weights: fashion-mini, small, T = 4, 8 + 4 epochs"]
-    assert {row["method"] for row in rows if row["target"] in ("-", "90 % sparse")} == set(
-        compare.WEIGHTS)
+        assert len(rows) > 2 and set(rows) <= known
+    for target in ("90 % sparse", "98 % sparse"):
+        assert {row["method"] for row in tables[MINI] if row["target"] in ("-", target)} >= set(
+            compare.WEIGHTS)
+    assert {row["method"] for row in tables[MINI_CHANNELS]} == set(compare.CHANNELS)
 
-    # the paper's figures beside ours
-    (ours,) = (row for row in rows if (row["method"], row["target"]) == ("criticality",
-                                                                         "90 % sparse"))
-    (channels,) = (row for row in tables["channels: fashion-mini, small, T = 4, 8 + 8 epochs"]
-                   if (row["method"], row["target"]) == ("criticality", "-50 % channels"))
-    low, high = ours["against"] - ours["half"], ours["against"] + ours["half"]
-    text = (ROOT / "results/README.md").read_text()
-    for line in (
-            f"| +0.46 (CIFAR-10), +1.79 (CIFAR-100) | {ours['against']:+.1f} ({low:+.1f} to "
-            f"{high:+.1f}) | {ours['against'] - 0.46:+.1f}, {ours['against'] - 1.79:+.1f} |",
-            f"| 48.03 % | {ours['back']:.1f} % | {ours['back'] - 48.03:+.1f} |",
-            f"| above 50 % | {ours['rescued']:.0f} %, mean over the updates |",
-            f"| 42.60 % | {channels['back']:.1f} % | {channels['back'] - 42.6:+.1f} |"):
-        assert line in text
+
+def test_the_logs_are_whole_and_report_the_last_epoch(shipped):
+    """No best epoch; no weights, no path of a machine."""
+    for folder in shipped.iterdir():
+        if folder.is_dir():
+            run = records.read_run(folder)
+            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+            assert run.summary["test_accuracy"] == last["test_accuracy"]
+            assert run.config["run_dir"].startswith("runs/") and "/" not in run.config["data_dir"]
+            assert not list(folder.glob("*.pt")) or folder.name == "start"

@@ -570,55 +570,6 @@ def test_ci_runs_the_test_command_of_the_readme():
     assert f"    {last_line}\n" in (ROOT / "README.md").read_text()
 
 
-def summaries(name):
-    """The summaries of a run's three seeds in results/, after a look at their logs."""
-    folders = sorted((ROOT / "results").glob(f"fashion-mini-small-{name}-seed*"))
-    runs = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    assert [run["seed"] for run in runs] == [0, 1, 2]
-    for folder, run in zip(folders, runs):
-        assert run["test_accuracy"] == lines(folder, "metrics")[-1]["test_accuracy"]
-    return runs
-
-
-def mean(runs, key, scale=1):
-    return scale * np.mean([run[key] for run in runs])
-
-
-def accuracy_cells(runs):
-    accuracies = [100 * run["test_accuracy"] for run in runs]
-    return (f"| {runs[0]['method']} | {np.mean(accuracies):.1f} ± {np.std(accuracies, ddof=1):.1f} | "
-            f"{', '.join(f'{a:.1f}' for a in accuracies)} |")
-
-
-def results_tables():
-    """The rows of the README's tables, from the logs in results/."""
-    rows = []
-    for name in ("dense", "gmp-0.9", "criticality-0.9-r0.5"):
-        runs = summaries(name)
-        returned = runs[0]["survived_by_regeneration"]
-        rows.append(
-            f"{accuracy_cells(runs)} {100 * runs[0]['sparsity']:.1f} | "
-            f"{mean(runs, 'sops', 1e-3):.0f} k | " + (
-                "-" if returned is None else f"{mean(runs, 'survived_by_regeneration', 100):.1f}")
-            + " |")
-    for name in ("dense", "slimming-0.5", "greg1-0.5", "criticality-0.5-r0.3", "slimming-macs0.7",
-                 "greg1-macs0.7", "greg2-macs0.7", "criticality-macs0.7-r0.3"):
-        runs = summaries(f"structured-{name}")
-        removed = 100 * (1 - np.mean([run["macs"] / run["macs_dense"] for run in runs]))
-        rows.append(
-            f"{accuracy_cells(runs)} {mean(runs, 'prune_ratio', 100):.1f} | {removed:.1f} | "
-            f"{mean(runs, 'sparsity', 100):.1f} | {mean(runs, 'sops', 1e-3):.0f} k | "
-            f"{mean(runs, 'speedup_batch32'):.2f} | "
-            f"{mean(runs, 'survived_by_regeneration', 100):.1f} |")
-    return rows
-
-
-def test_the_tables_in_the_readme_are_those_of_the_logs():
-    text = (ROOT / "README.md").read_text().splitlines()
-    for row in results_tables():
-        assert row in text
-
-
 METHODS = ("dense gmp criticality gradient random granet imp eb et gradr deepr sdsnn pq slimming "
            "greg1 greg2").split()
 
