@@ -20,8 +20,8 @@ import flags
 import plots
 from metrics import spearman
 from plots import STYLE, by_layer, canvas, layer_ticks, legend, plot, spread
-from records import (BASELINE, CHANNELS, WEIGHTS, Unfit, about, command, compared, flat, groups,
-                     layers_of, look, of, read, read_run)
+from records import (BASELINE, CHANNELS, WEIGHTS, Unfit, about, command, compared, controls, flat,
+                     groups, layers_of, look, of, read, read_run)
 
 RANKINGS = ("criticality", "gradient", "random", "granet")
 TITLE = {WEIGHTS: "weights", CHANNELS: "channels"}
@@ -163,8 +163,7 @@ def importance(runs):
 def per_class(runs, key, label, better):
     """Draw a number of each class, in the order of the baseline's; better: -1 lower, 1 higher.
     Where there are runs that regenerate by gradient and at random, these stand by as controls."""
-    if not (panels := compared(runs, "criticality", "baseline")
-            | compared(runs, "criticality", "baseline", "gradient", "random")):
+    if not (panels := controls(runs, compared(runs, "criticality", "baseline"))):
         return None
     (figure, axes), rows, says = canvas(len(panels)), [], []
     for axis, (script, methods) in zip(axes[0], panels.items()):

@@ -14,10 +14,10 @@ on, and one that fails is a line that names its log.
 There is a table for each data set, network and schedule; runs of a method that differ in a flag are
 rows of their own. Columns: mean and standard deviation over the seeds; the difference to GMP
 (channels: slimming), or to --baseline, at the same seeds, in points, with its 95 % interval by
-Student's t, "above" or "below" only where the interval leaves out 0; faster: time of the dense
-network over that of what is left, as each run measures it, batch 32 (masks: not faster); rescued:
-of what an update prunes, the share that comes back in it, mean over the updates; back: the share of
-the final weights, or channels, that had been brought back.
+Student's t, "above" or "below" only where the interval leaves out 0; faster: of channels, time of
+the dense network over that of what is left, batch 32; rescued: of what an update prunes, the share
+that comes back in it, mean over the updates; back: the share of the final weights, or channels,
+that had been brought back.
 """
 import os
 import re
@@ -173,6 +173,12 @@ def target_of(run):
     return f"{100 * config['sparsity']:g} % sparse" if config.get("sparsity") else "-"
 
 
+def by_size(target):
+    """Return the key that sorts targets: none, then for each kind from the smallest on."""
+    number, _, kind = target.partition(" % ")
+    return (kind, abs(float(number))) if kind else ("", 0)
+
+
 def gather(folder):
     """Return ({(setting, target, method): {seed: run}}, {name: why} of what is not finished) of a
     folder. Where runs of a method differ in more than the seed, its name says in what; of two that
@@ -240,7 +246,8 @@ def tabulate(found, versus=None):
         dense = [cost(run) for (kind, _, name), mine in found.items() for run in mine.values()
                  if (kind, name) == (setting, "dense")]
         usual = records.BASELINE.get(runs[0].script, "gmp")
-        baseline = found.get((setting, target, versus or usual), {})
+        level = "-" if versus == "dense" else target
+        baseline = found.get((setting, level, versus or usual), {})
 
         def mean(key, factor=1.0):
             values = [run.summary[key] for run in runs]
@@ -252,13 +259,14 @@ def tabulate(found, versus=None):
             method=method, target=target, accuracy=accuracy, std=std, against=difference, half=half,
             seeds=" ".join(str(seed) for seed in sorted(by_seed)),
             sparsity=mean("sparsity", 100), macs=mean("macs", 1e-6), sops=mean("sops", 1e-3),
-            energy=mean("energy_mj", 1e3), faster=mean("speedup_batch32"),
+            energy=mean("energy_mj", 1e3), faster=(
+                mean("speedup_batch32") if runs[0].script == records.CHANNELS else np.nan),
             back=mean("survived_by_regeneration", 100),
             rescued=100 * np.mean([rescued(run) for run in runs]) if runs[0].regen else np.nan,
             training_cost=(np.mean([cost(run) for run in runs])
                            / (np.mean(dense) if dense else runs[0].summary["epochs"]))))
     for rows in tables.values():
-        rows.sort(key=lambda row: (row["target"] != "-", row["target"], -row["accuracy"]))
+        rows.sort(key=lambda row: (by_size(row["target"]), -row["accuracy"]))
     return dict(sorted(tables.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
@@ -281,15 +289,16 @@ def markdown(tables, notes):
                 f"{row['accuracy']:.1f}" + f" ± {row['std']:.1f}" * (" " in row["seeds"]),
                 difference, row["seeds"], shown(row["sparsity"], 2), shown(row["macs"], 2),
                 shown(row["faster"], 2), shown(row["sops"], 0), shown(row["energy"], 3),
-                shown(row["training_cost"], 2), shown(row["rescued"], 0), shown(row["back"], 1)]) + " |")
+                shown(row["training_cost"], 2), shown(row["rescued"], 0),
+                shown(row["back"], 1)]) + " |")
         text.append("")
     return "\n".join(text + [f"- {name}: {why}" for name, why in notes.items()])
 
 
 def draw(tables):
-    """Draw the largest table of weights and that of channels: accuracy at each target, the methods
-    side by side in the order of the table (dotted: dense), and over the training cost, where a line
-    joins the targets of a method."""
+    """Draw the largest table of weights and that of channels, the targets that several methods
+    have: accuracy, the methods side by side in the order of the first target (dotted: dense), and
+    accuracy over the training cost, where a line joins a method's targets of one kind."""
     largest = {}
     for setting, rows in tables.items():
         plain = [row for row in rows if "," not in row["method"]]  # analyze.py draws rates
@@ -298,25 +307,30 @@ def draw(tables):
     for (left, right), (setting, rows) in zip(axes, largest.values()):
         there = Counter(row["target"] for row in rows if row["target"] != "-")
         targets = [target for target in there if there[target] > 1] or list(there)  # to compare
-        methods = list(dict.fromkeys(row["method"] for row in rows if row["target"] in targets))
-        for row in rows:
-            if row["target"] == "-":
-                plots.plot(right, *([row[key]] for key in ("training_cost", "accuracy", "std")),
-                           "dense", linestyle=":")
-                left.axhline(row["accuracy"], color="black", linestyle=":", linewidth=1)
-        for i, method in enumerate(methods):
-            mine = [row for row in rows if row["method"] == method and row["target"] in targets]
-            cost, mean, std = ([row[key] for row in mine]
-                               for key in ("training_cost", "accuracy", "std"))
-            x = [targets.index(row["target"]) + 0.8 * ((i + 0.5) / len(methods) - 0.5)
-                 for row in mine]
-            known = method.partition(",")[0]
-            plots.plot(left, x, mean, std, known, linestyle="none")
-            plots.plot(right, cost, mean, std, known, label=method, linewidth=0.5)
+        rows = [row for row in rows if row["target"] in ("-", *targets)]
         # Seeds that came to nothing beside others that did not do not set the scale
         steady = [row for row in rows if row["std"] < 10] or rows
         low = min(row["accuracy"] - row["std"] for row in steady) - 1
         high = max(row["accuracy"] + row["std"] for row in steady) + 1
+        one_kind = len({by_size(target)[0] for target in targets}) == 1
+        methods = list(dict.fromkeys(row["method"] for row in rows if row["target"] != "-"))
+        for method in dict.fromkeys(row["method"] for row in rows):
+            mine = [row for row in rows if row["method"] == method]
+            cost, mean, std = ([row[key] for row in mine]
+                               for key in ("training_cost", "accuracy", "std"))
+            known = method.partition(",")[0]
+            plots.plot(right, cost, mean, std, known, label=method, linewidth=0.5,
+                       linestyle="-" if one_kind else "none")
+            if method == "dense":
+                left.axhline(*mean, color="black", linestyle=":", linewidth=1)
+            for row in mine:
+                if row["target"] in targets:
+                    x = targets.index(row["target"]) + 0.8 * (
+                        (methods.index(method) + 0.5) / len(methods) - 0.5)
+                    plots.plot(left, [x], [row["accuracy"]], [row["std"]], known, linestyle="none")
+                    if row["accuracy"] < low:  # out of the panel: a number
+                        left.annotate(f"{row['accuracy']:.0f}", (x, low), fontsize=6, ha="right",
+                                      va="bottom", color=plots.STYLE[known][0])
         for axis in (left, right):
             axis.set(ylabel="Test accuracy (%)", ylim=(low, high))
         left.set_xlim(-0.5, max(len(targets), 1) - 0.5)
@@ -354,11 +368,12 @@ def parse_args(argv):
         help="the folder of the runs and of the result (default runs/compare)")
     add("--runs", type=Path, default=None, metavar="DIR", help="run nothing: only tabulate and "
         "draw the runs in this folder")
-    add("--baseline", default=None, metavar="METHOD", help="the row that differences are taken to, "
-        "as the table names it; the files are then compare-METHOD.* (default gmp, slimming)")
+    add("--baseline", default=None, metavar="METHOD", help="the row that differences are taken "
+        "to, as the table names it, where a table has it; the files are then compare-METHOD.* "
+        "(default: gmp, for channels slimming)")
     args = parser.parse_args(argv)
     known = {**WEIGHTS, **CHANNELS}
-    if args.baseline is not None and args.baseline.partition(",")[0] not in known:
+    if args.runs is None and args.baseline not in (None, *known):
         parser.error(f"--baseline is {args.baseline}, expected a method. Choose one of: "
                      f"{', '.join(known)}")
     return args
