@@ -318,6 +318,30 @@ def test_variance_and_similarity_of_a_run_are_those_of_numpy(shop, monkeypatch):
     for pruned, methods in (("weights", {"gmp", "criticality", "gradient", "random"}),
                             ("channels", {"slimming", "criticality"})):
         assert {row["method"] for row in rows if row["pruned"] == pruned} == methods
+    control = records.look(records.read_run("runs/demo/random-r0.5"))["variance"]
+    assert {int(row["label"]): float(row["mean"]) for row in rows if row["method"] == "random"} == {
+        k: pytest.approx(v) for k, v in enumerate(control)}
+
+
+def test_controls_are_of_the_same_runs_and_rate(there):
+    def panels():
+        runs = [records.read_run(folder) for folder in sorted(Path("runs/demo").iterdir())]
+        found = records.controls(runs, records.compared(runs, "criticality", "baseline"))
+        return {script: list(methods) for script, methods in found.items()}
+
+    channels = {records.CHANNELS: ["slimming", "criticality"]}
+    assert panels() == channels | {
+        records.WEIGHTS: ["gmp", "criticality", "gradient", "random"]}
+    shutil.rmtree("runs/demo/gradient-r0.5")  # other rates of it are still there
+    assert panels() == channels | {records.WEIGHTS: ["gmp", "criticality", "random"]}
+    shutil.copytree("runs/demo/random-r0.5", "runs/demo/random-seed1")
+    for name in ("epochs4-r0", "epochs4-r0.5"):
+        shutil.copytree(f"runs/demo/{name}", f"runs/demo/{name}-seed1")
+    for folder in Path("runs/demo").glob("epochs4-r0*-seed1"):  # two seeds, of random only one
+        for name in ("config", "summary"):
+            values = json.loads((folder / f"{name}.json").read_text()) | dict(seed=1)
+            (folder / f"{name}.json").write_text(json.dumps(values))
+    assert panels() == channels | {records.WEIGHTS: ["gmp", "criticality"]}
 
 
 def test_what_is_seen_of_a_layer_adds_up_to_what_the_run_measured(shop):
@@ -519,4 +543,5 @@ def test_the_figures_in_the_readme_are_those_of_the_logs():
         analyze.main([name, "--runs", *map(str, folders), "--out", "out"])
         (_, drawn), (_, shipped) = (table(folder / f"{name}.csv") for folder in (
             Path("out"), ROOT / "results" / "figures"))
-        assert drawn == shipped and f"results/figures/{name}.png" in (ROOT / "README.md").read_text()
+        assert drawn == shipped
+        assert f"results/figures/{name}.png" in (ROOT / "README.md").read_text()

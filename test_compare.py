@@ -2,6 +2,7 @@
 import csv
 import importlib
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
@@ -117,7 +118,8 @@ def test_a_run_that_fails_is_a_row_and_the_rest_goes_on(few, two_methods, monkey
     assert "failed with exit code 2: out/random-0.9-seed0, see" in "".join(capfd.readouterr())
 
 
-def written(folder, method="gmp", seed=0, accuracy=0.8, script="prune_unstructured", **config):
+def written(folder, method="gmp", seed=0, accuracy=0.8, script="prune_unstructured", cost=1,
+            **config):
     """Write a finished run's config.json and summary.json."""
     folder = Path("logs", folder)
     folder.mkdir(parents=True)
@@ -128,7 +130,7 @@ def written(folder, method="gmp", seed=0, accuracy=0.8, script="prune_unstructur
     config = usual | dict(epochs_finetune=4) | config
     summary = dict.fromkeys(runfolder.SUMMARY_KEYS, 1) | dict(
         script=script, method=method, seed=seed, test_accuracy=accuracy, regen=config["regen"],
-        survived_by_regeneration=None, macs_dense=2)
+        survived_by_regeneration=None, training_cost=cost, speedup_batch1=2, speedup_batch32=3)
     for name, value in dict(config=config, summary=summary).items():
         (folder / f"{name}.json").write_text(json.dumps(value))
 
@@ -188,8 +190,17 @@ def test_differences_are_paired_by_seed(accuracies, word):
     assert "| gmp | 90 % sparse | 80.0 ± 0.0 | - | 0 1 2 |" in text
 
 
+def test_speed_is_that_of_channels_at_batch_32():
+    written("g")
+    written("s", "slimming", script="prune_structured")
+    tables = compare.tabulate(compare.gather(Path("logs"))[0])
+    faster = {row["method"]: row["faster"] for rows in tables.values() for row in rows}
+    assert faster["slimming"] == 3 and np.isnan(faster["gmp"])
+
+
 def test_differences_to_another_row():
     for seed in (0, 1):
+        written(f"d{seed}", "dense", seed, accuracy=0.9, sparsity=0)
         written(f"g{seed}", seed=seed, accuracy=0.8)
         written(f"c{seed}", "criticality", seed, 0.85 + 0.01 * seed, regen=0.5)
         written(f"m{seed}", "criticality", seed, 0.87, regen=0.5, aggregate="mean")
@@ -197,8 +208,14 @@ def test_differences_to_another_row():
     ((setting, rows),) = compare.tabulate(found, "criticality").items()
     differences = {row["method"]: row["against"] for row in rows}
     assert np.isnan(differences.pop("criticality"))  # to itself
+    assert np.isnan(differences.pop("dense"))  # of another target
     assert differences == dict(gmp=pytest.approx(-5.5), **{
         "criticality, aggregate mean": pytest.approx(1.5)})
+    ((_, rows),) = compare.tabulate(found, "dense").items()
+    differences = {row["method"]: row["against"] for row in rows}
+    assert np.isnan(differences.pop("dense")) and differences == dict(
+        gmp=pytest.approx(-10), criticality=pytest.approx(-4.5), **{
+            "criticality, aggregate mean": pytest.approx(-3)})
     before = compare.main(["--runs", "logs"])
     text = Path("logs/compare.md").read_text()
     compare.main(["--runs", "logs", "--baseline", "criticality, aggregate mean"])
@@ -245,21 +262,31 @@ def test_how_much_of_an_update_is_rescued():
 def test_the_plot_shows_targets_that_compare_and_no_collapse_sets_its_scale():
     for seed in (0, 1):
         written(f"d{seed}", "dense", seed, 0.9, sparsity=0)
-        for sparsity in (0.9, 0.95, 0.98):
-            written(f"g{sparsity}{seed}", seed=seed, accuracy=0.8, sparsity=sparsity)
-        for sparsity in (0.9, 0.98):
+        for sparsity in (0.05, 0.3, 0.9):  # only GMP has 30 %
+            written(f"g{sparsity}{seed}", seed=seed, accuracy=0.8 - 0.2 * (sparsity == 0.3),
+                    sparsity=sparsity, cost=1 - sparsity)
+        for sparsity in (0.05, 0.9):
             written(f"r{sparsity}{seed}", "random", seed, 0.7, sparsity=sparsity)
             written(f"c{sparsity}{seed}", "deepr", seed, 0.1 + 0.6 * seed, sparsity=sparsity,
                     script="prune_gradr", epochs_prune=8)
+        written(f"s{seed}", "sdsnn", seed, 0.85, sparsity=0, script="prune_sdsnn", epochs_prune=8,
+                cost=0.5)
     figure = compare.draw(compare.tabulate(compare.gather(Path("logs"))[0]))
     left, right = figure.axes
-    assert [tick.get_text() for tick in left.get_xticklabels()] == ["90 % sparse", "98 % sparse"]
-    bars = {bars.get_label(): bars.lines[0].get_xydata() for bars in left.containers}
-    assert list(bars) == ["gmp", "random", "deepr"]
-    assert np.allclose(bars["gmp"], [(-0.8 / 3, 80), (1 - 0.8 / 3, 80)])
-    assert np.allclose(bars["random"], [(0, 70), (1, 70)])
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["5 % sparse", "90 % sparse"]
+    bars = [(bars.get_label(), *bars.lines[0].get_xydata()[0]) for bars in left.containers]
+    third = 0.8 / 3
+    assert bars == [(name, pytest.approx(x), pytest.approx(y)) for name, x, y in (
+        ("gmp", -third, 80), ("gmp", 1 - third, 80), ("random", 0, 70), ("random", 1, 70),
+        ("deepr", third, 40), ("deepr", 1 + third, 40))]
+    assert [line.get_ydata()[0] for line in left.lines if len(line.get_xdata()) == 2
+            and line.get_linestyle() == ":"] == [pytest.approx(90)]  # dense
     assert left.get_ylim() == right.get_ylim() == pytest.approx((69, 91))
-    assert [bars.get_label() for bars in right.containers] == ["dense", *bars]
+    assert [text.get_text() for text in left.texts] == ["40", "40"]
+    lines = {bars.get_label(): bars.lines[0].get_xydata() for bars in right.containers}
+    assert list(lines) == ["dense", "sdsnn", "gmp", "random", "deepr"]
+    assert np.allclose(lines["gmp"], [(0.95, 80), (0.1, 80)])
+    assert np.allclose(lines["sdsnn"], [(0.5, 85)])
 
 
 @pytest.mark.parametrize("given, says", [
@@ -307,8 +334,9 @@ def beside_the_paper(tables):
         rows = {row["method"]: row for row in tables[setting] if row["target"] == target}
         ours = rows["criticality"]
         here, sign = ours[column], "+" if column == "against" else ""
-        if np.isnan(here):  # one seed
-            here = ours["accuracy"] - rows["gmp"]["accuracy"]
+        if column == "against" and np.isnan(here):  # one seed
+            channels = setting.startswith("channels")
+            here = ours["accuracy"] - rows["slimming" if channels else "gmp"]["accuracy"]
         spread = "" if column != "against" else " (one seed)" if np.isnan(ours["half"]) else (
             f" ({here - ours['half']:+.1f} to {here + ours['half']:+.1f})")
         lines.append(f"| {what} | {', '.join(f'{x:{sign}.2f} ({of})' for of, x in paper.items())} "
@@ -337,12 +365,14 @@ def test_the_tables_in_the_text_are_those_of_the_logs(shipped):
     for line in beside_the_paper(tables):
         assert line in text
     compare.main(["--runs", str(shipped), "--baseline", "criticality"])
-    known = {*made.splitlines(), *(shipped / "compare-criticality.md").read_text().splitlines()}
-    blocks = (ROOT / "README.md").read_text().split(f"| {' | '.join(compare.COLUMNS)} |\n")[1:]
-    assert len(blocks) >= 5
-    for block in blocks:  # a part of the rows
-        rows = block.partition("\n\n")[0].splitlines()
-        assert len(rows) > 2 and set(rows) <= known
+    known = [set(table.splitlines()) for text in (
+        made, (shipped / "compare-criticality.md").read_text()) for table in text.split("**\n\n")]
+    text, header = (ROOT / "README.md").read_text(), f"| {' | '.join(compare.COLUMNS)} |"
+    blocks = re.findall(rf"^\*\*(.*)\*\*\n\n({re.escape(header)}\n(?:\|.*\n)+)", text, re.M)
+    assert len(blocks) == text.count(header) >= 6
+    for title, block in blocks:  # a part of the rows of a table
+        assert title in tables and len(block.splitlines()) > 3
+        assert any(set(block.splitlines()) <= table for table in known)
     for target in ("90 % sparse", "98 % sparse"):
         assert {row["method"] for row in tables[MINI] if row["target"] in ("-", target)} >= set(
             compare.WEIGHTS)
