@@ -1,5 +1,5 @@
-"""analyze.py, records.py, plots.py: statistics by hand, each figure from tiny runs of the demo's own
-list, broken folders, commands that make the runs again."""
+"""analyze.py, records.py, plots.py: statistics by hand, each figure from tiny runs of the demo's
+own list, broken folders, commands that make the runs again."""
 import base64
 import csv
 import importlib
