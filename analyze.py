@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-import flags
-import plots
+from harness import flags
+from harness import plots
 from metrics import spearman
-from plots import STYLE, by_layer, canvas, layer_ticks, legend, plot, spread
-from records import (BASELINE, CHANNELS, WEIGHTS, Unfit, about, command, compared, controls, flat,
+from harness.plots import STYLE, by_layer, canvas, layer_ticks, legend, plot, spread
+from harness.records import (BASELINE, CHANNELS, WEIGHTS, Unfit, about, command, compared, controls, flat,
                      groups, layers_of, look, of, read, read_run)
 
 RANKINGS = ("criticality", "gradient", "random", "granet")

@@ -29,15 +29,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import flags
+from harness import flags
 import masks as masks_file
 import metrics
 import models
-import plots
+from harness import plots
 import training
-from frameworks import Floor, Plain, SnnTorch, SpikingJelly, over_time
+from harness.frameworks import Floor, Plain, SnnTorch, SpikingJelly, over_time
 from neurons import LIF
-from runfolder import device_name, write_json
+from harness.runfolder import device_name, write_json
 
 SIZES = {  # images of CIFAR-100 and of Fashion-MNIST: channels, side, classes, T, batch
     "vgg16": (3, 32, 100, 5, 32), "resnet19": (3, 32, 100, 5, 16), "small": (1, 28, 10, 4, 64)}

@@ -32,10 +32,10 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-import flags
-import plots
-import records
-from files import write_whole
+from harness import flags
+from harness import plots
+from harness import records
+from harness.files import write_whole
 
 WEIGHTS = {  # name: script and flags, beside the sparsity and the epochs, which all share
     "dense": "prune_unstructured --sparsity 0",

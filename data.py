@@ -190,7 +190,7 @@ def _augment(images, top, left, mirror, hole_y, hole_x, pad, cutout):
 def _read(name, data_dir):
     """Find a set by its name or path and return its checked arrays."""
     if name == "fashion-mini":
-        path = Path(__file__).parent / "fashion_mini.npz"
+        path = Path(__file__).parent / "assets/fashion_mini.npz"
     else:
         path = data_dir / f"{name}.npz" if name in NAMES else Path(name)
     if name in TORCHVISION and not os.path.exists(path):

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import plans
-from files import read_tensors
+from harness.files import read_tensors
 from neurons import LIF
 from plans import ENCODINGS, RESNET_STAGES, default_widths
 

@@ -24,11 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import flags
+from harness import flags
 import metrics
 import training
 from masks import Masks, seeded, select
-from runfolder import Run, finished
+from harness.runfolder import Run, finished
 
 # Grad R's own. INTERPRETATION: shifts by 0.15 of the side are crops by 4 pixels, and images are not
 # scaled (0.85 to 1.11 there); elsewhere network and epochs are those of all methods

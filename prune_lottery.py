@@ -27,11 +27,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-import flags
+from harness import flags
 import metrics
 import training
 from masks import Masks, seeded, select
-from runfolder import Run, finished
+from harness.runfolder import Run, finished
 
 # Matched: the epochs of the criticality paper. Full: LTH-SNN's code, in rounds of about 25 %
 PAPER = dict(epochs_prune=200, epochs_finetune=300, rounds=4, budget="full")

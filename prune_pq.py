@@ -24,11 +24,11 @@ from pathlib import Path
 
 import torch
 
-import flags
+from harness import flags
 import metrics
 import training
 from masks import Masks, seeded, select
-from runfolder import Run, finished
+from harness.runfolder import Run, finished
 
 # INTERPRETATION of "every so many iterations": rewiring stops at 3/4 of the epochs, and there are
 # some 34 updates. In adaptive mode a Gaussian layer loses (1 - rho) * 15.3 % an update, so that 34

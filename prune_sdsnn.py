@@ -22,13 +22,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import flags
+from harness import flags
 import metrics
 import models
 import plans
 import training
 from masks import Masks, computing_with, momenta, seeded, select, trim
-from runfolder import Run, finished
+from harness.runfolder import Run, finished
 
 # The shares of neurons that the first update prunes: the paper's for MNIST, and for CIFAR-10
 SMALL = dict(epochs_prune=6, epochs_finetune=4, rate_conv=0.05, rate_fc=0.35)

@@ -23,12 +23,12 @@ from types import SimpleNamespace
 import torch
 
 import channels
-import files
-import flags
+from harness import files
+from harness import flags
 import metrics
 import models
-import parallel
-import runfolder
+from harness import processes
+from harness import runfolder
 import training
 from masks import prune_further, seeded
 
@@ -284,7 +284,7 @@ def prune(run, images):
         notes["dense_accuracy"] = training.evaluate(net, net, images, args)["accuracy"]
     ratio = notes["prune_ratio"]
     rows = choose(ratio, greg(run, images, ratio) if args.epochs_prune else None)
-    parallel.agree("the channels that stay", rows[0])
+    processes.agree("the channels that stay", rows[0])
 
     kept = dict(zip(names, rows[0].split(sizes)))
     masked, small = channels.silence(net, kept), channels.remove(net, kept)
@@ -343,7 +343,7 @@ def main(argv=None):
         if "gamma" not in run.notes:
             prune(run, images)
         train(run, "finetune", images, args.l1 if args.finetune_l1 else 0.0)
-        return finish(run, images, dense) if parallel.end() == 0 else None  # one process's work
+        return finish(run, images, dense) if processes.end() == 0 else None  # one process's work
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ fixed.
     python prune_unstructured.py --metric random         # also: gradient, granet
     python prune_unstructured.py --sparsity 0.98 --compact
                                                          # fine-tuned without its unread channels
-    torchrun --nproc-per-node=2 prune_unstructured.py    # two processes, a GPU each (see parallel)
+    torchrun --nproc-per-node=2 prune_unstructured.py    # two processes, a GPU each (see harness/processes.py)
 
 The run's folder, runs/NAME/, holds config.json, metrics.jsonl (a line an epoch), updates.jsonl (a
 line a mask update), checkpoint.pt, model.pt, compact.pt (model.pt without the channels that change
@@ -27,13 +27,13 @@ import torch
 
 import channels
 import compact
-import flags
+from harness import flags
 import metrics
 import models
-import parallel
+from harness import processes
 import training
 from masks import Masks, prune_further, seeded, select
-from runfolder import Run, finished, save_tensors
+from harness.runfolder import Run, finished, save_tensors
 
 # criticality paper, unstructured settings: epochs, interval in iterations, and r for each sparsity
 PAPER = dict(epochs_prune=200, epochs_finetune=300, interval=2000)
@@ -269,12 +269,12 @@ def main(argv=None):
                 if is_update:
                     run.check()
                     if scored:
-                        parallel.average_scores(list(lifs.values()), run.weight)
+                        processes.average_scores(list(lifs.values()), run.weight)
                     target = sparsity_at(update, num_updates, args.sparsity)
                     pruned, before, regenerated, rescued = prune_and_regenerate(
                         args, masks, optimizer, lifs, target, run.iteration / stages.steps("prune"),
                         seeded(args.seed, run.iteration))
-                    parallel.agree(f"the masks after iteration {run.iteration}", masks.flat)
+                    processes.agree(f"the masks after iteration {run.iteration}", masks.flat)
                     models.record(net, None)
                     for name in rescued:
                         run.say(f"  note: {name} would have lost all weights; its largest one "
@@ -288,7 +288,7 @@ def main(argv=None):
                           run.parts["masks"].sparsity)
 
         # What came of it: one process's work
-        if parallel.end() > 0:
+        if processes.end() > 0:
             return None
         net, masks = run.parts["net"], run.parts["masks"]  # in full: see compact.for_finetuning
         with training.autocast(args):

@@ -19,10 +19,10 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-import flags
+from harness import flags
 import metrics
 import models
-import parallel
+from harness import processes
 
 # ---- setting up ----------------------------------------------------------------------------------
 
@@ -40,17 +40,17 @@ def set_up(args, shared=False):
 
     shared: whether the script can share its run among processes, as torchrun starts them.
     """
-    if parallel.size() > 1 and not shared:
-        raise ValueError(f"torchrun started {parallel.size()} processes, expected one: this "
+    if processes.size() > 1 and not shared:
+        raise ValueError(f"torchrun started {processes.size()} processes, expected one: this "
                          f"script's method runs in a single one. Start it by python")
     args.device = choose_device(args.device).type
     if args.sync_bn and args.device == "cpu":
         raise ValueError("--sync-bn is given, but --device is cpu, expected GPUs: torch has it "
                          "only there. Leave it out")
-    if args.compile and parallel.size() > 1:
-        raise ValueError(f"--compile is given, but torchrun started {parallel.size()} processes, "
+    if args.compile and processes.size() > 1:
+        raise ValueError(f"--compile is given, but torchrun started {processes.size()} processes, "
                          f"expected one: the two together are not tested. Leave one out")
-    number, here = parallel.local()
+    number, here = processes.local()
     if args.device == "cuda" and here > torch.cuda.device_count():
         raise ValueError(f"torchrun started {here} processes here, but torch sees "
                          f"{torch.cuda.device_count()} GPUs, expected one for each. Lower "
@@ -61,10 +61,10 @@ def set_up(args, shared=False):
     torch.backends.cudnn.deterministic = True  # the same seed gives the same run
     torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32: it is what all else is compared with
     device = torch.device(args.device)
-    if parallel.size() > 1 and args.device == "cuda":
+    if processes.size() > 1 and args.device == "cuda":
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
-    parallel.start(device)
+    processes.start(device)
     return device
 
 
@@ -80,7 +80,7 @@ def keep_freed_memory():
 
 def load(args, device):
     """Return the data set that the flags ask for, on the device."""
-    return parallel.first(lambda: data.load(
+    return processes.first(lambda: data.load(
         args.dataset, args.data_dir, args.train_limit,
         flags.SMOKE_IMAGES if args.smoke else None, args.time_steps)).to(device)
 
@@ -105,9 +105,9 @@ def build(args, images, widths=None):
         raise ValueError(f"--batch-size is {args.batch_size}, but {args.dataset} has "
                          f"{len(images.x_train)} training images here, expected at most as many. "
                          f"Lower it")
-    if args.batch_size < parallel.size():
+    if args.batch_size < processes.size():
         raise ValueError(f"--batch-size is {args.batch_size}, but torchrun started "
-                         f"{parallel.size()} processes, expected at least an image for each. "
+                         f"{processes.size()} processes, expected at least an image for each. "
                          f"Raise it or lower --nproc-per-node")
     neuron = dict(tau=args.tau, v_threshold=args.threshold, surrogate=args.surrogate,
                   reset=args.reset)
@@ -136,18 +136,18 @@ def build(args, images, widths=None):
 def forward_of(args, net):
     """Return what a training step calls: the network, compiled where --compile asks for it, whose
     gradients are averaged over the processes where there are several."""
-    if args.sync_bn and parallel.size() > 1:
+    if args.sync_bn and processes.size() > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(net)  # its layers, with their parameters
     side = net.config["image_size"]
     first = (net.time_steps, 1) if net.encoding == "events" else (1,)
-    return parallel.average_gradients(torch.compile(net) if args.compile else net, torch.zeros(
+    return processes.average_gradients(torch.compile(net) if args.compile else net, torch.zeros(
         *first, net.config["in_channels"], side, side, dtype=torch.uint8, device=net.mean.device))
 
 
 def check_last_batch(args, images, config):
     """Raise ValueError where a last batch of one image leaves batch normalisation one value."""
     last = len(images.x_train) % args.batch_size or args.batch_size
-    if last // parallel.size() > 1:
+    if last // processes.size() > 1:
         return
     with torch.device("meta"):  # no memory, no work, and no draw from torch's generator
         net, image = models.build(**config), images.copies(1).to("meta")
@@ -271,7 +271,7 @@ class Meter:
 
     def means(self):
         """Return (mean loss, accuracy in 0..1) over the images of all ranks."""
-        loss, correct, samples = parallel.total(self._row()).tolist()
+        loss, correct, samples = processes.total(self._row()).tolist()
         return loss / samples, correct / samples
 
     def _row(self):
@@ -279,14 +279,14 @@ class Meter:
 
     def state(self):
         """Return the sums of all ranks, [ranks, 3]."""
-        return parallel.gather(self._row()).cpu()
+        return processes.gather(self._row()).cpu()
 
     def restore(self, rows):
         """Take this rank's row; rank 0 all of them where there were more or fewer ranks."""
-        if len(rows) != parallel.size():
-            rows = torch.cat([rows.sum(0, keepdim=True), rows.new_zeros(parallel.size() - 1, 3)])
-        self.sums.copy_(rows[parallel.rank(), :2])
-        self.samples = int(rows[parallel.rank(), 2])
+        if len(rows) != processes.size():
+            rows = torch.cat([rows.sum(0, keepdim=True), rows.new_zeros(processes.size() - 1, 3)])
+        self.sums.copy_(rows[processes.rank(), :2])
+        self.samples = int(rows[processes.rank(), 2])
 
 
 class Watch:
@@ -325,14 +325,14 @@ def evaluate(forward, net, images, args):
     loss, accuracy, rate (firing), silent (LIF names).
 
     forward: the network, or its compiled form. images: what data.load returned. Each rank takes
-    its share of the batches, after the running statistics of BN were averaged (see parallel.py).
+    its share of the batches, after the running statistics of BN were averaged (see harness/processes.py).
     """
     meter = Meter(images.x_test.device)
     size = 4 * args.batch_size  # nothing is kept for a backward pass, so that memory allows it
-    parallel.average_statistics(net)
+    processes.average_statistics(net)
     net.eval()
     with torch.inference_mode(), metrics.firing(net) as spikes:
-        for x, y in parallel.share(images.pairs("test", size)):
+        for x, y in processes.share(images.pairs("test", size)):
             with autocast(args):
                 logits = forward(x)
             meter.add(loss_over_time(logits, y, args.loss), logits, y)
@@ -345,11 +345,11 @@ def evaluate(forward, net, images, args):
 
 def _over_ranks(spikes, net):
     """Return what metrics.firing() counted, summed over the ranks; one may have had no batch."""
-    if parallel.size() == 1:
+    if processes.size() == 1:
         return spikes
     rows = torch.tensor([[int(count) for count in spikes.get(name, (0, 0))]
                          for name in models.lifs(net)], device=net.mean.device)
-    return dict(zip(models.lifs(net), zip(parallel.total(rows)[:, 0], rows[:, 1].tolist())))
+    return dict(zip(models.lifs(net), zip(processes.total(rows)[:, 0], rows[:, 1].tolist())))
 
 
 def score_channels(net, images, args, metric="criticality", aggregate="max"):
@@ -376,8 +376,8 @@ def score_channels(net, images, args, metric="criticality", aggregate="max"):
     for lif in neurons.values():
         lif.record = aggregate if metric == "criticality" else None
     pairs = list(images.pairs("train", args.batch_size))
-    for x, y in tqdm(parallel.share(pairs), "scoring", leave=False,
-                     disable=not sys.stderr.isatty() or parallel.rank() > 0):
+    for x, y in tqdm(processes.share(pairs), "scoring", leave=False,
+                     disable=not sys.stderr.isatty() or processes.rank() > 0):
         with (torch.set_grad_enabled(metric == "gradient"), autocast(args),
               metrics.hooks(neurons, after=watch)):
             loss = loss_over_time(net(x), y, args.loss)
@@ -390,8 +390,8 @@ def score_channels(net, images, args, metric="criticality", aggregate="max"):
     for lif in neurons.values():
         lif.record = lif.score = None
     net.train(was_training)
-    scores = parallel.total(scores)
-    spikes = parallel.total(torch.cat(list(spiked.values())).long())
+    scores = processes.total(scores)
+    spikes = processes.total(torch.cat(list(spiked.values())).long())
     for name, part in zip(groups, scores.split([len(gamma) for gamma in gammas])):
         if not part.isfinite().all():
             raise FloatingPointError(f"the scores of {name} are not finite (NaN or infinite) and "

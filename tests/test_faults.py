@@ -26,17 +26,17 @@ import torch
 
 import channels
 import data
-import files
+from harness import files
 import masks
 import metrics
 import models
 import neurons
-import runfolder
+from harness import runfolder
 import test_data
 import training
 from conftest import assert_same_run, lines, one_line
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 TINY = "--dataset tiny.npz --width 0.25 --batch-size 10 --lr 0.05".split()  # 6 steps an epoch
 SHORT = {  # the scripts, on tiny budgets
     "prune_unstructured": "--epochs-prune 2 --epochs-finetune 1 --interval 3 --regen 0.5",

@@ -67,7 +67,7 @@ def test_embedded_set():
     assert dataset.y_train.bincount().tolist() == [600] * 10
     assert dataset.y_test.bincount().tolist() == [100] * 10
     assert (dataset.name, dataset.num_classes) == ("fashion-mini", 10)
-    assert (Path(data.__file__).parent / "fashion_mini.LICENSE.txt").exists()
+    assert (Path(data.__file__).parent / "assets/fashion_mini.LICENSE.txt").exists()
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (3,), (2,)])

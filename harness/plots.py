@@ -14,7 +14,7 @@ import io
 import matplotlib
 import numpy as np
 
-from files import write_whole
+from harness.files import write_whole
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)

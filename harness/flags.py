@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import models
-import parallel
-from machine import is_out_of_memory
+from harness import processes
+from harness.machine import is_out_of_memory
 from neurons import RESETS, SURROGATES
 
 MAY_DIFFER = {"device", "save_every"}  # flags that a resumed run may change
@@ -48,14 +48,14 @@ def exits(code, *errors, no_memory="Try a smaller --width or --train-limit"):
     """Turn errors into one line on stderr and an exit code; no_memory: what to do about that."""
     try:
         yield
-    except (parallel.Mismatch, *errors, MemoryError, RuntimeError) as error:
+    except (processes.Mismatch, *errors, MemoryError, RuntimeError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        if parallel.is_loss(error):
+        if processes.is_loss(error):
             text = ("another rank is gone, expected all of them to the end. The last checkpoint is "
                     "kept: go on with --resume")
         elif is_out_of_memory(error):
             text = f"the memory does not suffice ({text[:200]}), expected more of it. {no_memory}"
-        elif not isinstance(error, (parallel.Mismatch, *errors)):
+        elif not isinstance(error, (processes.Mismatch, *errors)):
             raise
         leave(code, f"error: {text}")
     except KeyboardInterrupt:
@@ -64,7 +64,7 @@ def exits(code, *errors, no_memory="Try a smaller --width or --train-limit"):
 
 def leave(code, line, name=None):
     """Exit with a line on stderr, which one rank writes for all."""
-    if parallel.speaks(code):
+    if processes.speaks(code):
         print(f"{name or Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     raise SystemExit(code)
 

@@ -15,7 +15,7 @@ import channels
 import data
 import models
 import prune_sdsnn
-import runfolder
+from harness import runfolder
 import training
 from conftest import assert_same_run, lines, one_line, stop_after
 from masks import Masks, seeded

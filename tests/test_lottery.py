@@ -14,9 +14,9 @@ import torch
 
 import data
 import models
-import plots
+from harness import plots
 import prune_lottery as lottery
-import runfolder
+from harness import runfolder
 import training
 from conftest import assert_same_run, lines, one_line, stop_after
 from masks import Masks

@@ -23,7 +23,7 @@ import prune_pq
 import prune_sdsnn
 import prune_structured
 import prune_unstructured
-import records
+from harness import records
 import training
 from conftest import assert_same_run, lines, one_line, stop_after
 from masks import Masks, momenta
@@ -612,7 +612,7 @@ def test_channels_of_other_networks_are_removed_in_a_run():
 
 # ---- README.md -----------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 

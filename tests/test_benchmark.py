@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import benchmark
-import frameworks
+from harness import frameworks
 from neurons import LIF
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 TINY = {"vgg16": (3, 32, 5, 3, 2), "small": (1, 8, 5, 3, 4)}
 

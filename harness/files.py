@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import parallel
+from harness import processes
 
 try:
     import fcntl
@@ -41,7 +41,7 @@ def write_whole(path, write, mode="w", before=None):
     before: called when all is written and nothing replaced yet. Raises OSError, one line, with the
     old file in place and no temporary one left. Of several ranks one writes.
     """
-    if parallel.rank() > 0:
+    if processes.rank() > 0:
         return
     temporary = path.with_name(path.name + ".tmp")
     try:

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import flags
+from harness import flags
 import metrics
 import models
-import runfolder
+from harness import runfolder
 import training
-from files import save_arrays
+from harness.files import save_arrays
 
 WEIGHTS, CHANNELS = "prune_unstructured", "prune_structured"
 BASELINE = {WEIGHTS: "gmp", CHANNELS: "slimming"}

@@ -15,7 +15,7 @@ from torch import nn
 import data
 import models
 import prune_pq
-import runfolder
+from harness import runfolder
 from conftest import TIMES, assert_same_run, lines, one_line, stop_after
 from masks import Masks, seeded
 from prune_pq import (accumulate, apportion, choose, in_scopes, layer_densities, pq_index, retained,

@@ -21,11 +21,11 @@ import analyze
 import metrics
 import models
 import prune_unstructured
-import records
+from harness import records
 from conftest import one_line
 from neurons import LIF
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 
 
 # ---- statistics ----------------------------------------------------------------------------------

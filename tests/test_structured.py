@@ -18,7 +18,7 @@ import data
 import metrics
 import models
 import prune_structured
-import runfolder
+from harness import runfolder
 import training
 from conftest import assert_same_run, lines, one_line, stop_after
 from masks import Masks

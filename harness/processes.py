@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node=2 prune_unstructured.py --dataset cifar100
 
-    parallel.start(device)                        # joins the others; gloo on CPUs, nccl on GPUs
-    forward = parallel.average_gradients(net)     # DistributedDataParallel (DDP)
-    (loss * parallel.weight(len(batch))).backward()     # DDP's mean is then that of the batch
-    scores = parallel.total(scores * share)       # the same numbers, bit by bit, on all ranks
-    parallel.agree("the masks", masks.flat)       # or all of them stop
+    processes.start(device)                        # joins the others; gloo on CPUs, nccl on GPUs
+    forward = processes.average_gradients(net)     # DistributedDataParallel (DDP)
+    (loss * processes.weight(len(batch))).backward()     # DDP's mean is then that of the batch
+    scores = processes.total(scores * share)       # the same numbers, bit by bit, on all ranks
+    processes.agree("the masks", masks.flat)       # or all of them stop
 
 What the ranks share: each holds the whole data set, and takes every size-th image of each batch
 (see data.batches); gradients, scores, losses and counts are averaged or summed, weighted by images;

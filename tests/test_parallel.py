@@ -22,15 +22,15 @@ import conftest
 import data
 import metrics
 import models
-import parallel
+from harness import processes
 import prune_lottery
 import prune_structured
 import prune_unstructured
-import records
-import runfolder
+from harness import records
+from harness import runfolder
 import training
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 # 9 steps an epoch, the last of one image: a rank without one; 6 updates
 SHORT = ["--train-limit", "201", "--epochs-prune", "2", "--epochs-finetune", "1", "--interval", "3",
          "--width", "0.25", "--batch-size", "25"]
@@ -72,11 +72,11 @@ def gradients_and_scores(n):
     forward = training.forward_of(settings(), net.eval())
     models.record(net, "max")
     x, y = next(data.batches(images.x_train[:n], images.y_train[:n], n, 0, 0, flip=True,
-                             rank=parallel.rank(), size=parallel.size()))
+                             rank=processes.rank(), size=processes.size()))
     loss = torch.nn.functional.cross_entropy(forward(x).flatten(0, 1), y.repeat(4))
-    (loss * parallel.weight(n)).backward()
+    (loss * processes.weight(n)).backward()
     lifs = list(models.lifs(net).values())
-    parallel.average_scores(lifs, parallel.weight(n))
+    processes.average_scores(lifs, processes.weight(n))
     return (torch.cat([p.grad.flatten() for p in net.parameters()]),
             torch.cat([lif.score for lif in lifs]))
 
@@ -95,21 +95,21 @@ def statistics():
     """Running statistics that differ between ranks: what is saved of them, and their mean."""
     net = small_net(data.load("fashion-mini"), torch.float32)
     for bn in (module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)):
-        bn.running_mean.fill_(1.0 + parallel.rank())
+        bn.running_mean.fill_(1.0 + processes.rank())
     own = net.state_dict()["convs.0.bn.running_mean"].clone()
-    rows = parallel.statistics(net)
-    parallel.average_statistics(net)
+    rows = processes.statistics(net)
+    processes.average_statistics(net)
     mean = net.state_dict()["convs.0.bn.running_mean"].clone()
-    parallel.restore_statistics(net, rows)
+    processes.restore_statistics(net, rows)
     again = net.state_dict()["convs.0.bn.running_mean"].clone()
-    parallel.restore_statistics(net, torch.cat([rows, rows, rows])[:3])  # of three ranks
+    processes.restore_statistics(net, torch.cat([rows, rows, rows])[:3])  # of three ranks
     return own, mean, again, net.state_dict()["convs.0.bn.running_mean"].clone(), net.mean
 
 
 def meters():
     meter, logits = training.Meter(torch.device("cpu")), torch.eye(3)[None]
-    meter.add(torch.tensor(1.0 + parallel.rank()), logits[:, :2 + parallel.rank()],
-              torch.tensor([0, 1, 0])[:2 + parallel.rank()], 1)
+    meter.add(torch.tensor(1.0 + processes.rank()), logits[:, :2 + processes.rank()],
+              torch.tensor([0, 1, 0])[:2 + processes.rank()], 1)
     meter.counts = False
     meter.add(torch.tensor(100.0), logits, torch.tensor([0, 1, 0]), 2)
     rows, found = meter.state(), [meter.means()]
@@ -179,13 +179,13 @@ def ends_with(main, *given):
 
 def exercises():
     found, main = {}, prune_unstructured.main
-    parallel.start(torch.device("cpu"))
+    processes.start(torch.device("cpu"))
     found["gradients"] = {n: gradients_and_scores(n) for n in (8, 7, 1)}
     found["passes"] = {size: passes_over_the_data(size) for size in (50, 1000)}
     found["statistics"], found["meters"] = statistics(), meters()
-    found["largest"] = parallel.largest(3 - 2 * parallel.rank())
-    parallel.agree("numbers", torch.arange(5))
-    parallel.end = parallel.rank  # the ranks meet again: one group for all the runs here
+    found["largest"] = processes.largest(3 - 2 * processes.rank())
+    processes.agree("numbers", torch.arange(5))
+    processes.end = processes.rank  # the ranks meet again: one group for all the runs here
 
     seen, masks = [], []
     original = watching(seen, masks)
@@ -193,7 +193,7 @@ def exercises():
     data.batches, runfolder.Run.add_update = original
     found |= dict(seen=seen, masks=masks)
 
-    at_iteration(lambda: parallel.rank() == 1 and os.kill(os.getpid(), signal.SIGTERM))
+    at_iteration(lambda: processes.rank() == 1 and os.kill(os.getpid(), signal.SIGTERM))
     found["stopped"] = ends_with(main, *SHORT, "--run-dir", "stopped")
     found["saved"] = runfolder.read_checkpoint("stopped")["position"]
     main(["--resume", "--run-dir", "stopped"])
@@ -206,25 +206,25 @@ def exercises():
 
     def differ(args, masks, *given):
         result = update(args, masks, *given)
-        if parallel.rank() == 1 and masks.sparsity > 0.6:
+        if processes.rank() == 1 and masks.sparsity > 0.6:
             masks.flat[0] = ~masks.flat[0]
         return result
 
     prune_unstructured.prune_and_regenerate = differ
     found["mismatch"] = ends_with(main, *SHORT, "--run-dir", "mismatch")
-    torch.save(found, f"rank{parallel.rank()}.pt")
+    torch.save(found, f"rank{processes.rank()}.pt")
 
 
 def dies():
-    at_iteration(lambda: parallel.rank() == 1 and os.kill(os.getpid(), signal.SIGKILL))
+    at_iteration(lambda: processes.rank() == 1 and os.kill(os.getpid(), signal.SIGKILL))
     prune_unstructured.main([*SHORT, "--run-dir", "killed"])
 
 
 def three():
     """Go on with three ranks; and once more, stopped under way."""
-    parallel.end = parallel.rank
+    processes.end = processes.rank
     prune_unstructured.main(["--resume", "--run-dir", "with3"])
-    at_iteration(lambda: parallel.rank() == 2 and os.kill(os.getpid(), signal.SIGTERM))
+    at_iteration(lambda: processes.rank() == 2 and os.kill(os.getpid(), signal.SIGTERM))
     assert ends_with(prune_unstructured.main, "--resume", "--run-dir", "stop3") == (143, "")
     prune_unstructured.main(["--resume", "--run-dir", "stop3"])
 
@@ -464,7 +464,7 @@ def test_what_is_refused(monkeypatch, capsys):
 
 
 if __name__ == "__main__":
-    end = parallel.end  # exercises put it off
+    end = processes.end  # exercises put it off
     {"exercises": exercises, "dies": dies, "three": three}[sys.argv[1]]()
     end()
-    parallel._go()  # also rank 0, which has nothing left to do: see end()
+    processes._go()  # also rank 0, which has nothing left to do: see end()

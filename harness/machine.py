@@ -20,7 +20,7 @@ def versions():
     for name in names:
         with suppress(PackageNotFoundError):  # torchvision is needed by some data sets only
             found[f"version_{name}"] = version(name)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent.parent, text=True,
                             capture_output=True) if shutil.which("git") else None
     return found | dict(version_python=platform.python_version(),
                         commit=commit.stdout.strip() or None if commit else None)

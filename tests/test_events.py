@@ -23,7 +23,7 @@ import prune_structured
 import prune_unstructured
 from conftest import assert_same_run, one_line, stop_after
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SCRIPTS = dict(prune_unstructured=prune_unstructured, prune_structured=prune_structured,
                prune_lottery=prune_lottery, prune_gradr=prune_gradr, prune_sdsnn=prune_sdsnn,

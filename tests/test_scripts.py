@@ -17,13 +17,13 @@ import torch
 import data
 import models
 import prune_unstructured
-import runfolder
+from harness import runfolder
 import training
 from conftest import TIMES, assert_same_run, lines, one_line, stop_after
 from masks import Masks
 from test_events import write_frames
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 SHORT = ["--train-limit", "400", "--epochs-prune", "2", "--epochs-finetune", "1", "--interval", "6",
          "--width", "0.25", "--batch-size", "25"]  # 16 steps an epoch, 5 updates
 

@@ -13,7 +13,7 @@ from torch import nn
 import data
 import models
 import prune_gradr
-import runfolder
+from harness import runfolder
 import training
 from conftest import assert_same_run, lines, one_line, stop_after
 from masks import Masks
@@ -28,7 +28,7 @@ SHORT = ["--dataset", "mine.npz", "--epochs-prune", "2", "--epochs-finetune", "1
 @pytest.fixture(autouse=True)
 def the_script_and_its_images(monkeypatch, in_a_folder_of_its_own):
     monkeypatch.setattr(sys, "argv", ["prune_gradr.py"])
-    images = np.load(ROOT / "fashion_mini.npz")  # at half of the resolution
+    images = np.load(ROOT / "assets/fashion_mini.npz")  # at half of the resolution
     np.savez("mine.npz", **{
         f"{part}_{split}": images[f"{part}_{split}"][:size, ::2, ::2] if part == "x"
         else images[f"{part}_{split}"][:size]

@@ -23,13 +23,13 @@ import torch
 from tqdm import tqdm
 
 import data
-import files
-import flags
+from harness import files
+from harness import flags
 import metrics
 import models
-import parallel
-from files import fits, read_checkpoint, save_tensors, write_json, write_lines
-from machine import device_name, peak_memory_mib, versions
+from harness import processes
+from harness.files import fits, read_checkpoint, save_tensors, write_json, write_lines
+from harness.machine import device_name, peak_memory_mib, versions
 from masks import Broken, recount, seeded
 from training import Meter, Watch
 
@@ -54,7 +54,7 @@ def finished(args):
     except (ValueError, TypeError, KeyError):
         raise ValueError(f"{path} is damaged, expected the summary of a finished run. Remove it to "
                          f"go on from the checkpoint, or start again with --overwrite") from None
-    if parallel.rank() == 0:
+    if processes.rank() == 0:
         print(f"{args.run_dir} is finished: {result}. Nothing is left to do")
     return summary
 
@@ -92,11 +92,11 @@ class Run:
         self.unsaved = False  # whether a step was done since the last checkpoint
         self.seconds = 0.0  # of the epoch under way, before it was resumed
         self._open()
-        parallel.agree("the position", torch.tensor([self.epoch, self.step, self.iteration]))
+        processes.agree("the position", torch.tensor([self.epoch, self.step, self.iteration]))
         self.watch = Watch(self.parts["net"], device)
         self.bar = tqdm(total=self.total_steps, initial=self.iteration, unit="step",
                         dynamic_ncols=True, leave=False,
-                        disable=not sys.stderr.isatty() or parallel.rank() > 0)
+                        disable=not sys.stderr.isatty() or processes.rank() > 0)
         self.started = self.began = self.saved_at = time.monotonic()
         self.first_iteration = self.iteration
 
@@ -124,8 +124,8 @@ class Run:
         """Make the folder, or go on in it, or say why not."""
         folder, args = self.folder, self.args
         taken = self._taken()
-        self.lock = parallel.first(
-            lambda: files.acquire(folder) if parallel.rank() == 0 else None)
+        self.lock = processes.first(
+            lambda: files.acquire(folder) if processes.rank() == 0 else None)
         try:
             taken = self._taken()  # another process may have been faster
             if taken and args.resume:
@@ -134,12 +134,12 @@ class Run:
                       if key not in ("resume", "overwrite")}
             config |= versions() | dict(script=Path(sys.argv[0]).stem,
                                         device_name=device_name(self.device),
-                                        threads=torch.get_num_threads(), processes=parallel.size())
-            parallel.largest(0)  # all ranks have looked, before one of them writes
+                                        threads=torch.get_num_threads(), processes=processes.size())
+            processes.largest(0)  # all ranks have looked, before one of them writes
             write_json(folder / "config.json", config, before=self._clear)
         except BaseException:
             files.release(self.lock)
-            if not taken and parallel.rank() == 0:
+            if not taken and processes.rank() == 0:
                 with suppress(OSError):  # it is not empty
                     folder.rmdir()
             raise
@@ -184,7 +184,7 @@ class Run:
                                        for name in ("metrics", "updates"))
             self.seconds, self.notes = state["seconds"], state["notes"]
             self.meter.restore(state["meter"])
-            parallel.restore_statistics(self.parts["net"], state["statistics"])
+            processes.restore_statistics(self.parts["net"], state["statistics"])
 
     def _read_lines(self, name, count):
         """Read the first `count` rows of a log: later ones are of work that is done again."""
@@ -216,7 +216,7 @@ class Run:
             "masks_hold": masks is not None and not masks.violation(self.parts["optimizer"]),
             "metrics": len(self.rows), "updates": len(self.updates), "notes": self.notes,
             "meter": self.meter.state(),
-            "statistics": parallel.statistics(self.parts["net"]),
+            "statistics": processes.statistics(self.parts["net"]),
             "seconds": self.seconds + time.monotonic() - self.began})
         self.unsaved, self.saved_at = False, time.monotonic()
 
@@ -243,7 +243,7 @@ class Run:
     # ---- under way -------------------------------------------------------------------------------
 
     def say(self, line):
-        if parallel.rank() == 0:
+        if processes.rank() == 0:
             tqdm.write(line)
             sys.stdout.flush()
 
@@ -271,9 +271,9 @@ class Run:
         nothing is unsaved: while it counts, say. A second one ends it at once."""
         def stop(number, _):
             self.stopped_by = number
-            if parallel.size() == 1:  # torchrun passes on each of them
+            if processes.size() == 1:  # torchrun passes on each of them
                 signal.signal(number, previous[number])
-            if not self.unsaved and not parallel.together():
+            if not self.unsaved and not processes.together():
                 raise Stopped
 
         previous = {number: signal.signal(number, stop) for number in {
@@ -305,14 +305,14 @@ class Run:
         args = self.args
         for batch in data.batches(images.x_train, images.y_train, args.batch_size, args.seed, epoch,
                                   self.step, args.crop, args.flip, args.cutout, args.rotate,
-                                  parallel.rank(), parallel.size()):
-            self.weight = parallel.weight(min(
+                                  processes.rank(), processes.size()):
+            self.weight = processes.weight(min(
                 args.batch_size, len(images.x_train) - self.step * args.batch_size))
             self.meter.counts = self.weight > 0
             self.unsaved = True
             self.iteration += 1
             # what rate coding and dropout draw in this step depends on nothing before it
-            torch.manual_seed(seeded(args.seed, self.iteration, 1 + parallel.rank()).initial_seed())
+            torch.manual_seed(seeded(args.seed, self.iteration, 1 + processes.rank()).initial_seed())
             yield batch
             self.step += 1
             self.bar.update()
@@ -330,10 +330,10 @@ class Run:
         """Return (whether minutes have passed since the last checkpoint, whether a signal came).
         Ranks agree, after each step on CPUs, now and then on GPUs, so that all do the same."""
         late = time.monotonic() - self.saved_at >= 60 * self.args.save_every
-        if parallel.size() > 1:
+        if processes.size() > 1:
             if not (now or self.device.type == "cpu" or self.step % 10 == 0):
                 return False, False
-            rows = parallel.gather(torch.tensor([late, self.stopped_by or 0]))
+            rows = processes.gather(torch.tensor([late, self.stopped_by or 0]))
             late, self.stopped_by = rows[:, 0].any().item(), rows[:, 1].max().item() or None
         return late, self.stopped_by is not None
 
@@ -375,7 +375,7 @@ class Run:
                                      f"try a lower --lr")
         loss, accuracy = self.meter.means()
         state = self.parts["net"].state_dict()
-        parallel.agree(f"the weights after iteration {self.iteration}",
+        processes.agree(f"the weights after iteration {self.iteration}",
                        *(state[name] for name, _ in self.parts["net"].named_parameters()))
         now = time.monotonic()
         seconds, self.seconds, self.began = self.seconds + now - self.began, 0.0, now
@@ -416,7 +416,7 @@ class Run:
             key: value for key, value in (counts | known | summary).items() if key in SUMMARY_KEYS}
         save_tensors(self.folder / "model.pt", models.pack(net, alive))
         counted = recount(self.folder / "model.pt", values["layers"])
-        import plots  # here, since matplotlib takes its time
+        from harness import plots  # here, since matplotlib takes its time
         plots.draw_curves(rows, self.folder / "curves.png")
         write_json(self.folder / "summary.json", values)
         self.say_summary(values, *counted)

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 import compare
-import records
-import runfolder
+from harness import records
+from harness import runfolder
 from conftest import one_line
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 TINY = ("--dataset few.npz --width 0.25 --time-steps 2 --batch-size 16 --epochs-prune 1 "
         "--epochs-finetune 1 ").split()
 
