@@ -1,156 +1,207 @@
-"""Channels of a masked network that need not be computed, and the same network without them.
+"""Channels of a masked network that need not be computed, and the network without them.
 
-    kept = drop_unread(net, masks.alive)             # {layer: [C] bool}, True = kept: for training
-    kept = needed(net, masks.alive)                  # fewer, for a network that is trained no more
-    small, alive = without(net, masks.alive, kept)   # the same function, and its masks
-    small, optimizer, masks = for_finetuning(net, optimizer, masks)  # as its full network trains
+    python compact.py runs/NAME/model.pt             # writes compact.pt beside it
+    python compact.py model.pt --out small.pt
 
-After unstructured pruning some channels have lost all their outgoing weights: whatever they do
-changes nothing, neither forward nor in a gradient. What they read goes with them, so that channels
-before them may lose their last reader as well. Other channels have lost all their incoming weights:
-their input current is what BN makes of 0, the same everywhere and always. Below the threshold such
-a neuron never fires, and a network that is trained no more does as well without it. In training its
-beta moves and may lift it above: there it stays.
+    small, alive, text = make(net, masks.alive)      # the same function, and its masks
 
-One that fires is kept. Its spikes are no bias that BN could take up: they come and go over the T
-steps, and at the border the zeros of the padding are not read as its spikes are.
+After unstructured pruning some channels are unread: all weights that read them are
+dead. Whatever they do changes nothing, neither the output nor any other gradient. They
+take with them what only they read, so that channels before them may become unread too.
 
-The masks decide, not the values: an alive weight may be 0 and grow. channels.py removes.
+Other channels are unfed: all weights into them are dead. Their input current is what
+batch normalisation (BN) makes of 0, the same at each pixel and each step. If it leaves
+the potential below the threshold, the neuron is silent, and a network that is trained
+no more does without it. While it trains it needs the neuron: beta moves, and may lift
+the current.
+
+An unfed channel that fires is kept as well. BN cannot take up its spikes as a bias:
+they come and go over the T steps, and at the border the next layer reads the zeros of
+its padding and not the channel's spikes.
+
+What is alive decides, not what is 0: an alive weight may be 0.
 """
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 
 import channels
 import metrics
 import models
-from masks import Masks
 
 
-def _hold(keep, before, alive):
-    """Let a layer that would lose all its channels keep one of those that it had, `before`: one
-    that needs the fewest alive weights, and with them the fewest channels before it."""
-    if not keep.any():
+def keep_one(kept, before, alive):
+    """Let a layer that would lose all its channels keep one of those that it had: the
+    one with the fewest alive weights, which needs the fewest channels before it.
+
+    kept, before: [C] bool, what would stay and what was there. alive: the mask of the
+    layer's weight. Changes `kept`, and returns it.
+    """
+    if not kept.any():
         inputs = alive.flatten(1).count_nonzero(1)
-        keep[torch.where(before, inputs, inputs.max() + 1).argmin()] = True
-    return keep
+        kept[torch.where(before, inputs, inputs.max() + 1).argmin()] = True
+    return kept
 
 
 def drop_unread(net, alive):
     """Return the channels that some alive weight reads, {layer: [C] bool}, True = kept.
 
-    alive: {name of a weight: bool tensor, True = alive}. From the last layer to the first, since a
-    weight into a channel that goes reads nothing any more: no further round finds more. A layer
-    keeps at least one channel. Exact in training and in evaluation.
+    alive: {name of a weight: bool tensor, True = alive}. A layer keeps at least one
+    channel. Exact in training and in evaluation.
+
+    One pass from the last layer to the first finds all: a weight into a channel that
+    goes reads nothing any more.
     """
     kept = dict.fromkeys(models.removable(net))  # in the order of the network
     for name, group in reversed(models.removable(net).items()):
         readers = alive[group.reader]
-        if (layer := group.reader.removesuffix(".conv.weight")) in kept:
-            readers = readers[kept[layer]]
+        reader_layer = group.reader.removesuffix(".conv.weight")
+        if reader_layer in kept:
+            readers = readers[kept[reader_layer]]
         # a flattened map is channel-major: each channel owns `repeat` columns in a row
-        read = readers.flatten(1).any(0).view(readers.shape[1] // group.repeat, -1).any(1)
-        kept[name] = _hold(read, torch.ones_like(read), alive[f"{name}.conv.weight"])
+        columns = readers.flatten(1).any(0)
+        read = columns.view(readers.shape[1] // group.repeat, -1).any(1)
+        all_channels = torch.ones_like(read)
+        kept[name] = keep_one(read, all_channels, alive[f"{name}.conv.weight"])
     return kept
 
 
-def constant(net, name):
-    """Return the input current of a layer's channels where no weight brings any, [C]: what BN makes
-    of 0 in eval mode; without BN the bias of the convolution, or 0."""
+def constant_current(net, name):
+    """Return the input current of a layer's channels if no weight brings any, [C].
+
+    It is what BN makes of 0 in eval mode; without BN it is the bias of the
+    convolution, or 0.
+    """
     layer = net.get_submodule(name)
-    if not hasattr(layer, "bn"):
-        bias = layer.conv.bias
-        return layer.conv.weight.new_zeros(len(layer.conv.weight)) if bias is None else bias
-    bn = layer.bn
-    zeros = torch.zeros_like(bn.weight).view(1, -1, 1, 1)
-    return F.batch_norm(zeros, bn.running_mean, bn.running_var, bn.weight, bn.bias,
-                        eps=bn.eps).flatten()
+    if hasattr(layer, "bn"):
+        bn = layer.bn
+        zeros = torch.zeros_like(bn.weight).view(1, -1, 1, 1)
+        return F.batch_norm(zeros, bn.running_mean, bn.running_var, bn.weight, bn.bias,
+                            eps=bn.eps).flatten()
+    if layer.conv.bias is not None:
+        return layer.conv.bias
+    return layer.conv.weight.new_zeros(len(layer.conv.weight))
 
 
 @torch.no_grad()
 def drop_silent(net, alive, kept):
-    """Return which of the kept channels may fire in eval mode, {layer: [C] bool}, True = kept.
+    """Return which of the kept channels may fire in eval mode, {layer: [C] bool},
+    True = kept.
 
-    Those that go have no alive weight from a kept channel, and a constant current with which the
-    potential stays below the threshold: they are silent at any T. From the first layer to
-    the last, since a weight from a silent channel brings nothing.
+    A channel goes if it has no alive weight from a kept channel, and if its constant
+    current leaves the potential below the threshold at any T. A layer keeps at least
+    one channel.
+
+    One pass from the first layer to the last finds all: a weight from a silent channel
+    brings nothing.
     """
     groups, kept = models.removable(net), dict(kept)
     feeders = {group.reader: name for name, group in groups.items()}
     for name, group in groups.items():
-        weights = f"{name}.conv.weight"
-        inputs = alive[weights]
-        if weights in feeders:  # else what it reads is there as a whole
-            inputs = inputs[:, kept[feeders[weights]]]
+        weight = f"{name}.conv.weight"
+        inputs = alive[weight]
+        if weight in feeders:  # else all that it reads is there
+            inputs = inputs[:, kept[feeders[weight]]]
+        is_fed = inputs.flatten(1).any(1)
         lif = net.get_submodule(group.lif)
-        fires = lif.limit(constant(net, name)) >= lif.v_threshold
-        kept[name] = _hold(kept[name] & (inputs.flatten(1).any(1) | fires), kept[name],
-                           alive[weights])
+        fires = lif.limit(constant_current(net, name)) >= lif.v_threshold
+        kept[name] = keep_one(kept[name] & (is_fed | fires), kept[name], alive[weight])
     return kept
 
 
 def needed(net, alive):
-    """Return the channels that a network needs which is trained no more, {layer: [C] bool}.
+    """Return the channels that a network needs which is trained no more, {layer: [C]
+    bool}: neither unread nor silent.
 
-    What is unread goes, then what is silent. A further round finds no more: a silent channel has no
-    alive weight from one that stays, which hence loses no reader; an unread one has none into one
-    that stays, which loses no input.
+    A second round would find no more. A silent channel has no alive weight from one
+    that stays, which hence loses no reader. An unread one has none into one that stays,
+    which loses no input.
     """
     return drop_silent(net, alive, drop_unread(net, alive))
 
 
 def without(net, alive, kept):
-    """Return a network with the kept channels only, and its masks, {name: bool tensor}."""
-    places = channels.places(net, kept)
-    return channels.remove(net, kept), {name: mask[places[name]] for name, mask in alive.items()}
-
-
-def for_finetuning(net, optimizer, masks):
-    """Return (network, optimizer, masks) without the channels that no alive weight reads.
-
-    Its weights, BN and momentum move as those of the full network would. The full ones take over
-    what it learned each time that their state_dict() is asked for, so that checkpoints and model.pt
-    stay those of the full network, which go on bit by bit: the masks alone say what is left out.
-    What is left out keeps the values that it has now; the full network would decay them, unread.
-    """
-    kept = drop_unread(net, masks.alive)
-    places = channels.places(net, kept)
-    small, alive = without(net, masks.alive, kept)
-    small_masks = Masks(small)
-    for name, mask in small_masks.alive.items():
-        mask.copy_(alive[name])
-    optimizer.zero_grad()  # frees the gradients of the full network
-    small_optimizer = type(optimizer)(small.parameters(), **optimizer.defaults)
-    full = dict(net.named_parameters()) | dict(net.named_buffers())
-    buffers = []  # of the momentum: (of the small network, of the full one, where it lies there)
-    for name, weight in small.named_parameters():
-        theirs = optimizer.state.get(full[name], {}).get("momentum_buffer")
-        if theirs is not None:
-            mine = small_optimizer.state[weight]["momentum_buffer"] = theirs[places[name]].clone()
-            buffers.append((mine, theirs, places[name]))
-
-    (group,), (full_group,) = small_optimizer.param_groups, optimizer.param_groups
-    group["lr"] = full_group["lr"]  # of the last step
-
-    @torch.no_grad()
-    def take_weights(*_):
-        for name, tensor in small.state_dict().items():
-            full[name][places[name]] = tensor
-
-    @torch.no_grad()
-    def take_momentum(*_):
-        full_group["lr"] = group["lr"]
-        for mine, theirs, place in buffers:
-            theirs[place] = mine
-
-    net.register_state_dict_pre_hook(take_weights)
-    optimizer.register_state_dict_pre_hook(take_momentum)
-    return small, small_optimizer, small_masks
+    """Return a network with the kept channels only, and its masks, {name of a weight:
+    bool tensor}."""
+    indices = channels.kept_indices(net, kept)
+    masks = {name: mask[indices[name]] for name, mask in alive.items()}
+    return channels.remove(net, kept), masks
 
 
 def describe(dense, small):
-    """Return how many channels and MACs a small network has of those of the dense one, in words."""
-    rows = [[net.config["widths"][group.width] for group in models.removable(net).values()]
-            for net in (dense, small)]
-    before, after = (sum(metrics.macs(net.config).values()) for net in (dense, small))
-    return (f"channels {sum(rows[0]):,} -> {sum(rows[1]):,}, MACs a step {before:,} -> {after:,} "
-            f"({100 * (1 - after / before):.2f} % less)")
+    """Return how many channels and MACs a small network has of those of the dense one,
+    in words."""
+    counts, macs = [], []
+    for net in (dense, small):
+        widths = net.config["widths"]
+        groups = models.removable(net).values()
+        counts.append(sum(widths[group.width] for group in groups))
+        macs.append(sum(metrics.macs(net.config).values()))
+    return (f"channels {counts[0]:,} -> {counts[1]:,}, MACs a step {macs[0]:,} -> "
+            f"{macs[1]:,} ({100 * (1 - macs[1] / macs[0]):.2f} % less)")
+
+
+def make(net, alive):
+    """Return the network with the channels that it needs, its masks, and what was left
+    out, in words: (small, masks, text). Where nothing can be left out it is
+    (None, None, why).
+
+    alive: {name of a weight: bool tensor, True = alive}. Both networks are the same
+    function in eval mode.
+    """
+    kept = needed(net, alive)
+    if not kept:
+        return None, None, (f"{net.config['name']} has no convolutions: only their "
+                            f"channels can go")
+    if channels.kept_widths(net, kept) == net.config["widths"]:
+        return None, None, ("no channel can be left out: alive weights read each one, "
+                            "and each may fire")
+    small, masks = without(net, alive, kept)
+    return small, masks, describe(net, small)
+
+
+# ---- the script ----------------------------------------------------------------------
+
+
+def random_batch(net, n):
+    """Return n random images, or events, as a network takes them, to measure with."""
+    side = net.config["image_size"]
+    shape = [n, net.config["in_channels"], side, side]
+    if net.encoding == "events":
+        shape = [net.time_steps, *shape]
+    return torch.randint(256, shape, dtype=torch.uint8)
+
+
+def main(argv=None):
+    # here, since the library imports nothing of harness
+    from harness import files, flags
+
+    parser = flags.Parser(__doc__)
+    parser.add_argument("model", type=Path, metavar="MODEL.pt",
+                        help="the network of a run, runs/NAME/model.pt")
+    parser.add_argument("--out", type=Path, default=None, metavar="FILE",
+                        help="where the smaller one goes (default: compact.pt beside "
+                        "MODEL.pt)")
+    args = parser.parse_args(argv)
+    out = args.out or args.model.with_name("compact.pt")
+    with flags.exits(2, ValueError, OSError):
+        packed = models.read(args.model)
+        net = models.unpack(packed, args.model)
+        small, masks, text = make(net, packed["masks"])
+        if small is None:
+            print(f"{args.model}: {text}. Nothing is written")
+            return
+        if out.exists() and out.samefile(args.model):
+            raise ValueError(f"{out} is the file that is read, expected another one to "
+                             f"write. Name it by --out")
+        files.save_tensors(out, models.pack(small, masks))
+    speed = {}
+    for n in (1, 32):
+        speed[n] = metrics.speedup(net, small, random_batch(net, n))
+    print(f"{out}: {text}; {speed[1]:.2f} times as fast at batch 1, {speed[32]:.2f} at "
+          f"batch 32")
+
+
+if __name__ == "__main__":
+    main()

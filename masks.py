@@ -1,149 +1,35 @@
-"""Which weights are prunable, alive or dead; exact global selection by count; exact accounting.
+"""Which weights are prunable, alive or dead; exact global selection; exact counts.
 
-    masks = Masks(net)                            # every weight of a convolution or linear layer
-    masks.prune(keep=1000)                        # the 1,000 largest |w| over all layers stay
-    masks.apply(optimizer)                        # dead weights and their momentum become 0
+    masks = Masks(net)    # of all weights of convolutions and linear layers
+    masks.prune(1000, masks.magnitudes(), generator)    # the 1,000 largest |w| stay
+    masks.apply(optimizer)    # dead weights and their momentum become 0
 
-A mask is a bool beside its weight, True = alive; weights are zeroed, never found by "is it 0",
-since a regenerated weight is 0 and alive. Autograd then still delivers the dense gradient.
+A mask is a bool tensor shaped like its weight, True = alive. A dead weight is 0, but a
+weight of 0 may be alive: a regenerated one starts at 0. So masks are stored, and never
+derived from the weights. Autograd still gives the gradient of dead weights.
 
-All masks are views into one flat vector over the M prunable weights of the network, so that a
-global ranking is one selection over one vector: the value of the k-th place by partition, never a
-sort. Counts are exact, whatever the ties: those are broken by a further key, and at last by a
-seeded permutation.
+All masks are views into one flat vector over the M prunable weights of the network. So
+a global ranking is one selection over one vector. Counts are exact also with ties:
+further keys break them, and then a seeded permutation.
 """
-import math
-from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-import models
 from models import scored_by
 
 
-class Broken(RuntimeError):
-    """What must always hold of masks and weights does not: the run cannot be trusted."""
-
-
-def prune_further(sparsity, regen):
-    """Return the sparsity s' to prune to, ahead of a regeneration that ends at `sparsity` (Eq. 7).
-
-    INTERPRETATION: s' = s + r (1 - s), so that a share r of the survivors owes its place to the
-    regeneration; the paper reports 48 % for r = 0.5 at s = 0.9, which fits. s / (1 - r) would
-    exceed 1.
-    """
-    return sparsity + regen * (1 - sparsity)  # Eq. 7
-
-
-def seeded(*numbers):
-    """Return a CPU generator that depends on all of the numbers, such as a seed and an iteration.
-
-    torch's own seeding keeps 32 bits, and neighbouring seeds start alike; numpy mixes them first.
-    """
-    mixed = np.random.SeedSequence(numbers).generate_state(1)
-    return torch.Generator().manual_seed(int(mixed[0]))
-
-
-def kth_largest(values, k):
-    """Return the k-th largest of a flat tensor (k from 1), as a tensor without dimensions."""
-    if values.device.type == "cpu":  # numpy's partition is several times faster than topk, kthvalue
-        array = values.numpy()
-        return torch.as_tensor(np.partition(array, len(array) - k)[len(array) - k])
-    return values.topk(k, sorted=False).values.min()
-
-
-def select(eligible, k, keys, generator):
-    """Choose exactly k of the eligible places: the largest by the first key, ties by the next, and
-    so on, what then still ties by a seeded permutation.
-
-    eligible: [M] bool. keys: list of [M] tensors, maybe empty (a random choice). generator: a CPU
-    generator. Returns [M] bool with k True. Raises ValueError if k places are not eligible, and
-    FloatingPointError if a key is not finite.
-    """
-    available = count(eligible)
-    if not 0 <= k <= available:
-        raise ValueError(f"cannot choose {k} of {available} weights")
-    if k in (0, available):
-        return eligible.clone() if k else torch.zeros_like(eligible)
-    if not keys:
-        places = eligible.nonzero().squeeze(1)
-        order = torch.randperm(len(places), generator=generator)[:k]
-        chosen = torch.zeros_like(eligible)
-        chosen[places[order.to(places.device)]] = True
-        return chosen
-    values = keys[0]
-    if not torch.stack(values.aminmax()).isfinite().all():
-        raise FloatingPointError("weights or scores are not finite (NaN or infinite) and cannot be "
-                                 "ranked. A checkpoint saved before is kept; try a lower --lr")
-    low, high = bracket(values, eligible, k / available)  # exact without it, and slower
-    chosen = (values > high) & eligible
-    near = positions((values >= low) & eligible ^ chosen)
-    missing = k - count(chosen)
-    if not 0 <= missing <= len(near):  # the sample misled: all places are near
-        chosen, near, missing = torch.zeros_like(eligible), positions(eligible), k
-    if missing:
-        close = values[near]
-        threshold = kth_largest(close, missing)
-        above, ties = near[close > threshold], near[close == threshold]
-        chosen[above] = True
-        among = torch.ones(len(ties), dtype=torch.bool, device=ties.device)
-        chosen[ties[select(among, missing - len(above), [key[ties] for key in keys[1:]],
-                           generator)]] = True
-    return chosen
-
-
-def count(mask):
-    """Return how many places of a bool tensor are True, as an int."""
-    if mask.device.type == "cpu":  # three times as fast as count_nonzero
-        return int(np.count_nonzero(mask.numpy()))
-    return int(mask.count_nonzero())
-
-
-def positions(mask):
-    """Return where a flat bool tensor is True, in order."""
-    if mask.device.type == "cpu":  # several times faster than nonzero
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.nonzero().squeeze(1)
-
-
-def bracket(values, eligible, share, size=2**16):
-    """Return (low, high), values between which the largest `share` of the eligible ends, as one of
-    `size` places in every so many tells it: in nearly all cases, which the caller must check.
-
-    A selection then needs two passes over all values, and ranks those few between.
-    """
-    step = len(values) // size
-    if step < 2:
-        return -math.inf, math.inf
-    sample = values[::step][eligible[::step]]
-    place, margin = share * len(sample), 2 * len(sample) ** 0.5
-    low, high = math.ceil(place + margin), math.floor(place - margin)
-    return (kth_largest(sample, low) if low <= len(sample) else -math.inf,
-            kth_largest(sample, high) if 1 <= high <= len(sample) else math.inf)
-
-
-def reactivate(pruned, count, keys, generator=None):
-    """Return which pruned units come back, [M] bool: the `count` highest-scored ones (Eq. 5).
-
-    pruned: [M] bool, the candidates: weights, or channels. keys: the score of each unit, then what
-    breaks ties. See select().
-    """
-    return select(pruned, count, keys, generator)  # Eq. 5
-
-
-def momenta(optimizer, tensor):
-    """Return what an optimizer remembers of the past gradients of a parameter: SGD's momentum,
-    Adam's first moment; a list of none or one."""
-    state = optimizer.state.get(tensor, {})
-    return [state[key] for key in ("momentum_buffer", "exp_avg") if state.get(key) is not None]
-
-
 class Masks:
-    """The masks of a network and what happened to them.
+    """The masks of a network, and which of its alive weights are regenerated ones.
 
-    alive: {name: bool tensor shaped like the weight}, True = alive; views into one flat vector.
-    returned: flat bool, True where the latest entry of a weight into the mask was a regeneration.
+    weights: {name: parameter}, the prunable weights. sizes: their lengths. total: M.
+    alive: {name: bool tensor shaped like the weight}, True = alive; views into `flat`.
+    flat: [M] bool, over all prunable weights.
+    returned: [M] bool, True for regenerated weights: alive ones whose latest entry into
+    the mask was a regeneration.
+    scored: {name: models.Scored}, the LIF whose channels score each weight.
     """
 
     def __init__(self, net):
@@ -157,110 +43,83 @@ class Masks:
 
     def _hold(self, flat):
         self.flat = flat
-        self.alive = {name: part.view(weight.shape) for (name, weight), part
-                      in zip(self.weights.items(), flat.split(self.sizes))}
+        parts = zip(self.weights.items(), flat.split(self.sizes))
+        self.alive = {name: part.view(weight.shape) for (name, weight), part in parts}
 
-    # ---- counts ----------------------------------------------------------------------------------
+    # ---- counts ----------------------------------------------------------------------
 
     def keep_at(self, sparsity):
-        """Return how many weights are alive at a sparsity: exactly M - round(sparsity * M)."""
+        """Return how many weights are alive at a sparsity: M - round(sparsity * M)."""
         return self.total - round(sparsity * self.total)
 
-    def check(self, sparsity):
+    def check_sparsity(self, sparsity):
         """Raise ValueError if a sparsity leaves fewer weights than there are layers."""
-        if self.keep_at(sparsity) < len(self.sizes):
-            raise ValueError(f"--sparsity is {sparsity}, which leaves {self.keep_at(sparsity)} of "
-                             f"{self.total} weights alive, expected at least one for each of the "
-                             f"{len(self.sizes)} layers. Lower --sparsity or raise --width")
+        keep = self.keep_at(sparsity)
+        if keep < len(self.sizes):
+            raise ValueError(
+                f"--sparsity is {sparsity}, which leaves {keep} of {self.total} "
+                f"weights alive, expected at least one for each of the "
+                f"{len(self.sizes)} layers. Lower --sparsity or raise --width")
 
     @property
     def n_alive(self):
+        """The number of alive weights."""
         return count(self.flat)
 
     @property
     def sparsity(self):
-        """Dead / prunable weights, from the masks."""
+        """Dead / prunable weights, 0..1, counted from the masks."""
         return 1 - self.n_alive / self.total
 
     @property
     def share_regenerated(self):
-        """Share of the alive weights whose latest entry into the mask was a regeneration
-        (Fig. 2a)."""
+        """The share of the alive weights that are regenerated ones, 0..1 (Fig. 2a)."""
         return count(self.returned & self.flat) / self.n_alive
 
     def per_layer(self, flat):
-        """Return how many places of a flat bool vector are True in each layer,
-        as a list of ints."""
+        """Return how many values of [M] bool are True in each layer, a list of ints."""
         return [count(part) for part in flat.split(self.sizes)]
 
-    # ---- what must hold --------------------------------------------------------------------------
-
-    def require_finite(self, values, what):
-        """Raise FloatingPointError, with the name of the layer, unless all of [M] is finite."""
-        if values.isfinite().all():
-            return
-        bad = dict(zip(self.weights, self.per_layer(~values.isfinite())))
-        name = next(name for name, count in bad.items() if count)
-        raise FloatingPointError(f"{what} of {name} are not finite (NaN or infinite) and cannot be "
-                                 f"ranked. A checkpoint saved before is kept; try a lower --lr")
-
-    def violation(self, optimizer, keep=None, may_be_empty=False):
-        """Return what does not hold, in words, else None: `keep` weights are alive (None: any
-        number), no layer is empty, dead weights and their momentum are 0. One wait for the device.
-        """
-        alive = [mask.count_nonzero() for mask in self.alive.values()]
-        wrong = []  # of each layer: dead weights, and momenta, that are not 0
-        for name, weight in self.weights.items():
-            rows = [weight.detach(), *momenta(optimizer, weight)]
-            wrong += [((tensor != 0) & ~self.alive[name]).count_nonzero() for tensor in rows]
-            wrong += [torch.zeros_like(alive[0])] * (2 - len(rows))
-        counts = torch.stack(alive + wrong).tolist()
-        alive, wrong = counts[:len(alive)], counts[len(alive):]
-        if keep is not None and sum(alive) != keep:
-            return f"{sum(alive):,} weights are alive, expected {keep:,}"
-        for name, n_alive, weights, past in zip(self.weights, alive, wrong[::2], wrong[1::2]):
-            if n_alive == 0 and not may_be_empty:
-                return f"{name} has no weight alive, expected at least 1"
-            if weights or past:
-                return (f"{weights:,} dead weights and {past:,} momenta of dead weights of "
-                        f"{name} are not 0, expected none")
-        return None
-
-    # ---- flat views of the network ---------------------------------------------------------------
-
-    @torch.no_grad()
-    def _absolute(self, tensors):
-        flat = torch.empty(self.total, dtype=next(iter(self.weights.values())).dtype,
-                           device=self.device)
-        for part, tensor in zip(flat.split(self.sizes), tensors):
-            torch.abs(tensor, out=part.view(tensor.shape))
-        return flat
+    # ---- weights, gradients and scores as one vector ---------------------------------
 
     def magnitudes(self):
-        """Return |w| of all prunable weights, [M] (Eq. 8: the importance of a weight)."""
+        """Return |w| of all prunable weights, [M]: their importance (Eq. 8)."""
         return self._absolute(self.weights.values())  # Eq. 8
 
     def gradients(self):
         """Return |dL/dw| of all prunable weights, dead ones included, [M]."""
         return self._absolute(weight.grad for weight in self.weights.values())
 
-    def spread(self, scores):
-        """Give each weight the score of its LIF channel: {LIF name: [C]} -> [M] in float32."""
-        flat = torch.empty(self.total, dtype=torch.float32, device=self.device)
-        for part, weight, (lif, dim, repeat) in zip(flat.split(self.sizes), self.weights.values(),
-                                                    self.scored.values()):
-            shape = [-1 if d == dim else 1 for d in range(weight.dim())]
-            part.view(weight.shape).copy_(scores[lif].repeat_interleave(repeat).view(shape))
+    @torch.no_grad()
+    def _absolute(self, tensors):
+        dtype = next(iter(self.weights.values())).dtype
+        flat = torch.empty(self.total, dtype=dtype, device=self.device)
+        for part, tensor in zip(flat.split(self.sizes), tensors):
+            torch.abs(tensor, out=part.view(tensor.shape))
         return flat
 
-    # ---- the steps of an update ------------------------------------------------------------------
+    def spread(self, scores):
+        """Return the score of each weight, [M] float32: that of its LIF channel.
+
+        scores: {LIF name: [C]}. models.Scored says which channel that is.
+        """
+        flat = torch.empty(self.total, dtype=torch.float32, device=self.device)
+        rows = zip(flat.split(self.sizes), self.weights.values(), self.scored.values())
+        for part, weight, (lif, dim, repeat) in rows:
+            shape = [1] * weight.dim()
+            shape[dim] = -1
+            score = scores[lif].repeat_interleave(repeat).view(shape)
+            part.view(weight.shape).copy_(score)
+        return flat
+
+    # ---- the steps of an update ------------------------------------------------------
 
     def prune(self, keep, magnitudes, generator):
-        """Let only the `keep` largest |w| over all layers live on;
-        return what was pruned, [M] bool.
+        """Keep the `keep` alive weights with the largest magnitudes, over all layers.
+        Return what was pruned, [M] bool.
 
-        Only alive weights are ranked: one that came back at 0 and has not moved ties with no dead
-        one.
+        magnitudes: [M]. Dead weights are not ranked: a weight that was regenerated at 0
+        and is still 0 would tie with them.
         """
         self.require_finite(magnitudes, "the weights")
         before = self.flat.clone()
@@ -268,65 +127,113 @@ class Masks:
         return before & ~self.flat
 
     def regenerate(self, count, candidates, keys, generator):
-        """Bring back the `count` best candidates; return what came back, [M] bool.
+        """Bring back the `count` best candidates (Eq. 5). Return what came back, [M]
+        bool.
 
-        candidates: [M] bool, none of them alive. keys: the score of each weight, then |w| from
-        before the update. A weight that was pruned in this same update still has its value and
-        keeps it; one that was dead before comes back at 0 and grows from its next gradient.
+        candidates: [M] bool; alive ones are ignored. keys: list of [M], which rank
+        them: the first key, then the next one where it ties. A weight that was pruned
+        in this update still has its value, and keeps it. A weight that was dead before
+        comes back at 0, and its next gradient changes it.
         """
         for key in keys:
             self.require_finite(key, "the scores")
-        back = reactivate(candidates & ~self.flat, count, keys, generator)
+        back = select(candidates & ~self.flat, count, keys, generator)  # Eq. 5
         self.flat |= back
         return back
 
-    def guard(self, importance=None):
-        """Leave no layer empty: its largest weight stays, and the smallest alive weight of a layer
-        with more than one goes in its place, so that the count holds. importance: [M], what large
-        and small mean, |w| if not given. Returns the names of such layers."""
+    def rescue_empty_layers(self, importance=None):
+        """Bring back the largest weight of each layer that has none alive. Return the
+        names of such layers.
+
+        For each, the smallest alive weight of the other layers dies, so that the count
+        stays. A layer with one alive weight keeps it.
+        importance: [M], what large and small refer to; None: |w|.
+        """
         if all(self.per_layer(self.flat)):
             return []
-        values = (self.magnitudes() if importance is None else importance).split(self.sizes)
-        parts = self.flat.split(self.sizes)
+        values = self.magnitudes() if importance is None else importance
+        values, parts = values.split(self.sizes), self.flat.split(self.sizes)
         rescued = []
         for name, part, value in zip(self.weights, parts, values):
             if part.any():
                 continue
             rescued.append(name)
-            spare = [torch.where(other, size, torch.inf) if other.count_nonzero() > 1
-                     else torch.full_like(size, torch.inf) for other, size in zip(parts, values)]
+            spare = [torch.where(other & (count(other) > 1), size, torch.inf)
+                     for other, size in zip(parts, values)]
             self.flat[torch.cat(spare).argmin()] = False
             part[value.argmax()] = True
         return rescued
 
     @torch.no_grad()
     def apply(self, optimizer):
-        """Set dead weights and their momentum to 0, after every step: or momentum, weight decay and
-        the dense gradient bring them back to life."""
+        """Set dead weights and their momentum to 0. Call it after each step: the step
+        changes dead weights too, by their gradient and momentum."""
         for name, weight in self.weights.items():
             weight.mul_(self.alive[name])
             for momentum in momenta(optimizer, weight):
                 momentum.mul_(self.alive[name])
 
-    def account(self, pruned, regenerated):
-        """Remember who came back, and return one update in numbers: a dict with totals and layers.
+    def record_update(self, pruned, regenerated):
+        """Update `returned`. Return the counts of an update, a dict with totals and a
+        row for each layer.
 
-        pruned: [M] bool, alive when the update began and cut by magnitude in it. regenerated:
-        [M] bool. survived: the share of the pruned that the regeneration brought back.
+        pruned: [M] bool, alive before the update and cut in it. regenerated: [M] bool.
+        In the result, survived is the share of the pruned that were regenerated; None
+        if none was pruned.
         """
-        regenerated = regenerated & self.flat  # without what the guard gave away
+        regenerated = regenerated & self.flat  # a rescue may have cut one again
         self.returned |= regenerated
         self.returned &= self.flat
-        rows = zip(self.weights, *map(self.per_layer, (self.flat, pruned, regenerated)))
-        layers = [dict(name=name, alive=alive, pruned=cut, regenerated=back)
-                  for name, alive, cut, back in rows]
+        rows = zip(self.weights, self.per_layer(self.flat), self.per_layer(pruned),
+                   self.per_layer(regenerated))
+        layers = [dict(name=name, alive=n_alive, pruned=n_pruned, regenerated=n_back)
+                  for name, n_alive, n_pruned, n_back in rows]
         n_pruned = sum(layer["pruned"] for layer in layers)
-        rescued = count(pruned & regenerated)
-        return dict(sparsity=self.sparsity, pruned=n_pruned,
-                    regenerated=sum(layer["regenerated"] for layer in layers),
-                    survived=rescued / n_pruned if n_pruned else None, layers=layers)
+        n_back = sum(layer["regenerated"] for layer in layers)
+        survived = None
+        if n_pruned > 0:
+            survived = count(pruned & regenerated) / n_pruned
+        return dict(sparsity=self.sparsity, pruned=n_pruned, regenerated=n_back,
+                    survived=survived, layers=layers)
 
-    # ---- state -----------------------------------------------------------------------------------
+    # ---- what must hold --------------------------------------------------------------
+
+    def require_finite(self, values, what):
+        """Raise FloatingPointError, with the layer's name, if a value of [M] is NaN or
+        infinite. what: the values in words, for the message."""
+        if values.isfinite().all():
+            return
+        for name, part in zip(self.weights, values.split(self.sizes)):
+            require_finite(part, f"{what} of {name}")
+
+    def violation(self, optimizer, keep=None, may_be_empty=False):
+        """Return in words what is wrong with masks and weights; None if nothing is.
+
+        `keep` weights must be alive (None: any number), no layer may be empty (unless
+        may_be_empty), and dead weights and their momentum must be 0.
+        """
+        # all counts are copied from the device at once, since each copy waits for it
+        alive = [mask.count_nonzero() for mask in self.alive.values()]
+        wrong = []  # two a layer: dead weights that are not 0, and momenta of such
+        for name, weight in self.weights.items():
+            rows = [weight.detach(), *momenta(optimizer, weight)]
+            wrong += [((tensor != 0) & ~self.alive[name]).count_nonzero()
+                      for tensor in rows]
+            wrong += [torch.zeros_like(alive[0])] * (2 - len(rows))
+        counts = torch.stack(alive + wrong).tolist()
+        alive, wrong = counts[:len(alive)], counts[len(alive):]
+        if keep is not None and sum(alive) != keep:
+            return f"{sum(alive):,} weights are alive, expected {keep:,}"
+        rows = zip(self.weights, alive, wrong[::2], wrong[1::2])
+        for name, n_alive, weights, past in rows:
+            if n_alive == 0 and not may_be_empty:
+                return f"{name} has no weight alive, expected at least 1"
+            if weights or past:
+                return (f"{weights:,} dead weights and {past:,} momenta of dead "
+                        f"weights of {name} are not 0, expected none")
+        return None
+
+    # ---- state -----------------------------------------------------------------------
 
     def state_dict(self):
         return {"alive": self.flat.cpu(), "returned": self.returned.cpu()}
@@ -336,44 +243,88 @@ class Masks:
         self.returned = state["returned"].to(self.device, copy=True)
 
 
-def recount(path, layers):
-    """Read a model.pt back from the disk, count, and return (alive, zeros) over all its weights.
+class Update(NamedTuple):
+    """What an update did to the masks."""
 
-    layers: the rows of summary.json, of name and alive. Raises Broken if the file disagrees with
-    them, or its masks with its weights.
+    pruned: Tensor       # [M] bool, alive before the update and cut in it
+    before: float        # the sparsity between the cut and the regeneration, 0..1
+    regenerated: Tensor  # [M] bool, brought back
+    rescued: list        # names of the layers that would have lost all their weights
+
+
+# ---- functions -----------------------------------------------------------------------
+
+
+def prune_further(sparsity, regen):
+    """Return the sparsity s' to prune to, before a regeneration that ends at the
+    sparsity s (Eq. 7).
+
+    sparsity: s. regen: the regeneration rate r. All are 0..1.
+    INTERPRETATION: s' = s + r (1 - s). Then a share r of the weights that are alive at
+    the end are regenerated ones. The paper reports 48 % for r = 0.5 at s = 0.9, which
+    fits; s / (1 - r) would exceed 1.
     """
-    alive = zeros = 0
-    try:
-        packed = models.read(path)
-        models.unpack(packed, path)  # this counts what is dead and not 0
-    except ValueError as error:
-        raise Broken(str(error)) from None
-    for layer in layers:
-        found = int(packed["masks"][layer["name"]].count_nonzero())
-        if found != layer["alive"]:
-            raise Broken(f"{path} has {found:,} weights of {layer['name']} alive, expected "
-                         f"{layer['alive']:,}. Go on with --resume, which writes it again")
-        alive += found
-        zeros += int((packed["state_dict"][layer["name"]] == 0).count_nonzero())
-    return alive, zeros
+    return sparsity + regen * (1 - sparsity)  # Eq. 7
 
 
-def trim(sparsity, masks, generator):
-    """End the structure epochs at exactly this sparsity: the largest |w| of those alive stay, or
-    (INTERPRETATION) where fewer are alive, the dead that drifted farthest in this epoch return."""
-    keep, drift = masks.keep_at(sparsity), masks.magnitudes()
-    regenerated = masks.regenerate(max(0, keep - masks.n_alive), ~masks.flat, [drift], generator)
-    between, pruned = masks.sparsity, masks.prune(keep, drift, generator)
-    return sparsity, between, pruned, regenerated, masks.guard()
+def select(eligible, k, keys, generator):
+    """Choose exactly k of the eligible places. Return them, [M] bool with k True.
+
+    The largest by the first key are chosen. The next key breaks ties, and a seeded
+    permutation breaks those of the last key.
+
+    eligible: [M] bool. keys: list of [M] tensors; an empty one gives a random choice.
+    generator: a CPU generator. Raises ValueError if fewer than k places are eligible,
+    and FloatingPointError if a key is not finite.
+    """
+    places = eligible.nonzero().squeeze(1)
+    if not 0 <= k <= len(places):
+        raise ValueError(f"cannot choose {k} of {len(places)} weights")
+    chosen = torch.zeros_like(eligible)
+    for key in keys:
+        if k in (0, len(places)):
+            break
+        values = key[places]
+        require_finite(values, "weights or scores")
+        last = values.topk(k, sorted=False).values.min()  # the k-th largest
+        chosen[places[values > last]] = True
+        k -= int((values > last).count_nonzero())
+        places = places[values == last]
+    if 0 < k < len(places):
+        order = torch.randperm(len(places), generator=generator)
+        places = places[order.to(places.device)]
+    chosen[places[:k]] = True
+    return chosen
 
 
-@contextmanager
-def computing_with(masks, names):
-    """Let the weights be w * m inside, for a forward and a backward pass. INTERPRETATION: w takes
-    the gradient by w * m (straight-through): masked synapses train on, and show if they grow."""
-    latent = {name: masks.weights[name].detach().clone() for name in names}
-    for name in names:
-        masks.weights[name].data.mul_(masks.alive[name])
-    yield
-    for name in names:
-        masks.weights[name].data.copy_(latent[name])
+def seeded(*numbers):
+    """Return a CPU generator that depends on all of the whole numbers, such as a seed
+    and an iteration.
+
+    numpy mixes them: torch's own seeding keeps 32 bits of a number, and starts alike
+    for neighbouring ones.
+    """
+    mixed = np.random.SeedSequence(numbers).generate_state(1)
+    return torch.Generator().manual_seed(int(mixed[0]))
+
+
+def require_finite(values, what):
+    """Raise FloatingPointError if a value is NaN or infinite. what: the values in
+    words, for the message."""
+    if not values.isfinite().all():
+        raise FloatingPointError(
+            f"{what} are not finite (NaN or infinite) and cannot be ranked. A "
+            f"checkpoint saved before is kept; try a lower --lr")
+
+
+def count(mask):
+    """Return how many values of a bool tensor are True, as an int."""
+    return int(mask.count_nonzero())
+
+
+def momenta(optimizer, tensor):
+    """Return what an optimizer has accumulated of a parameter's gradients, a list of
+    one tensor or none: SGD's momentum buffer or Adam's first moment."""
+    state = optimizer.state.get(tensor, {})
+    return [state[key] for key in ("momentum_buffer", "exp_avg")
+            if state.get(key) is not None]

@@ -1,28 +1,32 @@
-"""What a network costs: parameters, sparsity, MACs, synaptic operations, energy, firing rates; and
-what can be seen inside it: features, their spread over each class, the entropy of its spike counts.
+"""What a network costs, and what can be seen inside it.
 
     counts = metrics.count(net, batches_of_images, masks.alive)
     counts["sops"], counts["energy_mj"], counts["firing_rate"]
-    mean, variance = metrics.class_statistics(net, batches_of_images_and_labels, num_classes)
+    mean, variance = metrics.class_statistics(net, labelled_batches, num_classes=10)
+
+Costs are parameters, sparsity, MACs, synaptic operations, energy and firing rates.
+Inside are features, their spread over each class, and the entropy of spike counts.
 
 What is counted, and how:
-- MACs: multiply-accumulates of convolutions and linear layers on the stored shapes, taps on the
-  padding included; BN (foldable), bias, pooling, the residual sum and the LIF update are not
-  counted. A masked network has the count of the dense one. 1 MAC is 2 FLOPs. Three conventions for
-  the first layer, whose input does not change over time: `macs` is one time step (what papers call
-  "FLOPs"), `macs_first_once` all T steps with the first layer run once, as models.py does,
-  `macs_every_step` all T steps of every layer. A first layer whose input does change, spikes drawn
-  from pixels or frames of events, runs at all steps in both.
-- SOPs: synaptic operations, a spike arriving at an alive weight: for each input spike the number of
-  alive weights that it meets at output positions inside the map, borders exact; per image, over all
-  T steps. The first layer reads real numbers, not spikes: its work is MACs; where the input is
-  spikes or counts of events it is SOPs. An average of n spikes counts as n spikes (the 1/n folds
-  into the weights), a count of n events as n.
-- Energy: 4.6 pJ a MAC of the first layer (as often as it runs) and 0.9 pJ a SOP, in mJ an image:
-  45 nm arithmetic in 32-bit floating point (Horowitz 2014), no memory traffic. A model, not a
-  measurement.
-- Firing rate: spikes / (T * N * neurons), of the network over all its neurons, not the mean of the
-  layers' rates.
+- MACs: multiply-accumulates of convolutions and linear layers on the stored shapes,
+  taps on the padding included. BN (foldable), bias, pooling, the residual sum and the
+  LIF update are not counted. A masked network has the count of the dense one. 1 MAC is
+  2 FLOPs. There are three conventions for the first layer, whose input does not change
+  over time: `macs` is one time step (what papers call "FLOPs"); `macs_first_once` is
+  all T steps with the first layer run once, as models.py does; `macs_every_step` is all
+  T steps of every layer. A first layer whose input does change, spikes drawn from
+  pixels or frames of events, runs at all steps in both.
+- SOPs: synaptic operations. One is a spike arriving at an alive weight: each input
+  spike counts the alive weights that it meets at output positions inside the map,
+  borders exact; per image, over all T steps. The first layer reads real numbers, not
+  spikes: its work is MACs. Where the input is spikes or counts of events it is SOPs. An
+  average of n spikes counts as n spikes (the 1/n folds into the weights), a count of n
+  events as n.
+- Energy: 4.6 pJ a MAC of the first layer (as often as it runs) and 0.9 pJ a SOP, in mJ
+  an image: 45 nm arithmetic in 32-bit floating point (Horowitz 2014), no memory
+  traffic. It is a model, not a measurement.
+- Firing rate: spikes / (T * N * neurons), of the network over all its neurons, not the
+  mean of the layers' rates.
 """
 import math
 import statistics
@@ -33,6 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from models import lifs, scored_by
@@ -42,7 +47,10 @@ PJ_PER_MAC, PJ_PER_SOP = 4.6, 0.9
 
 @contextmanager
 def hooks(modules, before=None, after=None):
-    """Call before(name, input) and after(name, output) for each of {name: module}, while inside."""
+    """While inside, call before(name, input) and after(name, output) for each module.
+
+    modules: {name: module}. before, after: functions, or None.
+    """
     handles = []
     for name, module in modules.items():
         if before is not None:
@@ -58,17 +66,24 @@ def hooks(modules, before=None, after=None):
             handle.remove()
 
 
+def prunable_layers(net):
+    """Return {name: layer} of the layers whose weights can be pruned, in order."""
+    names = [weight.removesuffix(".weight") for weight in scored_by(net)]
+    return {name: net.get_submodule(name) for name in names}
+
+
 @contextmanager
 def firing(net):
-    """Count spikes while inside: yields
-    {LIF name: [spikes (a tensor), places where one could be]}."""
+    """Count spikes while inside: yield {LIF name: [spikes, a tensor; places where one
+    could be, a number]}."""
     counts = {}
 
     def add(name, spikes):
         seen = counts.setdefault(name, [0, 0])
-        # exact, since float32 holds whole numbers to 2**24, and faster by far than count_nonzero
-        each = spikes.sum(tuple(range(2, spikes.dim())), dtype=torch.float32)
-        seen[0] = seen[0] + each.sum(dtype=torch.float64)
+        # exact, since float32 holds whole numbers to 2**24; much faster than
+        # count_nonzero
+        by_image = spikes.sum(tuple(range(2, spikes.dim())), dtype=torch.float32)
+        seen[0] = seen[0] + by_image.sum(dtype=torch.float64)
         seen[1] += spikes.numel()
 
     with hooks(lifs(net), after=add):
@@ -77,7 +92,8 @@ def firing(net):
 
 def rates(counts):
     """Return (rate of the network, {LIF name: rate}) from what firing() counted."""
-    spikes = dict(zip(counts, torch.stack([seen[0] for seen in counts.values()]).tolist()))
+    totals = torch.stack([spikes for spikes, _ in counts.values()]).tolist()
+    spikes = dict(zip(counts, totals))
     places = {name: seen[1] for name, seen in counts.items()}
     by_layer = {name: spikes[name] / places[name] for name in counts}
     return sum(spikes.values()) / sum(places.values()), by_layer
@@ -86,8 +102,9 @@ def rates(counts):
 def parameters(net, alive=None):
     """Return sizes and sparsities of a network: a dict with the keys of summary.json.
 
-    alive: {name: bool tensor, True = alive}, none means that all weights are. `sparsity` is over
-    the prunable weights, `sparsity_all` over all parameters (BN and biases are all alive).
+    alive: {name: bool tensor, True = alive}; None: all weights are alive. `sparsity` is
+    over the prunable weights, `sparsity_all` over all parameters, of which BN and
+    biases are all alive.
     """
     layers = []
     for name in scored_by(net):
@@ -95,73 +112,86 @@ def parameters(net, alive=None):
         n_alive = weights if alive is None else int(alive[name].count_nonzero())
         layers.append(dict(name=name, weights=weights, alive=n_alive))
     total = sum(parameter.numel() for parameter in net.parameters())
-    prunable, n_alive = (sum(layer[key] for layer in layers) for key in ("weights", "alive"))
-    return dict(parameters=total, parameters_alive=total - prunable + n_alive, layers=layers,
-                sparsity=1 - n_alive / prunable, sparsity_all=(prunable - n_alive) / total)
+    prunable = sum(layer["weights"] for layer in layers)
+    n_alive = sum(layer["alive"] for layer in layers)
+    return dict(parameters=total, parameters_alive=total - prunable + n_alive,
+                layers=layers, sparsity=1 - n_alive / prunable,
+                sparsity_all=(prunable - n_alive) / total)
 
 
 @torch.no_grad()
 def macs(config):
-    """Return {layer: MACs of one time step} of the network models.build(**config), without
-    computing anything: it is built and run on torch's meta device."""
-    with torch.device("meta"):  # the encoding of the input changes no count of one step
-        net = models.build(**config | dict(encoding="direct")).eval()
-        layers = {name.removesuffix(".weight"): net.get_submodule(name.removesuffix(".weight"))
-                  for name in scored_by(net)}
-        counted = {}
+    """Return {layer: MACs of one time step} of the network models.build(**config).
 
-        def leave(name, y):
-            counted[name] = layers[name].weight.numel() * y.shape[2:].numel()
-
-        with hooks(layers, after=leave):
-            net(torch.empty(1, config["in_channels"], config["image_size"], config["image_size"]))
-    return counted
+    Nothing is computed: the network is built and run on torch's meta device.
+    """
+    # the encoding of the input changes no count of one step
+    one_step = config | dict(time_steps=1, encoding="direct")
+    with torch.device("meta"):
+        net = models.build(**one_step).eval()
+        image = torch.empty(1, config["in_channels"], *[config["image_size"]] * 2)
+    with FlopCounterMode(display=False) as counter:
+        net(image)
+    # {"VGG.fc": {operation: FLOPs}}, 2 FLOPs a MAC
+    by_module = counter.get_flop_counts()
+    return {name: sum(by_module[f"{type(net).__name__}.{name}"].values()) // 2
+            for name in prunable_layers(net)}
 
 
 def conventions(layers, time_steps, encoding="direct"):
-    """Return the three MAC counts of an image from those of macs(): one step; all steps, the first
-    layer once where the encoding allows it; all steps of every layer."""
+    """Return the three MAC counts of an image, a dict, from those of macs().
+
+    macs: one step. macs_first_once: all steps, of the first layer once where the
+    encoding allows it. macs_every_step: all steps of every layer.
+    """
     total, first = sum(layers.values()), next(iter(layers.values()))
     times = 1 if encoding == "direct" else time_steps
-    return dict(macs=total, macs_first_once=time_steps * (total - first) + times * first,
+    first_once = time_steps * (total - first) + times * first
+    return dict(macs=total, macs_first_once=first_once,
                 macs_every_step=time_steps * total)
 
 
 def fan_out(module, mask, inputs):
-    """Return the synaptic operations that a map of spike counts causes in a layer (a float).
+    """Return the synaptic operations that a map of spike counts causes in a layer
+    (float).
 
-    inputs: [C, H, W] or [C], spikes summed over steps and images. mask: bool, like the weight. One
-    convolution with the number of alive weights in place of the weights: borders come out right.
+    inputs: [C, H, W] or [C], spikes summed over steps and images. mask: bool, like the
+    weight. It is one convolution with the number of alive weights in place of the
+    weights, so that borders come out right.
     """
-    arrivals = mask.sum(0, dtype=inputs.dtype)  # alive weights that read channel c, by position
+    arrivals = mask.sum(0, dtype=inputs.dtype)  # [C, kh, kw]: alive weights that read c
     if isinstance(module, nn.Linear):
         return float((inputs * arrivals).sum())
-    return float(F.conv2d(inputs[None], arrivals[None], None, module.stride, module.padding).sum())
+    reached = F.conv2d(inputs[None], arrivals[None], None, module.stride,
+                       module.padding)
+    return float(reached.sum())
 
 
 @torch.inference_mode()
 def count(net, batches, alive=None):
-    """Run the network over batches of images and return all counts of this file as a dict.
+    """Run the network over batches of images and return all counts of this file as a
+    dict.
 
-    batches: an iterable of [N, C, H, W] or [T, N, C, H, W] images. alive: {name: bool tensor}.
-    Besides the keys of summary.json: `sops_nominal` (rate * MACs * T, which overstates at borders),
-    `firing_rates` {LIF name: rate} and `layer_sops` {layer: SOPs}. Memory does not grow with the
-    number of images.
+    batches: an iterable of images [N, C, H, W] or [T, N, C, H, W].
+    alive: {name: bool tensor, True = alive}; None: all weights are alive. Besides the
+    keys of summary.json: `sops_nominal` (rate * MACs * T, which overstates at borders),
+    `firing_rates` {LIF name: rate} and `layer_sops` {layer: SOPs}. Memory does not grow
+    with the number of images.
     """
     was_training = net.training
     net.eval()
-    layers = {name.removesuffix(".weight"): net.get_submodule(name.removesuffix(".weight"))
-              for name in scored_by(net)}
+    layers = prunable_layers(net)
     first = next(iter(layers))
     layer_macs = macs(net.config)
     sums, runs, images_seen = {}, {}, 0
 
     def arrive(name, x):
-        # the sum over T * N as a product with ones: many times faster than sum(0) on a CPU, and as
-        # exact, since float32 holds whole numbers to 2**24
+        # The sum over T * N as a product with ones: many times faster than sum(0) on a
+        # CPU, and as exact, since float32 holds whole numbers to 2**24.
         rows = x.movedim(1, -1)  # as channels_last has it in memory
         flat = rows.flatten(1).float()
-        spikes = (flat.new_ones(len(flat)) @ flat).double().view(rows.shape[1:]).movedim(-1, 0)
+        spikes = (flat.new_ones(len(flat)) @ flat).double()
+        spikes = spikes.view(rows.shape[1:]).movedim(-1, 0)
         spikes = spikes * net.averaged.get(name, 1)
         sums[name] = sums[name] + spikes if name in sums else spikes
         runs[name] = runs.get(name, 0) + len(x)
@@ -180,26 +210,31 @@ def count(net, batches, alive=None):
     for name, module in layers.items():
         if name == first and reads_numbers:
             continue
-        weight_mask = (torch.ones_like(module.weight, dtype=torch.bool) if alive is None
-                       else alive[f"{name}.weight"])
-        sops[name] = fan_out(module, weight_mask, sums[name]) / images_seen
+        if alive is None:
+            mask = torch.ones_like(module.weight, dtype=torch.bool)
+        else:
+            mask = alive[f"{name}.weight"]
+        sops[name] = fan_out(module, mask, sums[name]) / images_seen
         share = (float(sums[name].sum()) / (runs[name] * sums[name].numel())
                  / net.averaged.get(name, 1))
         nominal += share * layer_macs[name] * steps
-    return parameters(net, alive) | conventions(layer_macs, round(steps), net.encoding) | dict(
-        sops=sum(sops.values()), sops_nominal=nominal, layer_sops=sops,
-        energy_mj=(PJ_PER_MAC * first_macs * reads_numbers
-                   + PJ_PER_SOP * sum(sops.values())) * 1e-9,
-        firing_rate=rate, firing_rates=by_layer)
+    total = sum(sops.values())
+    picojoules = PJ_PER_MAC * first_macs * reads_numbers + PJ_PER_SOP * total
+    return (parameters(net, alive)
+            | conventions(layer_macs, round(steps), net.encoding)
+            | dict(sops=total, sops_nominal=nominal, layer_sops=sops,
+                   energy_mj=picojoules * 1e-9, firing_rate=rate,
+                   firing_rates=by_layer))
 
 
 @torch.inference_mode()
 def speedup(dense, small, images, seconds=2.0):
-    """Return how many times faster `small` predicts than `dense`: the median over pairs of runs,
-    one network after the other, so that both see the same moods of the machine.
+    """Return how many times faster `small` predicts than `dense`: the median over pairs
+    of runs. The two networks take turns, so that what else the machine does slows both.
 
-    images: a batch on the device of the two networks, which are put into eval mode. seconds: how
-    long to measure; at least 5 pairs, at most 200, after two that only warm up.
+    images: a batch on the device of the two networks, which are put into eval mode.
+    seconds: how long to measure; at least 5 pairs, at most 200, after two that only
+    warm up.
     """
     def timed(net):
         started = time.perf_counter()
@@ -208,7 +243,8 @@ def speedup(dense, small, images, seconds=2.0):
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    dense.eval(), small.eval()
+    dense.eval()
+    small.eval()
     ratios, end = [], math.inf
     while len(ratios) < 7 or (time.perf_counter() < end and len(ratios) < 202):
         if len(ratios) == 2:
@@ -217,62 +253,71 @@ def speedup(dense, small, images, seconds=2.0):
     return statistics.median(ratios[2:])
 
 
-# ---- what can be seen inside ---------------------------------------------------------------------
+# ---- what can be seen inside ---------------------------------------------------------
 
 
 @torch.inference_mode()
 def class_statistics(net, batches, num_classes):
-    """Return the mean feature of each class, [K, F], and its intra-cluster variance, [K], float64.
+    """Return the mean feature of each class, [K, F], and its intra-cluster variance,
+    [K], both float64. A class without a sample gets NaN.
 
-    A feature is what enters the classifier, averaged over T and divided by its L2 norm
-    (INTERPRETATION of "normalize"; one without a spike stays 0). The variance of a class is the
-    mean squared Euclidean distance of its samples to their mean, as E|x|^2 - |E x|^2: one pass,
-    and no memory beyond classes x features. batches: an iterable of (images, labels). A class
-    without a sample gets NaN.
+    batches: an iterable of (images, labels). A feature is what enters the classifier,
+    averaged over T and divided by its L2 norm (INTERPRETATION of "normalize"; one
+    without a spike stays 0). The variance of a class is the mean squared Euclidean
+    distance of its samples to their mean, E|x|^2 - |E x|^2: it takes one pass, and
+    memory for classes x features.
     """
-    classifier = list(scored_by(net))[-1].removesuffix(".weight")
+    classifier = list(prunable_layers(net))[-1]
     seen, sums, squares, count = {}, 0, 0, 0
     with hooks({classifier: net.get_submodule(classifier)}, before=seen.__setitem__):
         for images, labels in batches:
             net(images)
-            feature = seen[classifier].unflatten(0, (-1, len(labels))).double().mean(0)  # [N, F]
-            feature = F.normalize(feature)
+            by_step = seen[classifier].unflatten(0, (-1, len(labels)))  # [T, N, F]
+            feature = F.normalize(by_step.double().mean(0))  # [N, F]
             member = F.one_hot(labels, num_classes).double().T  # [K, N]
             sums, count = sums + member @ feature, count + member.sum(1)
             squares = squares + member @ feature.square().sum(1)
     mean = sums / count[:, None]
-    return mean, (squares / count - mean.square().sum(1)).clamp(min=0)  # 0, and not -1e-17
+    variance = squares / count - mean.square().sum(1)
+    return mean, variance.clamp(min=0)  # 0, and not -1e-17
 
 
 @torch.inference_mode()
 def spike_counts(net, batches, aggregate="max"):
-    """Return {LIF name: (entropy, criticality)} over batches of images, [C] in float64 each.
+    """Return {LIF name: (entropy, criticality)} over batches of images, [C] in float64
+    each.
 
-    entropy: in bits, of the distribution of a neuron's spike count over the T steps of an image,
-    averaged over the neurons of a channel: 0 for a neuron that does the same for all images, at
-    most log2(T + 1). criticality: Eq. 6. Memory does not grow with the number of images.
+    entropy: in bits, of the distribution of a neuron's spike count over the T steps of
+    an image, averaged over the neurons of a channel: 0 for a neuron that does the same
+    for all images, at most log2(T + 1). criticality: Eq. 6. Memory does not grow with
+    the number of images.
     """
-    histograms, scores, total = {}, {}, 0
+    histograms, sums, total = {}, {}, 0
 
     def watch(name, spikes):
         spikes = spikes.sum(0)  # [N, C, ...]
         rows = torch.stack([(spikes == n).sum(0) for n in range(net.time_steps + 1)])
         histograms[name] = histograms.get(name, 0) + rows
-        scores[name] = scores.get(name, 0) + neurons[name].score * len(spikes)
 
-    neurons = lifs(net)
-    models.record(net, aggregate)
-    with hooks(neurons, after=watch):
+    with hooks(lifs(net), after=watch):
         for images in batches:
-            net(images)
-            total += images.shape[-4]
-    models.record(net, None)
-    return {name: (entropy(rows).flatten(1).mean(1) if rows.dim() > 2 else entropy(rows),
-                   scores[name] / total) for name, rows in histograms.items()}
+            with models.recording(net, aggregate) as scores:
+                net(images)
+            n = images.shape[-4]
+            for name, score in scores.items():
+                sums[name] = sums.get(name, 0) + score * n
+            total += n
+    found = {}
+    for name, rows in histograms.items():
+        bits = entropy(rows)  # [C, ...]
+        bits = bits.flatten(1).mean(1) if bits.dim() > 1 else bits
+        found[name] = bits, sums[name] / total
+    return found
 
 
 def entropy(histogram):
-    """Return the entropy in bits of distributions that run along dimension 0, given as counts."""
+    """Return the entropy in bits of distributions along dimension 0, given as
+    counts."""
     share = histogram.double() / histogram.sum(0)
     return torch.special.entr(share).sum(0) / math.log(2)
 
@@ -284,7 +329,8 @@ def ranks(values):
 
 
 def spearman(one, other):
-    """Return Spearman's rank correlation of two rows, NaN where one of them is constant."""
+    """Return Spearman's rank correlation of two rows, NaN where one of them is
+    constant."""
     one, other = ranks(one), ranks(other)
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return np.nan

@@ -1,28 +1,34 @@
-"""Spiking networks, each built from a list of widths: VGG-16, ResNet-19, a small VGG, and those of
-the other papers.
+"""Spiking networks, each built from a list of widths: VGG-16, ResNet-19, a small VGG,
+and those of the other papers.
 
-    net = models.build("vgg16", num_classes=100, in_channels=3, image_size=32, time_steps=5)
-    logits = net(images)                          # [N, C, H, W] -> [T, N, num_classes]
-    net = models.load("runs/NAME/model.pt")       # a trained, pruned network, ready to predict
-    label = net(images).sum(0).argmax(1)          # the prediction is the sum over time
+    net = models.build("vgg16", num_classes=100, in_channels=3, image_size=32,
+                       time_steps=5)
+    logits = net(images)                       # [N, C, H, W] -> [T, N, num_classes]
+    net = models.load("runs/NAME/model.pt")    # a trained, pruned network
+    label = net(images).sum(0).argmax(1)       # it predicts by the sum over time
 
-The networks are those of LTH-SNN (Kim et al., ECCV 2022, arXiv 2207.01382), the set-up that the
-criticality paper follows. Convolutions are 3x3 without bias, since batch normalisation (BN)
-follows; max-pooling keeps spikes binary. A network slimmed by prune_structured.py is the same code
-with other widths.
+VGG-16 and ResNet-19 are those of LTH-SNN (Kim et al., ECCV 2022, arXiv 2207.01382), the
+set-up that the criticality paper follows; plans.py has a row for each network.
+Convolutions are 3x3 without bias where batch normalisation (BN) follows; max-pooling
+keeps spikes binary. A network slimmed by prune_structured.py is the same code with
+other widths.
 
-Time: layers without state see [T*N, ...] in one call; only the LIF sees T. Direct coding: an image
-is the same at every step, so the first convolution and its BN run once and not T times. BN has one
-set of parameters for all steps and takes its statistics over T*N*H*W together. This differs from
-LTH-SNN's code, which calls BN once a step (statistics over N*H*W): one call is faster.
+Time: layers without state see [T*N, ...] in one call; only the LIF sees T. Direct
+coding: an image is the same at every step, so the first convolution and its BN run once
+and not T times. BN has one set of parameters for all steps and takes its statistics
+over T*N*H*W together. LTH-SNN's code calls BN once a step instead (statistics over
+N*H*W), which is slower.
 
-uint8 images are normalised by the network itself: (x / 255 - mean) / std. Images that are floating
-point already are taken as they come. Other encodings of the input: "rate", a pixel in 0..1 is the
-probability of a spike at each step (the network draws them: from torch's generator in training, in
-eval mode from a seed, so that a prediction is always the same); "events", frames [T, N, 2, H, W]
-of event counts, taken as they come.
+uint8 images are normalised by the network itself: (x / 255 - mean) / std. Images that
+are floating point already are taken as they are. Other encodings of the input:
+- "rate": a pixel in 0..1 is the probability of a spike at each step. The network draws
+  them, in training from torch's generator, in eval mode from a fixed seed, so that a
+  prediction is always the same;
+- "events": frames [T, N, 2, H, W] of event counts, taken as they are.
 """
 import math
+import zipfile
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -30,53 +36,66 @@ import torch.nn.functional as F
 from torch import nn
 
 import plans
-from harness.files import read_tensors
+from kernels import FastLIF
 from neurons import LIF
-from plans import ENCODINGS, RESNET_STAGES, default_widths
+from plans import ENCODINGS, default_widths
 
 NAMES = plans.NAMES
 FORMAT = 1  # of model.pt; raised when old files can no longer be read
 
 
-def build(name, num_classes, in_channels, image_size, time_steps, widths=None, encoding="direct",
-          neuron=None):
-    """Return a freshly initialised network; it draws its weights from torch's global generator.
+def build(name, num_classes, in_channels, image_size, time_steps, widths=None,
+          encoding="direct", neuron=None):
+    """Return a freshly initialised network; torch's global generator draws its weights.
 
-    name: one of NAMES. image_size: pixels, of square images. widths: the channels of each layer
-    (see default_widths): one a convolution or hidden linear layer; ResNet-19, 18 numbers: the stem,
-    then inner and outer channels of each of the 8 blocks, then fc1. encoding: of the input,
-    "direct" | "rate" | "events". neuron: a dict of arguments of LIF; those that it does not name
-    are the network's own (plans.NEURONS).
+    name: one of NAMES, the rows of plans.NETWORKS.
+    image_size: pixels, of square images.
+    widths: the channels of each layer (see default_widths), one number a convolution or
+    hidden linear layer. ResNet-19 has 18: the stem, then inner and outer channels of
+    each of the 8 blocks, then fc1.
+    encoding: of the input, "direct" | "rate" | "events".
+    neuron: a dict of arguments of LIF; those that it does not name are the network's
+    own.
     Raises ValueError for names, sizes and widths that do not make a network.
     """
     plans.check_name(name)
-    sizes = dict(num_classes=num_classes, in_channels=in_channels, image_size=image_size,
-                 time_steps=time_steps)
+    sizes = dict(num_classes=num_classes, in_channels=in_channels,
+                 image_size=image_size, time_steps=time_steps)
     for key, value in sizes.items():
         if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{key} is {value!r}, expected a whole number of at least 1")
-    widths = default_widths(name) if widths is None else list(widths)
-    if len(widths) != len(default_widths(name)) or not all(
-            isinstance(w, int) and w >= 1 for w in widths):
-        raise ValueError(f"{name} got widths {widths}, expected {len(default_widths(name))} whole "
-                         f"numbers of at least 1, such as {default_widths(name)}")
+            raise ValueError(f"{key} is {value!r}, expected a whole number of at least "
+                             f"1")
+    usual = default_widths(name)
+    widths = usual if widths is None else list(widths)
+    are_numbers = all(isinstance(width, int) and width >= 1 for width in widths)
+    if len(widths) != len(usual) or not are_numbers:
+        raise ValueError(f"{name} got widths {widths}, expected {len(usual)} whole "
+                         f"numbers of at least 1, such as {usual}")
     if encoding not in ENCODINGS:
-        raise ValueError(f"encoding is {encoding!r}, expected one of {', '.join(ENCODINGS)}")
-    neuron = plans.NEURONS.get(name, {}) | (neuron or {})
-    if name == "resnet19":
-        net = ResNet19(num_classes, in_channels, image_size, time_steps, widths, neuron)
-    else:
-        net = VGG(plans.VGG_PLANS[name], num_classes, in_channels, image_size, time_steps, widths,
-                  32 if name == "vgg16" else 1, neuron, **plans.USUAL | plans.TRAITS.get(name, {}))
-    if name in plans.LTH_START:
-        for module in net.modules():  # LTH-SNN's initialisation; BN's is 1 and 0
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.normal_(net.fc.weight, 0, 0.01)
-        nn.init.zeros_(net.fc.bias)
+        raise ValueError(f"encoding is {encoding!r}, expected one of "
+                         f"{', '.join(ENCODINGS)}")
+    plan = plans.NETWORKS[name]
+    neuron = plan.neuron | (neuron or {})
+    network = ResNet19 if plan.stages else VGG
+    net = network(plan, num_classes, in_channels, image_size, time_steps, widths,
+                  neuron)
+    if plan.start == "lth-snn":
+        start_as_lth_snn(net)
     net.encoding = encoding
-    net.config = dict(name=name, **sizes, widths=widths, encoding=encoding, neuron=neuron)
+    net.config = dict(name=name, **sizes, widths=widths, encoding=encoding,
+                      neuron=neuron)
     return net
+
+
+def start_as_lth_snn(net):
+    """Draw the initial weights of LTH-SNN's code: convolutions by Kaiming's rule (fan
+    out), the output layer with a standard deviation of 0.01; its bias is 0. BN starts
+    at 1 and 0 by itself."""
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.normal_(net.fc.weight, 0, 0.01)
+    nn.init.zeros_(net.fc.bias)
 
 
 def fused(layer, x_seq):
@@ -84,54 +103,72 @@ def fused(layer, x_seq):
     return layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])
 
 
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution that takes the pixels of its stride first: the same function.
+
+    torch's own gradient of a strided one, in channels_last memory on a CPU, writes
+    beyond its tensors where there are few channels (seen with torch 2.14).
+    """
+
+    def forward(self, x):
+        rows, columns = self.stride
+        return F.conv2d(x[..., ::rows, ::columns], self.weight, self.bias)
+
+
 class ConvBN(nn.Sequential):
-    """Convolution without bias, then batch normalisation; [N, C, H, W] -> [N, C', H', W']. Without
-    `norm` the convolution alone, with or without a bias."""
+    """Convolution without bias, then batch normalisation: [N, C, H, W] -> [N, C', H',
+    W']. Without `norm` it is the convolution alone, with or without a bias."""
 
     def __init__(self, in_channels, channels, kernel=3, stride=1, norm=True, bias=True):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, channels, kernel, stride, kernel // 2,
-                              bias=bias and not norm)
+        Conv2d = PointwiseConv2d if kernel == 1 else nn.Conv2d
+        self.conv = Conv2d(in_channels, channels, kernel, stride, kernel // 2,
+                           bias=bias and not norm)
         if norm:
             self.bn = nn.BatchNorm2d(channels)
 
 
 class SpikingNet(nn.Module):
-    """What the networks share: normalisation, padding and the first layer of direct coding.
+    """What the networks share: normalisation, padding and the first layer of direct
+    coding.
 
-    averaged: {name of a layer: number of spikes that each of its inputs is the average of}; empty
-    where all layers but the first read spikes.
+    averaged: {name of a layer: number of spikes that each of its inputs is the average
+    of}; empty where all layers but the first read spikes.
     """
 
     def __init__(self, in_channels, time_steps):
         super().__init__()
         self.time_steps, self.encoding = time_steps, "direct"
         self.averaged = {}
-        # not in the state_dict: they belong to the data, and model.pt has a place for them
+        # not in the state_dict: they belong to the data, and model.pt has a place for
+        # them
         self.register_buffer("mean", torch.zeros(in_channels), persistent=False)
         self.register_buffer("std", torch.ones(in_channels), persistent=False)
 
     def set_normalisation(self, mean, std):
-        """Give the mean and standard deviation of each input channel, of pixels in 0..1."""
+        """Give the mean and standard deviation of each input channel, of pixels in
+        0..1."""
         self.mean.copy_(torch.as_tensor(mean))
         self.std.copy_(torch.as_tensor(std))
 
     def _encode(self, first, lif, x, pad_to=1):
         """Return the spikes of the first LIF, [T, N, C, H, W].
 
-        x: [N, C, H, W], which the first conv + BN see once, or [T, N, C, H, W] for data with a time
-        axis, of which the first time_steps count. Sides are padded with zeros (black) to a multiple
-        of pad_to.
+        x: [N, C, H, W], which the first conv + BN see once, or [T, N, C, H, W] for data
+        with a time axis, of which the first time_steps count. Sides are padded with
+        zeros (black) to a multiple of pad_to.
         """
+        has_time = x.dim() == 5
         if x.dim() not in (4, 5) or x.shape[-3] != len(self.mean):
-            raise ValueError(f"the network got shape {tuple(x.shape)}, expected [N, C, H, W] or "
-                             f"[T, N, C, H, W] with C = {len(self.mean)}")
-        if self.encoding == "events" and x.dim() == 4:
-            raise ValueError(f"the network got shape {tuple(x.shape)}, expected frames of events "
-                             f"[T, N, C, H, W]. Put their time axis first")
-        x_seq = x[:self.time_steps] if x.dim() == 5 else x.unsqueeze(0)
+            raise ValueError(f"the network got shape {tuple(x.shape)}, expected "
+                             f"[N, C, H, W] or [T, N, C, H, W] with C = "
+                             f"{len(self.mean)}")
+        if self.encoding == "events" and not has_time:
+            raise ValueError(f"the network got shape {tuple(x.shape)}, expected frames "
+                             f"of events [T, N, C, H, W]. Put their time axis first")
+        x_seq = x[:self.time_steps] if has_time else x.unsqueeze(0)
         if self.encoding != "direct":
-            x_seq = x_seq.to(self.mean.dtype) if x.dim() == 5 else self._spikes(x)
+            x_seq = x_seq.to(self.mean.dtype) if has_time else self._spikes(x)
         missing = -x.shape[-1] % pad_to
         if missing:
             before = missing // 2
@@ -139,102 +176,126 @@ class SpikingNet(nn.Module):
         if x_seq.dtype == torch.uint8:
             mean, std = self.mean.view(-1, 1, 1), self.std.view(-1, 1, 1)
             x_seq = (x_seq.to(self.mean.dtype) / 255 - mean) / std
-        return lif(fused(first, x_seq), self.time_steps if x.dim() == 4 else None)
+        return lif(fused(first, x_seq), None if has_time else self.time_steps)
 
     @torch.compiler.disable  # one break, where the seeded generator would make many
     def _spikes(self, x):
-        """Return spikes drawn with the probabilities of pixels [N, C, H, W], [T, N, C, H, W]. In
-        eval mode all images share one seeded draw: the prediction of one depends on it alone."""
+        """Return spikes [T, N, C, H, W], drawn with the probabilities of pixels [N, C,
+        H, W]. In eval mode all images share one seeded draw, so that a prediction does
+        not depend on the other images of a batch."""
         chance = x.to(self.mean.dtype) / 255 if x.dtype == torch.uint8 else x
-        seeded = None if self.training else torch.Generator(x.device).manual_seed(0)
-        shape = x.shape if self.training else (1, *x.shape[1:])
-        drawn = torch.rand(self.time_steps, *shape, generator=seeded, device=x.device,
-                           dtype=chance.dtype)
+        if self.training:
+            shape, generator = x.shape, None
+        else:
+            shape = (1, *x.shape[1:])
+            generator = torch.Generator(x.device).manual_seed(0)
+        drawn = torch.rand(self.time_steps, *shape, generator=generator,
+                           device=x.device, dtype=chance.dtype)
         return (drawn < chance).to(chance.dtype)
 
 
 class VGG(SpikingNet):
-    """Conv + BN + LIF in a row, pooling between, one linear layer on the flattened last map; hidden
-    linear layers + LIF before it where the plan has some.
+    """Convolutions + BN + LIF in a row, with pooling between them; then the map is
+    flattened, and linear layers + LIF follow where the plan has some; then the linear
+    output layer.
 
-    At 32x32 VGG-16 ends in 1x1, at 64x64 in 2x2, which is flattened so that spikes stay binary.
+    VGG-16 ends in 1x1 at 32x32, and at 64x64 in 2x2, which is flattened and not
+    averaged, so that spikes stay binary.
     """
 
-    def __init__(self, plan, num_classes, in_channels, image_size, time_steps, widths, pad_to,
-                 neuron, spikes, votes, norm, bias):
+    def __init__(self, plan, num_classes, in_channels, image_size, time_steps, widths,
+                 neuron):
         super().__init__(in_channels, time_steps)
-        self.pad_to, self.votes, self.drops = pad_to, votes, "D" in plan
-        side, size, last = image_size + -image_size % pad_to, in_channels, None
-        self.convs, self.lifs, self.pooled = nn.ModuleList(), nn.ModuleList(), []
-        maps = [step for step in plan[:(plan + ["F"]).index("F")] if step != "D"]
-        for step in maps:
-            if last == "A":  # the layer after this pooling
+        self.pad_to, self.votes = plan.pad_to, plan.votes
+        self.drops = "D" in plan.layers
+        self.convs, self.lifs = nn.ModuleList(), nn.ModuleList()
+        self.hidden = nn.ModuleList()
+        self.pooled = []  # after each convolution: "P", "A" or None
+        side = image_size + -image_size % plan.pad_to
+        size, average, poolings = in_channels, False, 0
+        flat = plan.layers.index("F") if "F" in plan.layers else len(plan.layers)
+        for layer in plan.layers[:flat]:
+            if layer == "D":
+                continue
+            if average:  # the layer before this one
                 self.averaged[f"convs.{len(self.convs)}.conv"] = 4
-            if step in ("P", "A"):
-                self.pooled[-1] = step
+            average = layer == "A"
+            if layer in ("P", "A"):
+                self.pooled[-1] = layer
                 side //= 2
+                poolings += 1
             else:
-                self.convs.append(ConvBN(size, widths[len(self.convs)], norm=norm, bias=bias))
-                self.lifs.append(LIF(**neuron))
+                width = widths[len(self.convs)]
+                self.convs.append(ConvBN(size, width, norm=plan.norm, bias=plan.bias))
+                self.lifs.append(FastLIF(**neuron))
                 self.pooled.append(None)
-                size = widths[len(self.convs) - 1]
-            last = step
+                size = width
         if side < 1:
-            n = len(maps) - len(self.convs)
-            raise ValueError(f"image_size is {image_size}, too small for {n} poolings; expected at "
-                             f"least {2 ** n} pixels")
+            raise ValueError(f"image_size is {image_size}, too small for {poolings} "
+                             f"poolings; expected at least {2 ** poolings} pixels")
         size *= side**2
-        if "F" in plan:
-            self.hidden = nn.ModuleList()
         for width in widths[len(self.convs):]:
-            self.hidden.append(nn.Linear(size, width, bias))
-            self.lifs.append(LIF(**neuron))
+            self.hidden.append(nn.Linear(size, width, plan.bias))
+            self.lifs.append(FastLIF(**neuron))
             size = width
-        self.fc = nn.Linear(size, num_classes * votes, bias)
-        if last == "A":
-            self.averaged["hidden.0" if "F" in plan else "fc"] = 4
-        self.lif_out = LIF(**neuron) if spikes else None
+        self.fc = nn.Linear(size, num_classes * plan.votes, plan.bias)
+        if average:
+            self.averaged["hidden.0" if self.hidden else "fc"] = 4
+        self.lif_out = FastLIF(**neuron) if plan.spiking_output else None
 
     def forward(self, x):
-        spikes, lifs = None, iter(self.lifs)
+        lifs = iter(self.lifs)
+        spikes = None
         for conv, pooled in zip(self.convs, self.pooled):
-            spikes = (self._encode(conv, next(lifs), x, self.pad_to) if spikes is None
-                      else next(lifs)(fused(conv, spikes)))
+            if spikes is None:
+                spikes = self._encode(conv, next(lifs), x, self.pad_to)
+            else:
+                spikes = next(lifs)(fused(conv, spikes))
             if pooled:
                 pool = F.max_pool2d if pooled == "P" else F.avg_pool2d
                 spikes = fused(lambda maps: pool(maps, 2), spikes)
-        spikes = spikes if spikes is None else spikes.flatten(2)
+        if spikes is not None:
+            spikes = spikes.flatten(2)  # [T, N, C * H * W]
         if self.drops and self.training:
-            spikes = spikes * F.dropout(torch.ones_like(spikes[0]))  # one mask for all T
-        for layer in getattr(self, "hidden", ()):
-            spikes = (self._encode(lambda image: layer(image.flatten(1)), next(lifs), x)
-                      if spikes is None else next(lifs)(fused(layer, spikes)))
+            # one mask for all T
+            spikes = spikes * F.dropout(torch.ones_like(spikes[0]))
+        for layer in self.hidden:
+            if spikes is None:  # a network without convolutions
+                spikes = self._encode(lambda image: layer(image.flatten(1)),
+                                      next(lifs), x)
+            else:
+                spikes = next(lifs)(fused(layer, spikes))
         out = fused(self.fc, spikes)  # [T, N, num_classes * votes]
-        out = out if self.lif_out is None else self.lif_out(out)
+        if self.lif_out is not None:
+            out = self.lif_out(out)
         return out if self.votes == 1 else out.unflatten(2, (-1, self.votes)).mean(3)
 
     def _layers(self):
-        """Return (layer, LIF, weight that reads it, indices that one channel owns there) of all
-        layers but the output."""
+        """Return rows (layer, its LIF, its weight, the weight that reads it,
+        neighbouring indices that one of its channels owns there) of all layers but the
+        output."""
         convs = [f"convs.{i}" for i in range(len(self.convs))]
-        hidden = [f"hidden.{i}" for i in range(len(self.lifs) - len(convs))]
-        readers = [f"{name}.conv.weight" for name in convs] + [
-            f"{name}.weight" for name in hidden] + ["fc.weight"]
+        hidden = [f"hidden.{i}" for i in range(len(self.hidden))]
+        weights = ([f"{name}.conv.weight" for name in convs]
+                   + [f"{name}.weight" for name in hidden] + ["fc.weight"])
         rows = []
         for i, name in enumerate(convs + hidden):
-            repeat = 1
-            if i == len(convs) - 1:  # flattened
-                repeat = self.get_parameter(readers[i + 1]).shape[1] // len(
-                    self.convs[i].conv.weight)
-            rows.append((name, f"lifs.{i}", readers[i], readers[i + 1], repeat))
+            weight, reader, repeat = weights[i], weights[i + 1], 1
+            if i == len(convs) - 1:  # its map is flattened: H * W columns a channel
+                columns = self.get_parameter(reader).shape[1]
+                repeat = columns // len(self.get_parameter(weight))
+            rows.append((name, f"lifs.{i}", weight, reader, repeat))
         return rows
 
     def scored_by(self):
         rows = self._layers()
-        names = {weight: Scored(lif, 0) for _, lif, weight, _, _ in rows}
+        scored = {weight: Scored(lif, 0) for _, lif, weight, _, _ in rows}
         _, lif, _, _, repeat = rows[-1]
-        return names | {"fc.weight": Scored(lif, 1, repeat) if self.lif_out is None
-                        else Scored("lif_out", 0)}
+        if self.lif_out is None:
+            scored["fc.weight"] = Scored(lif, 1, repeat)
+        else:
+            scored["fc.weight"] = Scored("lif_out", 0)
+        return scored
 
     def removable(self):
         return {name: Removable(i, lif, reader, repeat)
@@ -243,47 +304,56 @@ class VGG(SpikingNet):
 
 
 class Block(nn.Module):
-    """conv-BN-LIF-conv-BN, plus the shortcut, then LIF: the sum is taken before the neuron."""
+    """conv-BN-LIF-conv-BN, plus the shortcut, then LIF: the sum enters the neuron.
+    [T, N, C, H, W] spikes -> [T, N, C', H / stride, W / stride] spikes."""
 
     def __init__(self, in_channels, inner, channels, stride, **neuron):
         super().__init__()
-        self.conv1, self.lif1 = ConvBN(in_channels, inner, stride=stride), LIF(**neuron)
-        self.conv2, self.lif2 = ConvBN(inner, channels), LIF(**neuron)
+        self.conv1 = ConvBN(in_channels, inner, stride=stride)
+        self.lif1 = FastLIF(**neuron)
+        self.conv2 = ConvBN(inner, channels)
+        self.lif2 = FastLIF(**neuron)
         self.shortcut = None
         if stride != 1 or in_channels != channels:
             self.shortcut = ConvBN(in_channels, channels, kernel=1, stride=stride)
 
     def forward(self, spikes):
         shortcut = spikes if self.shortcut is None else fused(self.shortcut, spikes)
-        return self.lif2(fused(self.conv2, self.lif1(fused(self.conv1, spikes))) + shortcut)
+        inner = self.lif1(fused(self.conv1, spikes))
+        return self.lif2(fused(self.conv2, inner) + shortcut)
 
 
 class ResNet19(SpikingNet):
-    """LTH-SNN's ResNet-19: stem 64, stages of 3, 3, 2 blocks with 128, 256, 512 channels, each
-    stage starting with stride 2, global average pooling, fc1 + LIF, fc2.
+    """LTH-SNN's ResNet-19: stem 64, stages of 3, 3, 2 blocks with 128, 256, 512
+    channels, the first block of each with stride 2, global average pooling, fc1 + LIF,
+    fc2.
 
-    Another network that goes by this name (tdBN's: stem 128, first stage at full resolution) has
-    four times the MACs there: accuracies of the two are not to be compared.
+    tdBN's network of the same name (stem 128, first stage at full resolution) has four
+    times the MACs there: accuracies of the two are not to be compared.
     """
 
-    def __init__(self, num_classes, in_channels, image_size, time_steps, widths, neuron):
+    def __init__(self, plan, num_classes, in_channels, image_size, time_steps, widths,
+                 neuron):
         super().__init__(in_channels, time_steps)
         stem, *pairs, hidden = widths
-        side = math.ceil(image_size / 2 ** len(RESNET_STAGES))  # stages halve the map, rounding up
+        # stages halve the map, rounding up
+        side = math.ceil(image_size / 2 ** len(plan.stages))
         self.averaged = {"fc1": side**2}
-        self.stem, self.lif = ConvBN(in_channels, stem), LIF(**neuron)
+        self.stem, self.lif = ConvBN(in_channels, stem), FastLIF(**neuron)
         self.blocks, channels = nn.ModuleList(), stem
-        for stage, count in enumerate(RESNET_STAGES):
-            start = sum(RESNET_STAGES[:stage])
-            outs = {pairs[2 * (start + i) + 1] for i in range(count)}
-            if len(outs) > 1:
-                raise ValueError(f"the blocks of stage {stage + 1} have outputs of {sorted(outs)} "
-                                 f"channels, expected one number: they are added to each other")
-            for i in range(count):
-                inner, out = pairs[2 * (start + i):][:2]
-                self.blocks.append(Block(channels, inner, out, 2 if i == 0 else 1, **neuron))
+        for stage, count in enumerate(plan.stages):
+            start = 2 * sum(plan.stages[:stage])
+            inners = pairs[start:start + 2 * count:2]
+            outs = pairs[start + 1:start + 2 * count:2]
+            if len(set(outs)) > 1:
+                raise ValueError(f"the blocks of stage {stage + 1} have outputs of "
+                                 f"{sorted(set(outs))} channels, expected one number: "
+                                 f"they are added to each other")
+            for i, (inner, out) in enumerate(zip(inners, outs)):
+                stride = 2 if i == 0 else 1
+                self.blocks.append(Block(channels, inner, out, stride, **neuron))
                 channels = out
-        self.fc1, self.lif_fc = nn.Linear(channels, hidden), LIF(**neuron)
+        self.fc1, self.lif_fc = nn.Linear(channels, hidden), FastLIF(**neuron)
         self.fc2 = nn.Linear(hidden, num_classes)
 
     def forward(self, x):
@@ -296,11 +366,13 @@ class ResNet19(SpikingNet):
     def scored_by(self):
         scored = {"stem.conv.weight": Scored("lif", 0)}
         for i, block in enumerate(self.blocks):
-            scored[f"blocks.{i}.conv1.conv.weight"] = Scored(f"blocks.{i}.lif1", 0)
-            scored[f"blocks.{i}.conv2.conv.weight"] = Scored(f"blocks.{i}.lif2", 0)
+            name = f"blocks.{i}"
+            scored[f"{name}.conv1.conv.weight"] = Scored(f"{name}.lif1", 0)
+            scored[f"{name}.conv2.conv.weight"] = Scored(f"{name}.lif2", 0)
             if block.shortcut is not None:
-                scored[f"blocks.{i}.shortcut.conv.weight"] = Scored(f"blocks.{i}.lif2", 0)
-        return scored | {"fc1.weight": Scored("lif_fc", 0), "fc2.weight": Scored("lif_fc", 1)}
+                scored[f"{name}.shortcut.conv.weight"] = Scored(f"{name}.lif2", 0)
+        return scored | {"fc1.weight": Scored("lif_fc", 0),
+                         "fc2.weight": Scored("lif_fc", 1)}
 
     def removable(self):
         return {f"blocks.{i}.conv1": Removable(1 + 2 * i, f"blocks.{i}.lif1",
@@ -309,9 +381,14 @@ class ResNet19(SpikingNet):
 
 
 class Scored(NamedTuple):
-    """Which LIF scores a weight: its name, the weight's dimension that its channels run along (0:
-    the neuron that the weight feeds; 1: the one that it reads), and how many neighbouring indices
-    of that dimension one channel owns (more than 1 where a map was flattened)."""
+    """Which LIF scores a weight.
+
+    lif: its name.
+    dim: the dimension of the weight that the LIF's channels run along: 0 if the weight
+    feeds the LIF, 1 if it reads it.
+    repeat: how many neighbouring indices of that dimension one channel owns: more than
+    one where a map was flattened.
+    """
 
     lif: str
     dim: int
@@ -321,17 +398,23 @@ class Scored(NamedTuple):
 def scored_by(net):
     """Return {name of a prunable weight: Scored}, in the order of the network.
 
-    INTERPRETATION: a weight inherits the score of the LIF channel that it feeds (post-synaptic, the
-    neuron's "synapses"). In a residual block conv2 and the shortcut both feed lif2. The classifier
-    feeds no LIF: its weights take the score of the channel that they read.
+    INTERPRETATION: a weight inherits the score of the LIF channel that it feeds
+    (post-synaptic, the neuron's "synapses"). In a residual block conv2 and the shortcut
+    both feed lif2. A classifier that feeds no LIF takes, for each weight, the score of
+    the channel that it reads.
     """
     return net.scored_by()
 
 
 class Removable(NamedTuple):
-    """Where the output channels of a ConvBN go: the place of their number in the list of widths,
-    the LIF that they feed, the weight that reads them along its dimension 1, and how many
-    neighbouring indices of it one channel owns (more than 1 where a map was flattened)."""
+    """Where the output channels of a ConvBN go.
+
+    width: the place of their number in the list of widths.
+    lif: the LIF that they feed.
+    reader: the weight that reads them, along its dimension 1.
+    repeat: how many neighbouring indices of that dimension one channel owns: more than
+    one where a map was flattened.
+    """
 
     width: int
     lif: str
@@ -340,93 +423,141 @@ class Removable(NamedTuple):
 
 
 def removable(net):
-    """Return {name of a ConvBN whose channels can be removed: Removable}, in the network's order.
+    """Return {name of a ConvBN whose channels can be removed: Removable}, in the
+    network's order.
 
-    VGG: every convolution, with BN or without. ResNet-19: the inner channels of each block; block
-    outputs are added to each other, so their number is that of the whole stage.
+    VGG: every convolution, with BN or without. ResNet-19: the inner channels of each
+    block; block outputs are added to each other, so their number is that of the whole
+    stage.
     """
     return net.removable()
 
 
 def lifs(net):
     """Return {name: LIF} in the order of the network."""
-    return {name: module for name, module in net.named_modules() if isinstance(module, LIF)}
+    return {name: module for name, module in net.named_modules()
+            if isinstance(module, LIF)}
 
 
-def record(net, aggregate):
-    """Let each LIF keep the criticality of its next batches ("max" | "mean"), or none (None)."""
-    for lif in lifs(net).values():
-        lif.record = aggregate
+@contextmanager
+def recording(net, aggregate):
+    """Record the criticality of a forward pass (Eq. 6). Yields a dict that is filled
+    when the block ends, {name of a LIF: [C] in float64}.
+
+        with models.recording(net, "max") as scores:
+            logits = net(images)
+        scores["lifs.0"]                              # [C]
+
+    aggregate: "max" | "mean", how the neurons of a channel make one score; None:
+    nothing is recorded, and the dict stays empty. Of several passes the last counts.
+    """
+    scores = {}
+    neurons = lifs(net) if aggregate is not None else {}
+    for lif in neurons.values():
+        lif.start_recording(aggregate)
+    try:
+        yield scores
+    finally:
+        found = {name: lif.stop_recording() for name, lif in neurons.items()}
+    scores |= {name: score for name, score in found.items() if score is not None}
+
+
+# ---- files ---------------------------------------------------------------------------
 
 
 def pack(net, masks=None):
     """Return what model.pt holds: plain types and tensors, on the CPU.
 
-    masks: {name of a weight: bool tensor, True = alive}; none means that all weights are alive.
+    masks: {name of a weight: bool tensor, True = alive}; None: all weights are alive.
     """
-    state = {name: tensor.detach().cpu().clone() for name, tensor in net.state_dict().items()}
-    alive = {name: torch.ones(state[name].shape, dtype=torch.bool) for name in scored_by(net)}
+    state = {name: tensor.detach().cpu().clone()
+             for name, tensor in net.state_dict().items()}
+    alive = {name: torch.ones(state[name].shape, dtype=torch.bool)
+             for name in scored_by(net)}
     alive |= {name: mask.detach().cpu().clone() for name, mask in (masks or {}).items()}
     return {"format": FORMAT, **net.config, "state_dict": state, "masks": alive,
             "normalisation": {"mean": net.mean.tolist(), "std": net.std.tolist()}}
 
 
-def read(path):
-    """Read a model.pt, check it, and return its dict (see pack); raise ValueError if it is none.
+def read_tensors(path):
+    """Return what a file of torch.save holds, on the CPU: plain types and tensors.
 
-    Files are opened with weights_only=True: nothing in them is ever run.
+    Code in it would be refused and not run. Raises whatever zipfile, pickle and the
+    system raise.
+    """
+    with zipfile.ZipFile(path) as archive:  # torch itself compares no checksums
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise ValueError(f"the checksum of its part {damaged} is wrong")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read(path):
+    """Read a model.pt, check it, and return its dict (see pack).
+
+    Raises FileNotFoundError, or ValueError if it is no such file. It is opened with
+    weights_only=True: nothing in it is ever run.
     """
     try:
         packed = read_tensors(path)
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}, expected the "
-                                f"model.pt of a run") from None
-    except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
+        raise FileNotFoundError(f"there is no file {path}, expected the model.pt of a "
+                                f"run") from None
+    except Exception as error:  # zipfile, pickle and the system have no common class
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read ({first_line}), expected a model.pt that a run of "
-                         f"this project has written") from None
-    keys = {"format", "name", "num_classes", "in_channels", "image_size", "time_steps", "widths",
-            "state_dict", "masks", "normalisation"}
+        raise ValueError(f"{path} cannot be read ({first_line}), expected a model.pt "
+                         f"that a run of this project has written") from None
+    keys = {"format", "name", "num_classes", "in_channels", "image_size", "time_steps",
+            "widths", "state_dict", "masks", "normalisation"}
     if not isinstance(packed, dict) or not keys <= packed.keys():
-        raise ValueError(f"{path} is no model.pt of this project: expected a dict with the keys "
-                         f"{', '.join(sorted(keys))}")
+        raise ValueError(f"{path} is no model.pt of this project: expected a dict with "
+                         f"the keys {', '.join(sorted(keys))}")
     if packed["format"] != FORMAT:
-        raise ValueError(f"{path} has format {packed['format']}, expected {FORMAT}: it was written "
-                         f"by another version of this project")
+        raise ValueError(f"{path} has format {packed['format']}, expected {FORMAT}: it "
+                         f"was written by another version of this project")
     return packed
 
 
 def unpack(packed, source="model.pt"):
-    """Return the network that pack() was given, in eval mode; `source` is named in errors."""
-    arguments = ("name", "num_classes", "in_channels", "image_size", "time_steps", "widths")
+    """Return the network that pack() was given, in eval mode; `source` is named in
+    errors."""
+    arguments = ("name", "num_classes", "in_channels", "image_size", "time_steps",
+                 "widths")
     try:
-        net = build(**{key: packed[key] for key in arguments},  # older files have neither of these
-                    encoding=packed.get("encoding", "direct"), neuron=packed.get("neuron"))
+        net = build(**{key: packed[key] for key in arguments},
+                    encoding=packed.get("encoding", "direct"),  # not in older files
+                    neuron=packed.get("neuron"))
         net.load_state_dict(packed["state_dict"])
-        net.set_normalisation(packed["normalisation"]["mean"], packed["normalisation"]["std"])
-        masks = {name: (mask.shape, mask.dtype) for name, mask in packed["masks"].items()}
+        normalisation = packed["normalisation"]
+        net.set_normalisation(normalisation["mean"], normalisation["std"])
+        masks = {name: (mask.shape, mask.dtype)
+                 for name, mask in packed["masks"].items()}
     except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
         detail = " ".join(str(error).split())
         raise ValueError(f"{source} does not hold the tensors of its own network: "
                          f"{detail}") from None
     for name, tensor in net.state_dict().items():
         if not tensor.isfinite().all():
-            raise ValueError(f"{source}: {name} is not finite (NaN or infinite), expected numbers")
+            raise ValueError(f"{source}: {name} is not finite (NaN or infinite), "
+                             f"expected numbers")
     for name in scored_by(net):
         if masks.pop(name, None) != (net.get_parameter(name).shape, torch.bool):
             raise ValueError(f"{source} holds no mask that fits {name}")
     if masks:
-        raise ValueError(f"{source} holds masks of no weight of its network: {', '.join(masks)}")
+        raise ValueError(f"{source} holds masks of no weight of its network: "
+                         f"{', '.join(masks)}")
     for name, mask in packed["masks"].items():
         if net.get_parameter(name)[~mask].count_nonzero():
-            raise ValueError(f"{source}: weights of {name} that its mask says are pruned are not 0")
+            raise ValueError(f"{source}: weights of {name} that its mask says are "
+                             f"pruned are not 0")
     return net.eval()
 
 
 def load(path):
-    """Return the network of a run's model.pt, in eval mode, on the CPU: it predicts at once.
+    """Return the network of a run's model.pt, in eval mode, on the CPU: it predicts at
+    once.
 
-    Its input is [N, C, H, W]: uint8 pixels, or floating point that is normalised already. Raises
-    FileNotFoundError, or ValueError for a file that is not such a network.
+    Its input is [N, C, H, W]: uint8 pixels, or floating point that is normalised
+    already. Raises FileNotFoundError, or ValueError for a file that is no such network.
     """
     return unpack(read(path), str(path))

@@ -1,67 +1,90 @@
-"""Lottery tickets in a spiking network (LTH-SNN): IMP, Early-Bird (EB) and Early-Time (ET) tickets.
+"""Lottery tickets: iterative magnitude pruning (IMP), Early-Bird (EB), Early-Time (ET).
 
-Paper: "Exploring Lottery Ticket Hypothesis in Spiking Neural Networks", Kim et al., ECCV 2022,
-arXiv 2207.01382. A ticket is a mask on the weights that the network had early on; trained from
-there, it should do as well as the dense network.
+Paper: "Exploring Lottery Ticket Hypothesis in Spiking Neural Networks", Kim et al.,
+ECCV 2022, arXiv 2207.01382, and its code, LTH-SNN. A ticket is a mask on the weights
+that the network had early on. Trained from there, it should do as well as the dense
+network.
 
-Iterative magnitude pruning (IMP): train, cut the same share of what is left by magnitude, rewind
-the others to their values of an early epoch, train again, k times. EB: train dense until the mask
-that magnitudes give no longer changes, then train the ticket from the initial weights. ET: search,
-by either, with the first T' of the T time steps; the final ticket is trained with all of them.
+IMP  k times: train, cut the same share of what is left by magnitude, rewind the others
+     to their values of an early epoch. Then train the ticket.
+EB   Train dense until the mask that magnitudes give no longer changes. Then train this
+     ticket from the initial weights.
+ET   Search by either of them with the first T' of the T time steps. Then train the
+     ticket with all of them.
 
-    python prune_lottery.py                               # IMP on embedded data, 2 minutes
-    python prune_lottery.py --method eb                   # Early-Bird, at the same budget
-    python prune_lottery.py --method et --search eb       # Early-Time, with EB or IMP
-    python prune_lottery.py --dataset cifar100            # the paper's: 300 + 8 * 280 epochs
-    python prune_lottery.py --dataset cifar100 --budget matched   # 500 epochs, as the others
+    python prune_lottery.py                          # IMP on embedded data
+    python prune_lottery.py --method eb              # Early-Bird, at the same budget
+    python prune_lottery.py --method et --search eb  # Early-Time, with EB or IMP
+    python prune_lottery.py --dataset cifar100       # the paper's 300 + 8 * 280 epochs
+    python prune_lottery.py --dataset cifar100 --budget matched  # 500 epochs, as others
 
-Not copied from the published code: biases and BN parameters that alias the stored weights, so that
-only the first rewind is one; BN statistics that are never rewound; a rewind point one epoch late;
-"alive" found by |w| >= 1e-6; a second step of the scheduler in each epoch of EB's final training
-(lr 0 half-way); T' measured in train mode, and a loss over T' steps divided by T; a last evaluation
-that comes before the last epochs. What is printed as sparsity is over the prunable weights: 89.99 %
-of them is what the paper's tables, over all parameters, call 89.91 %.
+Not copied from the published code:
+- biases and BN parameters share memory with the stored weights, so that only the first
+  rewind is one; BN statistics are never rewound;
+- the rewind point comes one epoch late;
+- a weight counts as alive by |w| >= 1e-6;
+- EB's final training steps the scheduler twice an epoch, so that lr is 0 half-way;
+- T' is measured in train mode, and a loss over T' steps is divided by T;
+- the last evaluation comes before the last epochs.
+
+Sparsity is that of the prunable weights: 89.99 % of them are the 89.91 % of the paper's
+tables, which count all parameters.
 """
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from harness import flags
-import metrics
 import training
-from masks import Masks, seeded, select
+from harness import flags, presets, setup
 from harness.runfolder import Run, finished
+from masks import Masks, Update, count, seeded, select
 
-# Matched: the epochs of the criticality paper. Full: LTH-SNN's code, in rounds of about 25 %
-PAPER = dict(epochs_prune=200, epochs_finetune=300, rounds=4, budget="full")
-SHORT = dict(epochs_prune=6, epochs_finetune=4, rounds=4, budget="matched")
-EVENTS = SHORT | dict(epochs_prune=80, epochs_finetune=120)
-EB, ET = dict(epsilon=0.02, distance="entries"), dict(kl_ratio=0.6)
-SETTINGS = {  # the defaults by data set; "all" holds for each of them
-    "all": dict(method="imp", search="imp", sparsity=0.9) | EB | ET,
-    "fashion-mini": SHORT | dict(epochs_prune=8), "mnist": SHORT, "fashion-mnist": SHORT,
-    "cifar10": PAPER, "cifar100": PAPER, "n-mnist": SHORT, "dvs-gesture": EVENTS,
-    "cifar10-dvs": EVENTS, "tiny-imagenet": SHORT | dict(epochs_prune=50, epochs_finetune=100),
-    "smoke": dict(epochs_prune=4, epochs_finetune=1, rounds=2),  # upper bounds
-}
-FULL_EPOCHS, FULL_ROUNDS = 300, {0.90: 8, 0.95: 11, 0.98: 14}
-REWIND = 15  # IMP rewinds to the weights after 1/15 of its first training: epoch 20 of 300
+FULL_EPOCHS = 300  # of the first training, in a full budget
+FULL_ROUNDS = {0.90: 8, 0.95: 11, 0.98: 14}  # {sparsity: k} of the paper
+REWIND = 15  # IMP rewinds to 1/15 of its first training: epoch 20 of 300
 QUEUE = 5  # masks that EB compares
 SEARCH_LR = 2  # EB searches at twice the learning rate
-TIME_AFTER, TIME_IMAGES = 2, 1000  # ET measures after this many epochs, on this many images
+TIME_AFTER, TIME_IMAGES = 2, 1000  # ET measures after this epoch, on so many images
+
+# ---- tickets -------------------------------------------------------------------------
 
 
-# ---- IMP -----------------------------------------------------------------------------------------
+def largest_alive(masks, keep, generator):
+    """Return the mask of the `keep` largest |w| over all layers, [M] bool. Only alive
+    weights are ranked. The masks of the network stay as they are."""
+    return select(masks.flat, keep, [masks.magnitudes()], generator)
 
 
-def left_after(alive, rate):
-    """Return how many of `alive` weights a cut leaves: the integer part of alive * rate goes."""
-    return alive - int(alive * (rate + 1e-9))  # 1e-9: 8 * 0.25 may come out as 1.9999999999999998
+def snapshot(net):
+    """Return a copy of all parameters and buffers, on the CPU. Later training does not
+    reach it."""
+    return {name: tensor.detach().to("cpu", copy=True)
+            for name, tensor in net.state_dict().items()}
+
+
+def take_ticket(run, ticket, target):
+    """Make `ticket`, [M] bool, the mask, and rewind: W <- theta_r * m, all else
+    <- theta_r. target: the sparsity, for the log."""
+    masks, optimizer = run.masks, run.optimizer
+    pruned = masks.flat & ~ticket
+    masks.flat.copy_(ticket)
+    rescued = masks.rescue_empty_layers()  # by the magnitudes of before the rewind
+    # INTERPRETATION: the whole state is rewound, BN statistics included
+    run.net.load_state_dict(run.notes["rewind"])
+    optimizer.state.clear()  # a fresh optimiser: no momentum
+    masks.apply(optimizer)
+    nothing = torch.zeros_like(pruned)
+    change = Update(pruned, masks.sparsity, nothing, rescued)
+    run.log_update(target, change, keep=count(ticket))
+
+
+# ---- iterative magnitude pruning -----------------------------------------------------
 
 
 def alive_by_round(total, sparsity, rounds):
-    """Return how many weights are alive in each of the k + 1 trainings, from all to exactly K."""
+    """Return how many weights are alive in each of the k + 1 trainings, a list: from
+    all to exactly M - round(sparsity * M)."""
     rate = 1 - (1 - sparsity) ** (1 / rounds)  # of what is left, each time
     alive = [total]
     for _ in range(rounds - 1):
@@ -69,68 +92,102 @@ def alive_by_round(total, sparsity, rounds):
     return alive + [total - round(sparsity * total)]
 
 
-def snapshot(net):
-    """Return a copy of all parameters and buffers on the CPU: later training must not reach it."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in net.state_dict().items()}
+def left_after(alive, rate):
+    """Return how many of `alive` weights a cut leaves: int(alive * rate) go."""
+    # 1e-9: 8 * 0.25 may come out as 1.9999999999999998
+    return alive - int(alive * (rate + 1e-9))
 
 
-# ---- Early-Bird ----------------------------------------------------------------------------------
+def rewind_point(stages):
+    """Return the iteration whose weights IMP rewinds to.
+
+    INTERPRETATION: after exactly 20 epochs of 300, and after as large a share of any
+    other first training.
+    """
+    return max(1, round(stages.steps("round0") / REWIND))
+
+
+# ---- Early-Bird ----------------------------------------------------------------------
 
 
 def mask_distance(queue):
-    """Return the largest share of entries in which the newest mask differs from one before it, None
-    while there are fewer than 5. queue: list of [M] bool, the newest last."""
+    """Return the largest share of entries in which the newest mask differs from one
+    before it; None for fewer than 5 masks. queue: list of [M] bool, the newest last."""
     if len(queue) < QUEUE:
         return None
-    return max(int((queue[-1] ^ mask).count_nonzero()) for mask in queue[:-1]) / len(queue[-1])
+    newest = queue[-1]
+    return max(count(newest ^ mask) for mask in queue[:-1]) / len(newest)
 
 
 def overlap(distance, density):
-    """Return the share o of their kept weights that two masks of density D have in common: they
-    differ in 2 D (1 - o) of all entries, so that at 99 % sparsity any two are within 2 %."""
+    """Return the share o of their kept weights that two masks of density D have in
+    common.
+
+    They differ in 2 D (1 - o) of all entries. So at 99 % sparsity any two differ in at
+    most 2 %.
+    """
     return 1 - distance / (2 * density)
 
 
 def settled(distance, density, epsilon, kind="entries"):
-    """Return whether EB stops: kind "entries" is the paper's rule, "kept" asks 1 - o < epsilon."""
-    return distance is not None and (
-        distance if kind == "entries" else 1 - overlap(distance, density)) < epsilon
+    """Return whether EB stops. kind "entries": d < epsilon, the paper's rule; "kept":
+    1 - o < epsilon."""
+    if distance is None:
+        return False
+    if kind == "kept":
+        distance = 1 - overlap(distance, density)
+    return distance < epsilon
 
 
-# ---- Early-Time ----------------------------------------------------------------------------------
+def say_distance(run, queue, density):
+    distance = mask_distance(queue)
+    if distance is not None:
+        shared = overlap(distance, density)
+        run.say(f"  after epoch {run.epoch + 1}: masks differ in up to {distance:.4f} "
+                f"of the entries, share {shared:.3f} of the kept weights")
+
+
+# ---- Early-Time ----------------------------------------------------------------------
 
 
 def divergences(logits):
-    """Return KL(softmax z_T || softmax z_t') for t' = 2 ... T - 1 as a list, averaged over images.
+    """Return KL(softmax z_T || softmax z_t') for t' = 2 ... T - 1, a list, each a mean
+    over the images.
 
     logits: [T, N, K]. z_t': their mean over the first t' steps.
     """
     steps = torch.arange(1, len(logits) + 1, device=logits.device).view(-1, 1, 1)
     log_p = (logits.double().cumsum(0) / steps).log_softmax(2)
-    kl = F.kl_div(log_p[1:-1], log_p[-1:].expand_as(log_p[1:-1]), reduction="none", log_target=True)
+    early, last = log_p[1:-1], log_p[-1:]
+    kl = F.kl_div(early, last.expand_as(early), reduction="none", log_target=True)
     return kl.sum(2).mean(1).tolist()
 
 
 def early_time(kl, ratio):
     """Return T': the first t' whose KL over the largest is below `ratio`, else T.
 
-    kl: for t' = 2 ... T - 1. t' = 2 wins only if a later one diverges more, or none at all.
+    kl: for t' = 2 ... T - 1. T' is 2 only if a later t' diverges more, or if none
+    diverges.
     """
     largest = max(kl)
-    return next((t for t, value in enumerate(kl, 2) if largest <= 0 or value / largest < ratio),
-                len(kl) + 2)
+    for t, value in enumerate(kl, 2):
+        if largest <= 0 or value / largest < ratio:
+            return t
+    return len(kl) + 2
 
 
 @torch.no_grad()
-def measure_time(run, images):
-    """Return T' of the network as it is, from 1000 training images that the seed draws."""
-    args, net = run.args, run.parts["net"]
-    chosen = torch.randperm(len(images.x_train), generator=seeded(args.seed, run.iteration))
-    chosen = chosen[:TIME_IMAGES].to(run.device)
-    net.eval()  # in train mode the batch would set its own statistics, and the running ones
+def measure_time(run):
+    """Return T' of the network as it is, from 1000 training images that the seed
+    draws."""
+    args, net, images = run.args, run.net, run.images
+    order = torch.randperm(len(images.x_train),
+                           generator=seeded(args.seed, run.iteration))
+    chosen = order[:TIME_IMAGES].to(run.device)
+    sample = images._replace(x_train=images.x_train[chosen])
+    net.eval()  # in train mode the batch would set its statistics, and the running ones
     with training.autocast(args):
-        some = images._replace(x_train=images.x_train[chosen])
-        logits = torch.cat([net(x) for x in some.inputs("train", args.batch_size)], 1)
+        logits = torch.cat([net(x) for x in sample.inputs("train", args.batch_size)], 1)
     net.train()
     kl = divergences(logits)
     found = early_time(kl, args.kl_ratio)
@@ -139,211 +196,263 @@ def measure_time(run, images):
     return found
 
 
-# ---- the parts of the loop -----------------------------------------------------------------------
+def steps_seen(args, notes, stage, epoch):
+    """Return how many time steps an epoch (from 0) trains with: T; T' in a search that
+    has measured it."""
+    if stage == "finetune" or epoch < TIME_AFTER:
+        return args.time_steps
+    return notes.get("early_time", args.time_steps)
+
+
+# ---- the trainings -------------------------------------------------------------------
+
+
+def train_epoch(run, epoch, lr, rewind_at=None):
+    """Train for an epoch of a cosine from lr to 0.
+
+    rewind_at: the iteration whose weights are kept for the rewind.
+    """
+    # ET. INTERPRETATION: the test set after the epoch sees as many steps
+    run.net.time_steps = steps_seen(run.args, run.notes, run.stage, epoch)
+    for x, y in run.batches(epoch):
+        # INTERPRETATION: one cosine a training, each from the full lr. The loss is a
+        # mean over T', not over T
+        training.step(run, x, y, training.cosine(lr, *run.position))
+        run.masks.apply(run.optimizer)  # w <- w * m, and its momentum
+        if run.iteration == rewind_at:
+            run.notes["rewind"] = snapshot(run.net)  # theta_r
+    if run.args.method == "et" and epoch + 1 == TIME_AFTER:
+        run.notes["early_time"] = measure_time(run)
 
 
 def stages_of(args, images, used=None):
-    """Return the Stages of a run. used: epochs that EB has searched for, none while it searches."""
+    """Return the Stages of a run. used: the epochs of EB's search; None while it
+    searches."""
+    if args.search == "imp":
+        names = [f"round{j}" for j in range(args.rounds)] + ["finetune"]
+        return setup.stages(args, images, **dict(zip(names, imp_epochs(args))))
+    finetune = args.epochs_finetune
+    if used is None:
+        used = args.epochs_prune
+    elif args.budget == "matched":  # the sum is fixed: the ticket gets what is left
+        finetune += args.epochs_prune - used
+    return setup.stages(args, images, search=used, finetune=finetune)
+
+
+def imp_epochs(args):
+    """Return the epochs of IMP's k + 1 trainings, a list."""
     first, last, rounds = args.epochs_prune, args.epochs_finetune, args.rounds
-    if args.search == "eb":
-        used = first if used is None else used
-        spare = first - used if args.budget == "matched" else 0  # matched: the sum is fixed
-        return training.stages(args, images, search=used, finetune=last + spare)
     if args.budget == "full":
-        lengths = [first] + [first - round(first / REWIND)] * (rounds - 1) + [last]
-    else:  # INTERPRETATION: whole epochs; the last trainings have those that a division leaves over
-        share, over = divmod(first + last, rounds + 1)
-        lengths = [share + (j > rounds - over) for j in range(rounds + 1)]
-    names = [f"round{j}" for j in range(rounds)] + ["finetune"]
-    return training.stages(args, images, **dict(zip(names, lengths)))
+        rewound = round(first / REWIND)
+        return [first] + [first - rewound] * (rounds - 1) + [last]
+    # INTERPRETATION: whole epochs. The last trainings have those that a division leaves
+    share, over = divmod(first + last, rounds + 1)
+    return [share] * (rounds + 1 - over) + [share + 1] * over
 
 
-def set_stages(run, stages):
-    """Replace the stages of a run: the length of EB's search is known only when it ends."""
-    run.stages = stages
-    run.total_steps = run.bar.total = stages.epochs * stages.steps_per_epoch
+def end_search(run):
+    """End EB's search after the epochs that it has used, and plan the ticket's."""
+    run.notes["used"] = run.epoch
+    run.replan(stages_of(run.args, run.images, used=run.epoch))
 
 
-def take_ticket(run, chosen, target):
-    """Make `chosen`, [M] bool, the mask, and rewind: W <- theta_r * m, all else <- theta_r."""
-    net, masks, optimizer = (run.parts[name] for name in ("net", "masks", "optimizer"))
-    pruned = masks.flat & ~chosen
-    masks.flat.copy_(chosen)
-    for name in masks.guard():  # by the magnitudes that chose, which the rewind overwrites
-        run.say(f"  note: {name} would have lost all weights; its largest one is kept")
-    # INTERPRETATION: the whole state is rewound, BN statistics included
-    net.load_state_dict(run.notes["rewind"])
-    optimizer.state.clear()  # a fresh optimiser: no momentum
-    masks.apply(optimizer)
-    run.add_update(dict(update=len(run.updates) + 1, iteration=run.iteration, target=target,
-                        before=masks.sparsity, **masks.account(pruned, torch.zeros_like(pruned))))
-
-
-# ---- the script ----------------------------------------------------------------------------------
+# ---- the script ----------------------------------------------------------------------
 
 
 def run_name(args):
     name = f"{Path(args.dataset).stem}-{args.model}-{args.method}"
-    name += f"-{args.search}" * (args.method == "et") + f"-{args.sparsity:g}"
-    name += f"-k{args.rounds}" * (args.search == "imp") + "-kept" * (args.distance == "kept")
+    if args.method == "et":
+        name += f"-{args.search}"
+    name += f"-{args.sparsity:g}"
+    if args.search == "imp":
+        name += f"-k{args.rounds}"
+    if args.distance == "kept":
+        name += "-kept"
     return f"{name}-{args.budget}-seed{args.seed}"
 
 
 def complete(args, explicit):
-    """Fill in the defaults that depend on other flags; refuse flags that contradict each other."""
-    search = args.search if args.method == "et" else args.method
-    unused = {} if args.method == "et" else ET | dict(search=args.method)
-    unused |= EB if search == "imp" else dict(rounds=1)  # EB is one cut
-    for flag, value in unused.items():
-        if explicit.get(flag, value) != value:
-            raise ValueError(f"--{flag.replace('_', '-')} is {explicit[flag]}, which --method "
-                             f"{args.method}{f' --search {search}' * (args.method == 'et')} does "
-                             f"not use. Leave one of them out")
-        setattr(args, flag, value)
+    """Fill in the defaults that depend on other flags; refuse flags that contradict
+    each other."""
+    set_unused(args, explicit)
     if args.budget == "full":
-        if "epochs_prune" not in explicit and not args.smoke:
-            args.epochs_prune = FULL_EPOCHS
-        if "rounds" not in explicit and search == "imp" and not args.smoke:
-            args.rounds = FULL_ROUNDS[min(FULL_ROUNDS, key=lambda s: abs(s - args.sparsity))]
-        if "epochs_finetune" not in explicit:  # IMP's ticket starts at the rewind point, EB's at 0
-            rewound = round(args.epochs_prune / REWIND) if search == "imp" else 0
-            args.epochs_finetune = args.epochs_prune - rewound
+        fill_full_budget(args, explicit)
     epochs = args.epochs_prune + args.epochs_finetune
     if args.budget == "matched" and args.rounds >= epochs:
-        raise ValueError(f"--rounds is {args.rounds}, expected at most {epochs - 1}: an epoch each "
-                         f"and one before them, of the {epochs} of --epochs-prune and "
-                         f"--epochs-finetune. Lower it or raise these")
-    if args.method == "et" and args.time_steps < 4:  # of one KL, the largest, the ratio is 1
-        raise ValueError(f"--time-steps is {args.time_steps}, expected at least 4 for --method et, "
-                         f"which could not choose fewer otherwise. Raise it")
+        raise ValueError(
+            f"--rounds is {args.rounds}, expected at most {epochs - 1}: an epoch each "
+            f"and one before them, of the {epochs} of --epochs-prune and "
+            f"--epochs-finetune. Lower it or raise these")
+    if args.method == "et" and args.time_steps < 4:
+        # with T = 3 there is one KL, the largest, and its ratio is 1
+        raise ValueError(
+            f"--time-steps is {args.time_steps}, expected at least 4 for --method et, "
+            f"which could not choose fewer otherwise. Raise it")
+
+
+def set_unused(args, explicit):
+    """Give the flags that the method does not use their fixed values; raise ValueError
+    if one is given."""
+    usual = presets.of("default", "lottery")
+    search = args.search if args.method == "et" else args.method
+    unused = {}
+    if args.method != "et":
+        unused |= dict(search=search, kl_ratio=usual["kl_ratio"])
+    if search == "imp":
+        unused |= dict(epsilon=usual["epsilon"], distance=usual["distance"])
+    else:
+        unused |= dict(rounds=1)  # EB is one cut
+    for flag, value in unused.items():
+        if explicit.get(flag, value) != value:
+            method = args.method
+            if method == "et":
+                method += f" --search {search}"
+            raise ValueError(
+                f"--{flag.replace('_', '-')} is {explicit[flag]}, which --method "
+                f"{method} does not use. Leave one of them out")
+        setattr(args, flag, value)
+
+
+def fill_full_budget(args, explicit):
+    """Fill in the paper's epochs and rounds where no flag gives them."""
+    if "epochs_prune" not in explicit and not args.smoke:
+        args.epochs_prune = FULL_EPOCHS
+    if "rounds" not in explicit and args.search == "imp" and not args.smoke:
+        nearest = min(FULL_ROUNDS, key=lambda listed: abs(listed - args.sparsity))
+        args.rounds = FULL_ROUNDS[nearest]
+    if "epochs_finetune" not in explicit:
+        # IMP's ticket starts at the rewind point, EB's at 0
+        rewound = round(args.epochs_prune / REWIND) if args.search == "imp" else 0
+        args.epochs_finetune = args.epochs_prune - rewound
 
 
 def parse_args(argv):
     parser = flags.make_parser(__doc__)
     add = parser.add_argument_group("pruning (lottery tickets)").add_argument
-    add("--method", choices=("imp", "eb", "et"), help="iterative magnitude pruning, Early-Bird or "
-        "Early-Time tickets")
+    add("--method", choices=("imp", "eb", "et"),
+        help="iterative magnitude pruning, Early-Bird or Early-Time tickets")
     add("--search", choices=("imp", "eb"), help="what et searches by")
-    add("--sparsity", type=flags.number(0, 1, above=True), help="share of the prunable weights "
-        "that is dead in the end, a fraction above 0 and below 1")
-    add("--budget", choices=("matched", "full"), help="epochs: matched to the other methods', or "
-        "the paper's, imp: 300 + 280 a round, eb: up to 300, then 300")
-    add("--rounds", type=flags.whole(1), metavar="K", help="cuts of imp, each of the same share of "
-        "what is left (full: the paper's for the nearest sparsity: 0.9: 8, 0.95: 11, 0.98: 14)")
-    add("--epsilon", type=flags.number(0, 1, above=True), help="eb stops when its masks differ by "
-        "less, a fraction")
-    add("--distance", choices=("entries", "kept"), help="what eb's masks differ by: a share of all "
-        "entries, which is loose at high sparsity, or of those that they keep")
-    add("--kl-ratio", type=flags.number(0, 1, above=True), metavar="LAMBDA", help="et searches "
-        "with the fewest time steps whose KL, over the largest, is below it")
-    add("--epochs-prune", type=flags.whole(1), metavar="N", help="of the first training (300) in a "
-        "full budget, of eb's search at most; matched: part of the epochs that all trainings share")
-    add("--epochs-finetune", type=flags.whole(1), metavar="N", help="of the final training (imp: "
-        "280, eb: 300) in a full budget; matched: the other part")
-    return flags.parse(parser, argv, SETTINGS, complete, run_name)
+    add("--sparsity", type=flags.number(0, 1, above=True), help="share of the prunable "
+        "weights that is dead in the end, a fraction above 0 and below 1")
+    add("--budget", choices=("matched", "full"), help="epochs: matched to the other "
+        "methods', or the paper's, imp: 300 + 280 a round, eb: up to 300, then 300")
+    add("--rounds", type=flags.whole(1), metavar="K", help="cuts of imp, each of the "
+        "same share of what is left (full: the paper's for the nearest sparsity: 0.9: "
+        "8, 0.95: 11, 0.98: 14)")
+    add("--epsilon", type=flags.number(0, 1, above=True),
+        help="eb stops when its masks differ by less, a fraction")
+    add("--distance", choices=("entries", "kept"), help="what eb's masks differ by: a "
+        "share of all entries, which is loose at high sparsity, or of those that they "
+        "keep")
+    add("--kl-ratio", type=flags.number(0, 1, above=True), metavar="LAMBDA",
+        help="et searches with the fewest time steps whose KL, over the largest, is "
+        "below it")
+    add("--epochs-prune", type=flags.whole(1), metavar="N", help="of the first "
+        "training (300) in a full budget, of eb's search at most; matched: part of the "
+        "epochs that all trainings share")
+    add("--epochs-finetune", type=flags.whole(1), metavar="N", help="of the final "
+        "training (imp: 280, eb: 300) in a full budget; matched: the other part")
+    return flags.parse(parser, argv, "lottery", complete, run_name)
+
+
+def set_up(args):
+    """Return the run. What cannot work is exit code 2, before anything is written."""
+    with flags.exits(2, ValueError, OSError):
+        device = setup.start(args)
+        images = setup.load(args, device)
+        net = setup.build(args, images)
+        masks, optimizer = Masks(net), training.sgd(args, net)
+        masks.check_sparsity(args.sparsity)
+        stages = stages_of(args, images)
+        search = stages.epochs - stages.by_name["finetune"]
+        if args.method == "et" and search <= TIME_AFTER:
+            raise ValueError(
+                f"--method et would search for {search} epochs, expected more than the "
+                f"{TIME_AFTER} after which it measures T'. Raise --epochs-prune")
+        run = Run(args, device, images, stages, net=net, optimizer=optimizer,
+                  masks=masks)
+        if "used" in run.notes:  # a resumed run, whose search is over
+            run.replan(stages_of(args, images, run.notes["used"]))
+    return run
+
+
+def plan_of(args, stages):
+    """Return what runs, in a line."""
+    plan = f"{args.method}, 0 -> {100 * args.sparsity:g} % sparse, "
+    if args.search == "imp":
+        return plan + (f"{args.rounds} cuts, rewinds to iteration "
+                       f"{rewind_point(stages)}")
+    return plan + (f"one cut when masks differ by less than {args.epsilon:g}, from the "
+                   f"initial weights")
+
+
+def costs(run):
+    """Return what each epoch costs beside a dense one, a list: density * T' / T."""
+    found = []
+    for epoch, row in enumerate(run.rows):
+        time_steps = steps_seen(run.args, run.notes, row["stage"], epoch)
+        found.append((1 - row["sparsity"]) * time_steps / run.args.time_steps)
+    return found
+
+
+def say_costs(run, spent):
+    final = run.stages.by_name["finetune"]
+    search, ticket = spent[:-final], spent[-final:]
+    run.say(f"  epochs                  {len(search)} of search + {len(ticket)} = "
+            f"{len(spent)}\n"
+            f"  each * density * T' / T {sum(search):.1f} of search + "
+            f"{sum(ticket):.1f} = {sum(spent):.1f}, in theory: masks save no time")
 
 
 def main(argv=None):
     args = parse_args(argv)
-    with flags.exits(2, ValueError, OSError):  # all that can be checked, before anything is written
-        if (summary := finished(args)) is not None:
-            return summary
-        device = training.set_up(args)
-        images = training.load(args, device)
-        net = training.build(args, images)
-        masks, optimizer = Masks(net), training.sgd(args, net)
-        stages, keep = stages_of(args, images), masks.keep_at(args.sparsity)
-        masks.check(args.sparsity)
-        search = stages.epochs - stages.by_name["finetune"]
-        if args.method == "et" and search <= TIME_AFTER:
-            raise ValueError(f"--method et would search for {search} epochs, expected more than "
-                             f"the {TIME_AFTER} after which it measures T'. Raise --epochs-prune")
-        run = Run(args, device, stages, net=net, optimizer=optimizer, masks=masks)
-        if "used" in run.notes:  # an Early-Bird was found before the run was stopped
-            set_stages(run, stages_of(args, images, run.notes["used"]))
+    if (summary := finished(args)) is not None:
+        return summary
+    run = set_up(args)
+    masks = run.masks
 
-    forward = torch.compile(net) if args.compile else net
-    alive = alive_by_round(masks.total, args.sparsity, args.rounds)
-    # INTERPRETATION: exactly 20 epochs of 300, and as large a share of any other first training
-    rewind_at = max(1, round(stages.steps("round0") / REWIND)) if args.search == "imp" else 0
-    with run.under_way():
-        run.header(images, net, f"{args.method}, 0 -> {100 * args.sparsity:g} % sparse, " + (
-            f"{args.rounds} cuts, rewinds to iteration {rewind_at}" if args.search == "imp" else
-            f"one cut when masks differ by less than {args.epsilon:g}, from the initial weights"))
-        if run.iteration == 0:
-            run.notes["costs"] = []  # of each epoch: density * time steps / T
-            if args.init is not None:
-                test = training.evaluate(forward, net, images, args)
-                run.notes["dense_accuracy"] = test["accuracy"]
-            if args.search == "eb":
-                run.notes["rewind"] = snapshot(net)  # EB: epoch 0, no late rewinding
-
-        while (epoch := run.epoch) < run.stages.epochs:
-            name, within, _ = run.stages.place(epoch)
-            ties = seeded(args.seed, run.iteration)
-            if run.step > 0:
-                pass  # a run goes on within an epoch: what stands before it was done
-            elif args.search == "imp" and within == 0 and epoch > 0:
-                # IMP: the smallest |W| over all layers go, as the round that ends has trained them;
-                # then the rewind. Only the alive are ranked, and the last cut leaves exactly K
-                done = len(run.updates) + 1
-                take_ticket(run, select(masks.flat, alive[done], [masks.magnitudes()], ties),
-                            1 - (1 - args.sparsity) ** (done / args.rounds))
-                run.verify(alive[done])
-            elif args.search == "eb" and "used" not in run.notes:
-                # EB: mask_e of the dense weights as they are, before epoch e; it is not applied
-                queue = run.notes.setdefault("queue", [])
-                queue.append(select(masks.flat, keep, [masks.magnitudes()], ties).cpu())
+    with run.under_way(plan_of(args, run.stages)):
+        # The search. A resumed run has run.updates, the cuts that it has made
+        if args.search == "imp":
+            # Train, cut the smallest |W| over all layers, rewind; k times
+            alive = alive_by_round(masks.total, args.sparsity, args.rounds)
+            for cut in range(len(run.updates) + 1, args.rounds + 1):
+                for epoch in run.epochs(f"round{cut - 1}"):
+                    train_epoch(run, epoch, args.lr, rewind_point(run.stages))
+                    run.end_epoch()
+                ticket = largest_alive(masks, alive[cut], run.generator())
+                target = 1 - (1 - args.sparsity) ** (cut / args.rounds)
+                take_ticket(run, ticket, target)
+        elif not run.updates:
+            # Early-Bird: train dense until mask_e, which is not applied, has settled
+            run.notes.setdefault("rewind", snapshot(run.net))  # the initial weights
+            keep = masks.keep_at(args.sparsity)
+            density = keep / masks.total
+            first = largest_alive(masks, keep, run.generator())
+            queue = run.notes.setdefault("queue", [first.cpu()])  # the last 5 masks
+            for epoch in run.epochs("search"):
+                distance = mask_distance(queue)
+                if settled(distance, density, args.epsilon, args.distance):
+                    break
+                train_epoch(run, epoch, SEARCH_LR * args.lr)
+                queue.append(largest_alive(masks, keep, run.generator()).cpu())
                 del queue[:-QUEUE]
-                distance, density = mask_distance(queue), keep / masks.total
-                if distance is not None:
-                    run.say(f"  after epoch {epoch}: masks differ in up to {distance:.4f} of the "
-                            f"entries, share {overlap(distance, density):.3f} of the kept weights")
-                # INTERPRETATION: where the masks never settle, the last one is the ticket
-                if epoch == args.epochs_prune or settled(distance, density, args.epsilon,
-                                                         args.distance):
-                    run.notes["used"] = epoch
-                    set_stages(run, stages_of(args, images, epoch))
-                    take_ticket(run, run.notes.pop("queue")[-1].to(device), args.sparsity)
-                    run.verify(keep)
-                    name = "finetune"
+                say_distance(run, queue, density)
+                run.end_epoch()
+            # INTERPRETATION: where the masks never settle, the last one is the ticket
+            end_search(run)
+            ticket = run.notes.pop("queue")[-1]
+            take_ticket(run, ticket.to(run.device), args.sparsity)
 
-            # ET: the search sees T' steps once they are known, the final ticket all T.
-            # INTERPRETATION: so does the test set after each epoch
-            net.time_steps = (args.time_steps if name == "finetune"
-                              else run.notes.get("early_time", args.time_steps))
-            lr = args.lr * (SEARCH_LR if name == "search" else 1)
-            for x, y in run.track(images, epoch):
-                with training.autocast(args):
-                    logits = forward(x)  # [T', N, K]
-                loss = training.loss_over_time(logits, y, args.loss)  # the mean over T', not T
-                optimizer.zero_grad()
-                loss.backward()
-                # INTERPRETATION: one cosine a training, each from the full lr to 0
-                training.set_lr(optimizer,
-                                training.cosine(lr, *run.stages.position(run.iteration)))
-                optimizer.step()
-                masks.apply(optimizer)  # w <- w * m, and its momentum
-                run.meter.add(loss, logits, y, run.iteration)
-                if run.iteration == rewind_at:
-                    run.notes["rewind"] = snapshot(net)  # theta_r
+        # The ticket: train what is left, with all T time steps
+        for epoch in run.epochs("finetune"):
+            train_epoch(run, epoch, args.lr)
+            run.end_epoch()
 
-            test = training.evaluate(forward, net, images, args)
-            run.notes["costs"].append((1 - masks.sparsity) * net.time_steps / args.time_steps)
-            if args.method == "et" and epoch + 1 == TIME_AFTER:
-                run.notes["early_time"] = measure_time(run, images)
-            run.end_epoch(optimizer.param_groups[0]["lr"], test, masks.sparsity)
-
-        # What came of it
-        with training.autocast(args):
-            counts = metrics.count(net, images.inputs("test", args.batch_size), masks.alive)
-        costs, final = run.notes["costs"], run.stages.by_name["finetune"]
-        run.say(f"  epochs                  {len(costs) - final} of search + {final} = "
-                f"{len(costs)}\n  each * density * T' / T {sum(costs[:-final]):.1f} of search + "
-                f"{sum(costs[-final:]):.1f} = {sum(costs):.1f}, in theory: masks save no time")
-        return run.finish(net, masks.alive, counts, script="prune_lottery", method=args.method,
-                          macs_dense=counts["macs"], training_cost=sum(costs) / len(costs),
-                          dense_accuracy=run.notes.get("dense_accuracy"))
+        spent = costs(run)
+        say_costs(run, spent)
+        return run.finish("prune_lottery", args.method,
+                          training_cost=sum(spent) / len(spent))
 
 
 if __name__ == "__main__":

@@ -1,166 +1,286 @@
-"""Two-stage dynamic structure learning of a sparse spiking network: the PQ index sets the rewiring.
+"""Two-stage dynamic structure learning: the PQ index says how many weights are rewired.
 
-Paper: Shen, Xu, Pan, Chen 2025, arXiv 2502.13572 (no published code); the index is from Diao et
-al., ICLR 2023, arXiv 2302.05601. The network is sparse from the start. Every so many iterations
-Stage I measures with the PQ index how compressible the alive weights of each scope are, a layer or
-a neuron: so many are to go; Stage II prunes that many by magnitude and grows others by momentum.
-Training goes on all the while, and then on with the mask fixed.
+Paper: Shen, Xu, Pan, Chen 2025, arXiv 2502.13572, of which no code is known. The index
+is from Diao et al., ICLR 2023, arXiv 2302.05601. The network is sparse from the start.
+Every so many iterations Stage I measures how compressible the alive weights of each
+scope are, a layer or a neuron, by the PQ index. This gives the number of weights to
+prune. Stage II prunes that many by magnitude, and grows others by momentum. Training
+goes on all the while. In the last epochs the mask is fixed.
 
-    python prune_pq.py                                   # the whole job on embedded data, 2 minutes
-    python prune_pq.py --scope neuron                    # the index of each output neuron or filter
-    python prune_pq.py --mode adaptive                   # the index sets all; density is an outcome
-    python prune_pq.py --growth random                   # also: gradient
-    python prune_pq.py --dataset cifar10-dvs             # the paper's settings, as far as known
+    python prune_pq.py                           # the whole job on embedded data
+    python prune_pq.py --scope neuron            # an index for each neuron or filter
+    python prune_pq.py --mode adaptive           # the index alone sets the density
+    python prune_pq.py --growth random           # also: gradient
+    python prune_pq.py --dataset cifar10-dvs     # the paper's settings, as far as known
 
-Other than in published code, an empty or all-zero scope has index 0 (0/0 there); counts are exact,
-free of the rounding of floating point; the momentum that ranks is an average of its own over all
-places, as an optimizer's, masked as it is, is 0 at every dead weight; nothing is rewound, and no
-epoch is picked by its test accuracy.
+Four things differ from the code of the PQ index. A scope without an alive weight, or
+with zeros alone, has index 0, where that code divides 0 by 0. Counts are exact, free of
+the rounding of floating point. Weights are not set back to their start after an update.
+No epoch is picked by its test accuracy.
 
-The run's folder is that of prune_unstructured.py, with each layer's mean index in updates.jsonl.
+The momentum that ranks is an average of its own, over all places. That of the optimiser
+is masked, and so 0 at each dead weight.
+
+The run folder is that of prune_unstructured.py. In updates.jsonl each layer has its
+mean index beside its counts.
 """
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from harness import flags
-import metrics
 import training
-from masks import Masks, seeded, select
+from harness import flags, presets, setup
 from harness.runfolder import Run, finished
+from masks import Masks, Update, select
 
-# INTERPRETATION of "every so many iterations": rewiring stops at 3/4 of the epochs, and there are
-# some 34 updates. In adaptive mode a Gaussian layer loses (1 - rho) * 15.3 % an update, so that 34
-# lead from 50 % to the reported connectivity of 30 %; one an epoch of 500 would empty the network.
-# The reported results are of ResNet-19 with T = 2; of the two networks of that name, LTH-SNN's; on
-# CIFAR10-DVS of VGGSNN with T = 10, where here the index sets all, in 300 epochs.
-PAPER = dict(model="resnet19", time_steps=2, epochs_prune=375, epochs_finetune=125, interval=4000)
-SHORT = dict(epochs_prune=7, epochs_finetune=3, interval=95)
-SETTINGS = {  # the defaults by data set; "all" holds for each of them
-    # INTERPRETATION: the paper's rewiring coefficient alpha_r = 0.001 takes the place of eta
-    "all": dict(mode="matched", sparsity=0.9, rho=0.9, scope="layer", growth="momentum", start="er",
-                density=0.5, eta=0.001),
-    "fashion-mini": dict(epochs_prune=9, epochs_finetune=3, interval=25),
-    **dict.fromkeys(("mnist", "fashion-mnist", "n-mnist"), SHORT), "cifar10": PAPER,
-    "cifar100": PAPER, "tiny-imagenet": dict(epochs_prune=112, epochs_finetune=38, interval=2500),
-    "dvs-gesture": dict(epochs_prune=150, epochs_finetune=50, interval=300),
-    "cifar10-dvs": dict(epochs_prune=225, epochs_finetune=75, interval=930, mode="adaptive"),
-    "smoke": dict(epochs_prune=1, epochs_finetune=1, interval=4),  # upper bounds
-}
 P, Q = 0.5, 1.0  # of the index, as both papers have them
-GAMMA, BETA = 1.0, 0.9  # INTERPRETATION: those of the PQ code
+GAMMA, BETA = 1.0, 0.9  # INTERPRETATION: those of the PQ index's code
 DECAY = 0.9  # of the momentum that ranks what grows
 
+# ---- the sparse start ----------------------------------------------------------------
+# Each function returns the density of each layer, a list, so that density * M weights
+# are alive in all. shapes: of the weights of the layers.
 
-def layer_densities(shapes, density, start):
-    """Return the density of each layer, so that density * M weights are alive in all.
 
-    "er": one for all layers (INTERPRETATION of the paper's Erdős–Rényi start at 0.50). "erk", as
-    in GraNet (arXiv 2106.10404): proportional to sum(shape) / prod(shape); a layer that would
-    exceed 1 is dense, and the others share the rest.
+def equal_densities(shapes, density):
+    """Erdős–Rényi: one density for all layers.
+
+    INTERPRETATION of the paper's Erdős–Rényi start at a density of 0.50.
     """
-    if start == "er" or density >= 1:
+    return [density] * len(shapes)
+
+
+def erk_densities(shapes, density):
+    """Erdős–Rényi-Kernel, as in GraNet (arXiv 2106.10404): proportional to
+    sum(shape) / prod(shape). A layer that would exceed 1 is dense, and the others share
+    the rest."""
+    if density >= 1:
         return [density] * len(shapes)
-    sizes, raw = [prod(shape) for shape in shapes], [sum(shape) / prod(shape) for shape in shapes]
-    dense, over = set(), set(range(len(shapes)))
-    while over:
-        sparse = set(range(len(shapes))) - dense
-        scale = ((density * sum(sizes) - sum(sizes[i] for i in dense))
-                 / sum(raw[i] * sizes[i] for i in sparse))
+    sizes = [prod(shape) for shape in shapes]
+    raw = [sum(shape) / prod(shape) for shape in shapes]
+    dense = set()
+    while True:
+        sparse = [i for i in range(len(shapes)) if i not in dense]
+        left = density * sum(sizes) - sum(sizes[i] for i in dense)
+        scale = left / sum(raw[i] * sizes[i] for i in sparse)
         over = {i for i in sparse if scale * raw[i] > 1}
+        if not over:
+            break
         dense |= over
     return [1.0 if i in dense else scale * raw[i] for i in range(len(shapes))]
 
 
-def start_sparse(args, masks):
-    """Draw the masks of the start. INTERPRETATION: exact counts, where GraNet's code tosses a coin
-    for each place."""
-    shapes = [weight.shape for weight in masks.weights.values()]
-    densities = layer_densities(shapes, args.density, args.start)
-    generator = seeded(args.seed, 0)  # updates have iterations from 1
+STARTS = {"er": equal_densities, "erk": erk_densities}
+
+
+def start_sparse(masks, densities, generator):
+    """Draw the masks of the start, at random places. densities: of the layers.
+
+    INTERPRETATION: counts are exact, where GraNet's code draws each place on its own.
+    """
     for part, density in zip(masks.flat.split(masks.sizes), densities):
-        count = max(1, round(density * len(part)))
-        part.copy_(select(torch.ones_like(part), count, [], generator))
+        n_alive = max(1, round(density * len(part)))
+        part.copy_(select(torch.ones_like(part), n_alive, [], generator))
 
 
-# ---- Stage I: the PQ index -----------------------------------------------------------------------
+# ---- Stage I: the PQ index -----------------------------------------------------------
+
+
+class Scopes(NamedTuple):
+    """What Stage I found in the S scopes of the network: rows of [S] int64, on the CPU.
+    """
+
+    n_alive: Tensor   # d
+    n_dead: Tensor
+    n_rewire: Tensor  # c, how many alive weights the index says to prune
 
 
 def in_scopes(masks, flat, scope):
     """Return views of an [M] tensor, one a layer: [1, weights] for the scope "layer",
     [neurons or filters, weights of each] for "neuron"."""
-    return [part.view(len(weight) if scope == "neuron" else 1, -1)
-            for part, weight in zip(flat.split(masks.sizes), masks.weights.values())]
+    parts = zip(flat.split(masks.sizes), masks.weights.values())
+    if scope == "layer":
+        return [part.view(1, -1) for part, _ in parts]
+    return [part.view(len(weight), -1) for part, weight in parts]
 
 
 def pq_index(magnitudes, alive, p=P, q=Q):
-    """Return I = 1 - d^(1/q - 1/p) * |w|_p / |w|_q of each row, [R] in float64, in [0, 1).
+    """Return the PQ index of each row, [R] in float64, in [0, 1).
 
-    magnitudes: |w|, [R, n]. alive: [R, n] bool; d counts them in a row, those that are 0 included.
-    0: all are equal, none is alive, or all are 0. Computed as 1 minus a ratio of power means, which
-    is the same and cannot overflow.
+        I = 1 - d^(1/q - 1/p) * |w|_p / |w|_q          (Diao et al., Definition 1)
+
+    magnitudes: |w|, [R, n]. alive: [R, n] bool; d counts them in a row, zeros included.
+    0: all are equal, none is alive, or all are 0. The norms over powers of d are power
+    means, whose ratio cannot overflow.
     """
     weights = magnitudes.double() * alive
     d = alive.sum(1).clamp(min=1)
-    of_p, of_q = (weights.pow(power).sum(1).div(d).pow(1 / power) for power in (p, q))
-    index = torch.where(of_q == 0, 0.0, 1 - of_p / of_q)
+    mean_p = weights.pow(p).sum(1).div(d).pow(1 / p)
+    mean_q = weights.pow(q).sum(1).div(d).pow(1 / q)
+    index = torch.where(mean_q == 0, 0.0, 1 - mean_p / mean_q)
     return index.clamp(0, 1 - 2**-53)
 
 
-def retained(index, d, eta, p=P, q=Q):
-    """Return the bound m: how many of d weights are to be retained at least, [R] int64."""
+def retention_bound(index, d, eta, p=P, q=Q):
+    """Return the bound m: at least so many of d weights are to stay, [R] int64.
+
+        m = ceil(d * (1 + eta)^(-q / (q - p)) * (1 - I)^(p q / (q - p)))
+    """
     m = (1 - index) ** (p * q / (q - p)) * (1 + eta) ** (-q / (q - p)) * d  # in float64
-    return torch.minimum(torch.ceil(m - 1e-9 * d).long(), d)  # 4.0000001 is 4 and not 5
+    return torch.minimum(torch.ceil(m - 1e-9 * d).long(), d)  # 4.0000001 is 4, not 5
 
 
-def to_prune(m, d, gamma=GAMMA, beta=BETA):
-    """Return c = floor(d * clip(gamma * (1 - m / d), 0, beta)), at most d - 1, [R] int64."""
+def rewiring_count(m, d, gamma=GAMMA, beta=BETA):
+    """Return c, how many of d weights to prune, at most d - 1, [R] int64.
+
+        c = floor(d * clip(gamma * (1 - m / d), 0, beta))
+    """
     c = torch.minimum(gamma * (d - m).double(), beta * d.double())
     return torch.minimum(torch.floor(c + 1e-9 * d).long(), d - 1).clamp(min=0)
 
 
-# ---- Stage II: rewiring --------------------------------------------------------------------------
+def measure_scopes(masks, scope, eta):
+    """Stage I: the index of what is alive, its bound, how many weights to rewire.
+
+    Returns (Scopes, the mean index of each layer, a list).
+    """
+    magnitudes = masks.magnitudes()
+    masks.require_finite(magnitudes, "the weights")
+    index, n_alive, n_dead, has_weight = [], [], [], []
+    for size, alive in zip(in_scopes(masks, magnitudes, scope),
+                           in_scopes(masks, masks.flat, scope)):
+        index.append(pq_index(size, alive))
+        n_alive.append(alive.sum(1))
+        n_dead.append((~alive).sum(1))
+        has_weight.append(size.any(1))
+    by_layer = [float(rows.mean()) for rows in index]
+    index, n_alive, n_dead, has_weight = (
+        torch.cat(rows).cpu() for rows in (index, n_alive, n_dead, has_weight))
+
+    c = rewiring_count(retention_bound(index, n_alive, eta), n_alive)
+    c = torch.where(has_weight, c, 0)  # of zeros alone none is the smallest
+    return Scopes(n_alive, n_dead, c), by_layer
+
+
+# ---- how many are pruned, and how many grow ------------------------------------------
+# Each function returns two [S] int64: the counts of each scope.
+
+
+def counts_at_ratio(scopes, rho):
+    """--mode adaptive: prune what the index says, and grow the share rho of it."""
+    # 1e-9: 0.29 * 100 is 28.999999999999996
+    n_grow = torch.floor(scopes.n_rewire.double() * rho + 1e-9 * scopes.n_rewire).long()
+    return scopes.n_rewire, torch.minimum(n_grow, scopes.n_dead)
+
+
+def counts_at_target(scopes, keep):
+    """--mode matched: `keep` weights are alive after the update. The index sets how
+    many are pruned.
+
+    INTERPRETATION: as many grow as were pruned, less the surplus over the target: one
+    rho for all scopes that meets the ramp. Where that number would be negative, more
+    are pruned, in proportion to what the index says. Where fewer are dead than should
+    grow, fewer are pruned.
+    """
+    surplus = int(scopes.n_alive.sum()) - keep
+    total = max(int(scopes.n_rewire.sum()), surplus)
+    total = min(total, surplus + int(scopes.n_dead.sum()))
+    spare = (scopes.n_alive - 1).clamp(min=0)  # no scope loses its last weight
+    n_prune = apportion(total, scopes.n_rewire, spare)
+    return n_prune, apportion(total - surplus, n_prune, scopes.n_dead)
 
 
 def apportion(total, weights, caps):
-    """Share out `total` units in proportion to weights, to the largest remainders first, and to
-    none beyond its cap; what the weights cannot place goes evenly to the others.
+    """Share out `total` units in proportion to weights, to the largest remainders
+    first, and to none beyond its cap. What the weights cannot place goes evenly to the
+    others.
 
-    weights, caps: [S] int64, caps with at least `total` in all. Returns [S] int64 with exactly it.
+    weights, caps: [S] int64, caps with at least `total` in all. Returns [S] int64 with
+    exactly `total` in all.
     """
     share = torch.zeros_like(caps)
     while (left := total - int(share.sum())) > 0:
         is_open = share < caps
-        by = weights * is_open if (weights * is_open).any() else is_open.long()
-        share, rest = share + left * by // by.sum(), left * by % by.sum()
-        share[rest.argsort(descending=True, stable=True)[:total - int(share.sum())]] += 1
-        share = torch.minimum(share, caps)
+        by = weights * is_open
+        if not by.any():
+            by = is_open.long()
+        more = left * by // by.sum()
+        remainder = left * by % by.sum()
+        n_over = left - int(more.sum())
+        more[remainder.argsort(descending=True, stable=True)[:n_over]] += 1
+        share = torch.minimum(share + more, caps)
     return share
 
 
-def turnover(args, c, d, dead, keep):
-    """Return how many weights to prune and how many to grow in each scope: two [S] int64.
+# ---- Stage II: rewiring --------------------------------------------------------------
+# A score gives each weight a number, [M]; the dead weights with the highest grow.
+# velocity: V, [M]. generator: of this update.
 
-    c: what the index says. d, dead: alive and dead weights of before. keep: how many are to be
-    alive in all, None in adaptive mode.
+
+def momentum(masks, velocity, generator):
+    """Rank by |V|, the paper's way."""
+    return velocity.abs()
+
+
+def gradient(masks, velocity, generator):
+    """Rank by |dL/dw| of the batch, as RigL does."""
+    return masks.gradients()
+
+
+def random(masks, velocity, generator):
+    """Draw what grows: the control, as SET does."""
+    return torch.rand(masks.total, generator=generator).to(masks.device)
+
+
+GROWTH = {"momentum": momentum, "gradient": gradient, "random": random}
+
+
+def accumulate(masks, velocity):
+    """V <- 0.9 V + g for all places, the dead ones included. velocity: V, [M], changed
+    in place."""
+    velocity.mul_(DECAY)
+    for part, weight in zip(velocity.split(masks.sizes), masks.weights.values()):
+        part.view(weight.shape).add_(weight.grad)
+
+
+def rewire(masks, scope, n_prune, n_grow, score, generator):
+    """Stage II: in each scope prune the alive weights with the smallest |w|, and grow
+    the dead ones with the highest score.
+
+    n_prune, n_grow: [S] int64, the counts of each scope. score: [M]. Returns an Update.
+
+    What is pruned in this update does not grow in it. It moved until now, so that its
+    momentum would bring it straight back. What grows is 0, and so is its momentum.
     """
-    if keep is None:  # 0.29 * 100 is 28.999999999999996; a dense layer has no place to grow
-        return c, torch.minimum(torch.floor(c.double() * args.rho + 1e-9 * c).long(), dead)
-    # INTERPRETATION of "matched": the rho that meets the ramp, one for all scopes: grown = pruned -
-    # surplus. Were that negative, c is raised to what the ramp needs, in proportion: the index
-    # still says where. c is lowered where fewer are dead than should grow
-    surplus = int(d.sum()) - keep
-    total = min(max(int(c.sum()), surplus), surplus + int(dead.sum()))
-    cut = apportion(total, c, (d - 1).clamp(min=0))  # no scope loses its last weight
-    return cut, apportion(total - surplus, cut, dead)
+    magnitudes = masks.magnitudes()
+    masks.require_finite(magnitudes, "the weights")
+    masks.require_finite(score, "the scores")
+    alive_by_layer = in_scopes(masks, masks.flat, scope)
+    n_scopes = [len(alive) for alive in alive_by_layer]
+    pruned, grown = [], []
+    for alive, size, rank, cut, grow in zip(
+            alive_by_layer, in_scopes(masks, magnitudes, scope),
+            in_scopes(masks, score, scope), n_prune.split(n_scopes),
+            n_grow.split(n_scopes)):
+        pruned.append(largest_in_rows(alive, cut, -size, generator).flatten())
+        grown.append(largest_in_rows(~alive, grow, rank, generator).flatten())
+    pruned, grown = torch.cat(pruned), torch.cat(grown)
+
+    masks.flat &= ~pruned
+    before = masks.sparsity
+    masks.flat |= grown
+    return Update(pruned, before, grown, rescued=[])  # each scope has kept a weight
 
 
-def choose(eligible, counts, keys, generator):
-    """Return which places have the largest key in their row, [R, n] bool: counts[r] of the eligible
-    ones of row r; ties are broken at random.
+def largest_in_rows(eligible, counts, keys, generator):
+    """Choose counts[r] of the eligible places of each row r: those with the largest
+    keys, ties at random.
 
-    eligible: [R, n] bool. counts: [R] int64. keys: [R, n], finite. generator: a CPU generator.
+    eligible: [R, n] bool. counts: [R] int64. keys: [R, n], finite. generator: a CPU
+    generator. Returns [R, n] bool.
     """
     if len(counts) == 1:
         return select(eligible[0], int(counts), [keys[0]], generator)[None]
@@ -168,180 +288,156 @@ def choose(eligible, counts, keys, generator):
     places = torch.randperm(eligible.shape[1], generator=generator).to(keys.device)
     ranked = torch.where(eligible, keys, -torch.inf)[:, places]
     order = places[ranked.argsort(dim=1, descending=True, stable=True)]
-    first = torch.arange(len(places), device=keys.device) < counts.to(keys.device)[:, None]
-    return torch.zeros_like(eligible).scatter_(1, order, first)
+    ranks = torch.arange(len(places), device=keys.device)
+    is_first = ranks < counts.to(keys.device)[:, None]
+    return torch.zeros_like(eligible).scatter_(1, order, is_first)
 
 
-def rewire(args, masks, keep, scores, generator):
-    """One update, Stage I and Stage II. keep: how many weights are alive after it, None in adaptive
-    mode. scores: [M], by which the dead are ranked.
-
-    Returns (pruned, grown, before, index): [M] bool, [M] bool, the sparsity between the two steps,
-    the mean index of each layer. No layer ends empty: each scope keeps a weight.
-    """
-    magnitudes = masks.magnitudes()
-    masks.require_finite(magnitudes, "the weights")
-    masks.require_finite(scores, "the scores")
-    layers = list(zip(*(in_scopes(masks, flat, args.scope)
-                        for flat in (magnitudes, masks.flat, scores))))
-    d, dead, has_weight = (torch.cat(rows).cpu() for rows in zip(*(
-        (alive.sum(1), (~alive).sum(1), size.any(1)) for size, alive, _ in layers)))
-
-    # Stage I: the index of what is alive -> the bound -> how many connections to rewire
-    index = torch.cat([pq_index(size, alive) for size, alive, _ in layers]).cpu()
-    c = torch.where(has_weight, to_prune(retained(index, d, args.eta), d), 0)
-    cut, grow = turnover(args, c, d, dead, keep)
-
-    # Stage II: prune the smallest |w| of the alive; grow at the largest scores of the dead, those
-    # just pruned not among them: they moved until now, and would come straight back
-    sizes, pruned, grown = [len(alive) for _, alive, _ in layers], [], []
-    for (size, alive, score), n_cut, n_grow in zip(layers, cut.split(sizes), grow.split(sizes)):
-        pruned.append(choose(alive, n_cut, -size, generator).flatten())
-        grown.append(choose(~alive, n_grow, score, generator).flatten())
-    pruned, grown = torch.cat(pruned), torch.cat(grown)
-    masks.flat.copy_((masks.flat & ~pruned) | grown)  # what grows is 0, and so is its momentum
-    before = 1 - int(d.sum() - cut.sum()) / masks.total
-    return pruned, grown, before, [float(rows.mean()) for rows in index.split(sizes)]
-
-
-def sparsity_at(progress, first, final):
-    """Return the sparsity of the ramp: a cubic from first to final as progress goes from 0 to 1."""
-    return first + (final - first) * (1 - (1 - progress) ** 3)
-
-
-def accumulate(masks, velocity):
-    """V <- 0.9 V + g for all places, the dead ones included. velocity: [M], changed in place."""
-    velocity.mul_(DECAY)
-    for part, weight in zip(velocity.split(masks.sizes), masks.weights.values()):
-        part.view(weight.shape).add_(weight.grad)
-
-
-# ---- the script ----------------------------------------------------------------------------------
+# ---- the script ----------------------------------------------------------------------
 
 
 def run_name(args):
     name = f"{Path(args.dataset).stem}-{args.model}-pq-"
-    name += f"{args.sparsity:g}" if args.mode == "matched" else f"adaptive-rho{args.rho:g}"
+    if args.mode == "matched":
+        name += f"{args.sparsity:g}"
+    else:
+        name += f"adaptive-rho{args.rho:g}"
+    usual = presets.of(args.dataset, "pq")
     for flag in ("scope", "growth", "start"):  # readings that are not the default
-        if (value := getattr(args, flag)) != SETTINGS["all"][flag]:
-            name += f"-{value}"
+        if getattr(args, flag) != usual[flag]:
+            name += f"-{getattr(args, flag)}"
     return f"{name}-seed{args.seed}"
 
 
 def complete(args, explicit):
-    """Check the flags that depend on each other; the one that a mode does not have is None."""
+    """Check the flags that depend on each other. The one that a mode does not have is
+    None."""
     absent = "rho" if args.mode == "matched" else "sparsity"
     if explicit.get(absent) is not None:
-        raise ValueError(f"--{absent} is {explicit[absent]:g}, expected none: with --mode "
-                         f"{args.mode} it is an outcome. Leave it out, or change --mode")
+        raise ValueError(
+            f"--{absent} is {explicit[absent]:g}, expected none: with --mode "
+            f"{args.mode} it is an outcome. Leave it out, or change --mode")
     setattr(args, absent, None)
     if args.mode == "matched" and args.sparsity < 1 - args.density - 1e-9:
-        raise ValueError(f"--sparsity is {args.sparsity:g}, expected at least the "
-                         f"{1 - args.density:g} of the start. Raise it or --density")
+        raise ValueError(
+            f"--sparsity is {args.sparsity:g}, expected at least the "
+            f"{1 - args.density:g} of the start. Raise it or --density")
 
 
 def parse_args(argv):
     parser = flags.make_parser(__doc__)
-    add = parser.add_argument_group("rewiring").add_argument
-    add("--mode", choices=("matched", "adaptive"), help="matched: the density follows a cubic to 1 "
-        "- sparsity, the index sets the turnover; adaptive: the index sets all")
-    add("--sparsity", type=flags.number(0, 1), help="matched: share of the prunable weights that "
-        "is dead in the end, a fraction in [0, 1)")
-    add("--rho", type=flags.number(0, 1), help="adaptive: connections grown for each one pruned, a "
-        "fraction in [0, 1) (for 1: matched, with --sparsity 1 - density)")
+    add = parser.add_argument_group("rewiring (PQ index)").add_argument
+    add("--mode", choices=("matched", "adaptive"),
+        help="matched: the density follows a cubic to 1 - sparsity, and the index sets "
+        "how many are rewired; adaptive: the index sets both")
+    add("--sparsity", type=flags.number(0, 1), help="matched: share of the prunable "
+        "weights that is dead in the end, a fraction in [0, 1)")
+    add("--rho", type=flags.number(0, 1), help="adaptive: connections grown for each "
+        "one pruned, a fraction in [0, 1); for a rho of 1 take --mode matched with "
+        "--sparsity 1 - density")
     add("--scope", choices=("layer", "neuron"), help="what has an index of its own")
-    add("--growth", choices=("momentum", "gradient", "random"), help="what ranks the dead weights")
-    add("--density", type=flags.number(0, 1, above=True), help="share that is alive at the start")
-    add("--start", choices=("er", "erk"), help="density of each layer then: the same, or by shape")
+    add("--growth", choices=GROWTH, help="what ranks the dead weights")
+    add("--density", type=flags.number(0, 1, above=True),
+        help="share of the prunable weights that is alive at the start")
+    add("--start", choices=STARTS,
+        help="density of each layer at the start. er: the same; erk: by its shape")
     add("--eta", type=flags.number(0), help="slack of the bound, the paper's alpha_r")
-    add("--interval", type=flags.whole(1), metavar="STEPS", help="iterations between two updates")
+    add("--interval", type=flags.whole(1), metavar="STEPS",
+        help="iterations between two updates")
     add("--epochs-prune", type=flags.whole(1), metavar="N", help="epochs with rewiring")
-    add("--epochs-finetune", type=flags.whole(0), metavar="N", help="epochs with the mask fixed")
-    return flags.parse(parser, argv, SETTINGS, complete, run_name)
+    add("--epochs-finetune", type=flags.whole(0), metavar="N",
+        help="epochs with the mask fixed")
+    return flags.parse(parser, argv, "pq", complete, run_name)
+
+
+def check_scopes(args, masks):
+    """Raise ValueError if the sparsity leaves fewer weights than there are scopes."""
+    n_scopes = sum(map(len, in_scopes(masks, masks.flat, args.scope)))
+    keep = masks.keep_at(args.sparsity)
+    if keep < n_scopes:
+        raise ValueError(
+            f"--sparsity is {args.sparsity:g}: {keep} of {masks.total} weights alive, "
+            f"expected at least one for each of the {n_scopes} {args.scope}s. Lower "
+            f"--sparsity or raise --width")
+
+
+def set_up(args):
+    """Return the run and its number of updates. What cannot work is exit code 2, before
+    anything is written."""
+    with flags.exits(2, ValueError, OSError):
+        device = setup.start(args)
+        images = setup.load(args, device)
+        net = setup.build(args, images)
+        masks, optimizer = Masks(net), training.sgd(args, net)
+        stages = setup.stages(args, images, prune=args.epochs_prune,
+                              finetune=args.epochs_finetune)
+        if args.mode == "matched":
+            check_scopes(args, masks)
+        num_updates = setup.num_updates(args, stages)
+        run = Run(args, device, images, stages, net=net, optimizer=optimizer,
+                  masks=masks)
+    return run, num_updates
+
+
+def training_cost(run):
+    """Return the mean density at the start of an epoch, over the epochs."""
+    densities = [run.notes["density"]] + [1 - row["sparsity"] for row in run.rows[:-1]]
+    return sum(densities) / len(densities)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    with flags.exits(2, ValueError, OSError):  # all that can be checked, before anything is written
-        if (summary := finished(args)) is not None:
-            return summary
-        device = training.set_up(args)
-        images = training.load(args, device)
-        net = training.build(args, images)
-        masks, optimizer = Masks(net), training.sgd(args, net)
-        stages = training.stages(args, images, prune=args.epochs_prune,
-                                 finetune=args.epochs_finetune)
-        num_updates = stages.steps("prune") // args.interval
-        n_scopes = sum(map(len, in_scopes(masks, masks.flat, args.scope)))
-        if args.mode == "matched" and masks.keep_at(args.sparsity) < n_scopes:
-            raise ValueError(f"--sparsity is {args.sparsity:g}: {masks.keep_at(args.sparsity)} of "
-                             f"{masks.total} weights alive, expected at least one for each of the "
-                             f"{n_scopes} {args.scope}s. Lower --sparsity or raise --width")
-        if num_updates == 0:
-            raise ValueError(f"no update would ever run: --interval is {args.interval}, expected "
-                             f"at most {stages.steps('prune')}. Lower it or raise --epochs-prune")
-        run = Run(args, device, stages, net=net, optimizer=optimizer, masks=masks)
+    if (summary := finished(args)) is not None:
+        return summary
+    run, num_updates = set_up(args)
+    masks, optimizer = run.masks, run.optimizer
 
-    forward = torch.compile(net) if args.compile else net
-    with run.under_way():
+    with run.under_way(f"PQ: {num_updates} updates from {100 * args.density:g} % "
+                       f"dense, {args.mode}, index by {args.scope}, growth by "
+                       f"{args.growth}"):
         if run.iteration == 0:
-            dense = training.evaluate(forward, net, images, args)["accuracy"] if args.init else None
-            # Sparse from the start: the weights that any method has at this seed, masked. V = 0
-            start_sparse(args, masks)
+            # The weights that any method has at this seed, masked; V = 0
+            shapes = [weight.shape for weight in masks.weights.values()]
+            densities = STARTS[args.start](shapes, args.density)
+            start_sparse(masks, densities, run.generator())
             masks.apply(optimizer)
-            run.notes |= dict(dense_accuracy=dense, density=1 - masks.sparsity,
-                              velocity=torch.zeros(masks.total))
-        velocity = run.notes["velocity"] = run.notes["velocity"].to(device)  # saved with the run
-        run.header(images, net, f"{num_updates} updates from {100 * run.notes['density']:.1f} % "
-                   f"dense, {args.mode}, index by {args.scope}, growth by {args.growth}")
+            run.notes["density"] = 1 - masks.sparsity
+            run.notes["velocity"] = torch.zeros(masks.total)
+        velocity = run.notes["velocity"].to(run.device)
+        run.notes["velocity"] = velocity  # each checkpoint has it
+        last_update = num_updates * args.interval  # its iteration
 
-        for epoch in range(run.epoch, stages.epochs):
-            for x, y in run.track(images, epoch):
-                update = run.iteration // args.interval
-                is_update = update <= num_updates and run.iteration == update * args.interval
-
-                with training.autocast(args):
-                    logits = forward(x)  # [T, N, K]
-                loss = training.loss_over_time(logits, y, args.loss)
-                optimizer.zero_grad()
-                loss.backward()
-                if args.growth == "momentum" and run.iteration <= num_updates * args.interval:
-                    accumulate(masks, velocity)
-                training.set_lr(optimizer,
-                                training.cosine(args.lr, *stages.position(run.iteration)))
-                optimizer.step()
+        for epoch in run.epochs():
+            for x, y in run.batches(epoch):
+                training.step(run, x, y, training.cosine(args.lr, *run.position))
                 masks.apply(optimizer)  # w <- w * m, and its momentum
-                run.meter.add(loss, logits, y, run.iteration)
+                if args.growth == "momentum" and run.iteration <= last_update:
+                    accumulate(masks, velocity)  # V <- 0.9 V + g
 
-                if is_update:
-                    run.check()
-                    generator = seeded(args.seed, run.iteration)
-                    scores = (velocity.abs() if args.growth == "momentum" else
-                              masks.gradients() if args.growth == "gradient" else
-                              torch.rand(masks.total, generator=generator).to(device))
-                    target = keep = None
+                update, rest = divmod(run.iteration, args.interval)
+                if rest == 0 and update <= num_updates:
+                    # Stage I: how many of the alive weights are to be rewired?
+                    scopes, index = measure_scopes(masks, args.scope, args.eta)
                     if args.mode == "matched":
-                        target = sparsity_at(update / num_updates, 1 - args.density, args.sparsity)
+                        target = training.sparsity_at(
+                            update, num_updates, args.sparsity, first=1 - args.density)
                         keep = masks.keep_at(target)
-                    pruned, grown, before, index = rewire(args, masks, keep, scores, generator)
-                    masks.apply(optimizer)
-                    row = dict(update=update, iteration=run.iteration, target=target,
-                               before=before, **masks.account(pruned, grown))
-                    for layer, value in zip(row["layers"], index):
-                        layer["index"] = value
-                    run.add_update(row)
-                    run.verify(keep)
-            run.end_epoch(optimizer.param_groups[0]["lr"],
-                          training.evaluate(forward, net, images, args), masks.sparsity)
+                        n_prune, n_grow = counts_at_target(scopes, keep)
+                    else:
+                        target = keep = None  # outcomes
+                        n_prune, n_grow = counts_at_ratio(scopes, args.rho)
 
-        # What came of it
-        with training.autocast(args):
-            counts = metrics.count(net, images.inputs("test", args.batch_size), masks.alive)
-        densities = [run.notes["density"]] + [1 - row["sparsity"] for row in run.rows[:-1]]
-        return run.finish(net, masks.alive, counts, script="prune_pq", method="pq",
-                          macs_dense=counts["macs"], dense_accuracy=run.notes["dense_accuracy"],
-                          pruned_accuracy=run.rows[args.epochs_prune - 1]["test_accuracy"],
-                          training_cost=sum(densities) / len(densities),
+                    # Stage II: prune the smallest |w|, grow the largest |V|
+                    generator = run.generator()
+                    score = GROWTH[args.growth](masks, velocity, generator)
+                    change = rewire(masks, args.scope, n_prune, n_grow, score,
+                                    generator)
+                    masks.apply(optimizer)
+                    run.log_update(target, change, keep, layers=dict(index=index))
+            run.end_epoch()
+
+        return run.finish("prune_pq", "pq", pruned_accuracy=run.last_accuracy("prune"),
+                          training_cost=training_cost(run),
                           survived_by_regeneration=masks.share_regenerated)
 
 

@@ -1,2 +1,2 @@
-"""What makes a run reliable and is no algorithm: flags and presets, the run's folder, its files, the
-processes that share it, finished runs, plots."""
+"""What makes a run reliable and belongs to no algorithm: flags and presets, the run's
+folder and its files, the processes that share a run, finished runs, plots."""

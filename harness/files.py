@@ -1,45 +1,76 @@
-"""The files of a run: written whole, read with suspicion, and by one process at a time.
+"""The files of a run: written whole, checked when read, by one process at a time.
 
-    write_json(path, value)                          # whole under a temporary name, then renamed
-    state = read_tensors(path)                       # checked, with weights_only=True
-    lock = acquire(folder)                           # or an error, if another process is at work
+    write_json(path, value)            # under a temporary name, then renamed
+    state = read_checkpoint(folder)    # checked key by key
+    lock = acquire(folder)             # an error if another process has the folder
     release(lock)
 
-What is wrong with a file is one line: a ValueError, an OSError where the system refuses.
+A wrong file is a ValueError of one line. Where the system refuses a file it is an
+OSError of one line.
 """
 import io
 import json
 import os
-import zipfile
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout  # torch depends on it
 
 from harness import processes
+from models import read_tensors
 
-try:
-    import fcntl
-except ImportError:  # Windows, which has msvcrt in its place
-    fcntl = None
-    import msvcrt
+CHECKPOINT_FORMAT = 3  # raised when older files can no longer be read
 
-CHECKPOINT_FORMAT = 3  # of checkpoint.pt; raised when old files can no longer be read
-CHECKPOINT_KEYS = {  # what it holds, and of what type
+CHECKPOINT_KEYS = {  # {entry of checkpoint.pt: its type}
     "position": list, "flags": dict, "widths": list, "parts": dict, "masks_hold": bool,
     "metrics": int, "updates": int, "notes": dict, "meter": torch.Tensor,
     "statistics": torch.Tensor, "seconds": float}
 
 
-# ---- writing -------------------------------------------------------------------------------------
+# ---- writing -------------------------------------------------------------------------
+
+
+def write_json(path, value, before=None):
+    """Write a JSON file. before: see write_whole."""
+    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda file: file.write(text), before=before)
+
+
+def write_lines(path, rows):
+    """Write a JSON file with a line for each row."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    write_whole(path, lambda file: file.writelines(lines))
+
+
+def save_tensors(path, value):
+    """Write what torch.save writes.
+
+    It is made in memory first: on a full disk torch's own writer raises errors of
+    several classes, some of them only when the process ends.
+    """
+    content = io.BytesIO()
+    torch.save(value, content)
+    write_whole(path, lambda file: file.write(content.getbuffer()), "wb")
+
+
+def save_arrays(path, arrays):
+    """Write what numpy.savez writes. It is made in memory first, as in save_tensors."""
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    write_whole(path, lambda file: file.write(content.getbuffer()), "wb")
 
 
 def write_whole(path, write, mode="w", before=None):
-    """Write a file to a temporary name, flush it, and rename it: it is whole or it is not there.
+    """Write a file under a temporary name, flush it, and rename it.
 
-    before: called when all is written and nothing replaced yet. Raises OSError, one line, with the
-    old file in place and no temporary one left. Of several ranks one writes.
+    So the file is whole at any moment, even if the process is killed.
+
+    write(file): writes the content. before(): called when all is written and nothing is
+    replaced yet. Only rank 0 writes. Raises OSError of one line; then the old file is
+    kept and the temporary one removed.
     """
     if processes.rank() > 0:
         return
@@ -56,51 +87,21 @@ def write_whole(path, write, mode="w", before=None):
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise OSError(f"{path} cannot be written ({error.strerror or error}), expected a "
-                          f"folder to write to, with room. What it held before is kept; see to "
-                          f"that and go on (a run by --resume)") from None
+            raise OSError(f"{path} cannot be written ({error.strerror or error}), "
+                          f"expected a folder to write to, with room. What it held "
+                          f"before is kept. Make room or allow writing, then go on (a "
+                          f"run by --resume)") from None
         raise
 
 
-def write_json(path, value, before=None):
-    text = json.dumps(value, indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda file: file.write(text), before=before)
-
-
-def write_lines(path, rows):
-    write_whole(path, lambda file: file.writelines(json.dumps(row) + "\n" for row in rows))
-
-
-def save_tensors(path, value):
-    """Write what torch.save writes. It goes through memory: where a disk is full, torch's own
-    writer raises what it likes, and some of it only when the process ends."""
-    content = io.BytesIO()
-    torch.save(value, content)
-    write_whole(path, lambda file: file.write(content.getbuffer()), "wb")
-
-
-def save_arrays(path, arrays):
-    """Write what numpy.savez writes; through memory, for the same reason."""
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    write_whole(path, lambda file: file.write(content.getbuffer()), "wb")
-
-
-# ---- reading -------------------------------------------------------------------------------------
-
-
-def read_tensors(path):
-    """Return what a file of torch.save holds, on the CPU: plain types and tensors, no code, which
-    would be refused and not run. Raises whatever zipfile, pickle and the system raise."""
-    with zipfile.ZipFile(path) as archive:  # torch itself compares no checksums
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of its part {damaged} is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
+# ---- reading -------------------------------------------------------------------------
 
 
 def read_checkpoint(folder):
-    """Return what the checkpoint of a run holds, None if there is none."""
+    """Return the checkpoint of a run, a dict with CHECKPOINT_KEYS; None without one.
+
+    Raises ValueError if it is damaged or of another version.
+    """
     path = Path(folder, "checkpoint.pt")
     if not path.exists():
         return None
@@ -109,8 +110,8 @@ def read_checkpoint(folder):
         if not isinstance(state, dict) or "format" not in state:
             raise ValueError("it holds no state of a run")
         if state["format"] != CHECKPOINT_FORMAT:
-            raise ValueError(f"format {state['format']}, expected {CHECKPOINT_FORMAT}: it was "
-                             f"written by another version of this project")
+            raise ValueError(f"format {state['format']}, expected {CHECKPOINT_FORMAT}: "
+                             f"it was written by another version of this project")
         for key, kind in CHECKPOINT_KEYS.items():
             if not isinstance(state.get(key), kind):
                 raise ValueError(f"its entry {key} is missing or no {kind}")
@@ -118,80 +119,104 @@ def read_checkpoint(folder):
 
 
 def saved_widths(args):
-    """Return the widths of the network that --resume goes on with, None if it starts anew."""
+    """Return the widths of the network in the checkpoint that --resume starts from, a
+    list; None without --resume or without a checkpoint."""
     state = read_checkpoint(args.run_dir) if args.resume else None
-    return state["widths"] if state else None
+    return None if state is None else state["widths"]
 
 
 @contextmanager
 def fits(path):
-    """Turn whatever a bad checkpoint raises into one ValueError that says what to do."""
+    """Turn any error that a bad checkpoint raises into one ValueError of one line."""
     try:
         yield
-    except Exception as error:  # torch.load raises what zipfile, pickle and the system raise
+    except Exception as error:  # torch.load raises errors of zipfile, pickle and others
         detail = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path} does not fit this run or is damaged ({detail}). Give the flags "
-                         f"that it was made with, or start again with --overwrite") from None
+        raise ValueError(f"{path} does not fit this run or is damaged ({detail}). Give "
+                         f"the flags that it was made with, or start again with "
+                         f"--overwrite") from None
 
 
 def require_alike(name, saved, own):
-    """Raise ValueError unless two dicts of tensors and numbers have equal keys, shapes, types."""
+    """Raise ValueError unless two dicts of tensors and numbers have the same keys,
+    shapes and types. name: of the part, for the message."""
     if not isinstance(saved, dict) or saved.keys() != own.keys():
         raise ValueError(f"its {name} is of another network or script")
     for key, value in own.items():
-        form, wanted = ((x.dtype, list(x.shape)) if isinstance(x, torch.Tensor) else type(x)
-                        for x in (saved[key], value))
-        if form != wanted:
-            raise ValueError(f"{key} of its {name} is {form}, expected {wanted}")
+        found, wanted = _form(saved[key]), _form(value)
+        if found != wanted:
+            raise ValueError(f"{key} of its {name} is {found}, expected {wanted}")
 
 
-# ---- one process at a time -----------------------------------------------------------------------
+def _form(value):
+    if isinstance(value, torch.Tensor):
+        return value.dtype, list(value.shape)
+    return type(value)
+
+
+# ---- one process at a time -----------------------------------------------------------
+
+
+class Lock(NamedTuple):
+    """The lock of a run folder. The system frees it when the process ends."""
+
+    path: Path
+    file: os.stat_result  # of the lock's file, to recognise that file again
+    lock: FileLock
 
 
 def acquire(folder):
-    """Make a run folder if need be, and return its open lock file. The system frees the lock when
-    the process ends, however it ends. Raises ValueError if another process holds it."""
+    """Make a run folder if there is none, lock it, and return its Lock.
+
+    Where the file system has no locks, it prints a note and goes on without one. Raises
+    ValueError if another process holds the lock, and OSError if the folder cannot be
+    written to.
+    """
+    path = folder / ".lock"
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            file = open(folder / ".lock", "a+")
+            path.touch()
         except OSError as error:
-            raise OSError(f"{folder} cannot be written to ({error.strerror}), expected a folder "
-                          f"for the files of the run. Name another --run-dir") from None
+            raise OSError(f"{folder} cannot be written to ({error.strerror}), expected "
+                          f"a folder for the files of the run. Name another --run-dir"
+                          ) from None
+        # a soft lock is a file alone: it would stay after a run that was killed
+        lock = FileLock(path, timeout=0, fallback_to_soft=False)
         try:
-            if fcntl is None:
-                file.seek(0)
-                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            file.close()
-            raise ValueError(f"{folder} is in use by another process, expected one at a time. "
-                             f"Wait for it, stop it, or name another --run-dir") from None
-        except OSError as error:
-            print(f"note: {folder} cannot be locked ({error.strerror}); nothing but you keeps a "
-                  f"second process out of it")
-        if holds(file):
-            return file
-        file.close()  # its owner has just ended and removed it: there is a new one, or none
+            lock.acquire()
+        except Timeout:
+            if path.exists():
+                raise ValueError(f"{folder} is in use by another process, expected one "
+                                 f"at a time. Wait for it, stop it, or name another "
+                                 f"--run-dir") from None
+            continue  # the other process has just ended and removed the file
+        except (OSError, NotImplementedError) as error:
+            reason = getattr(error, "strerror", None) or error
+            print(f"note: {folder} cannot be locked ({reason}). Start no second run in "
+                  f"it: nothing prevents that")
+        try:
+            return Lock(path, os.stat(path), lock)
+        except FileNotFoundError:  # removed after it was opened here: try again
+            lock.release()
 
 
-def holds(file):
-    """Return whether a lock file is still the one of its folder; None: another rank has it."""
-    if file is None:
+def holds(lock):
+    """Return whether a Lock is still that of its folder, which a user may have deleted
+    or replaced. True for None, which all ranks but the first have."""
+    if lock is None:
         return True
     try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(file.name))
+        return os.path.samestat(lock.file, os.stat(lock.path))
     except FileNotFoundError:
         return False
 
 
-def release(file):
-    """Free a lock and leave no file. Windows removes none that is open; there it stays, unlocked.
-    """
-    if file is None:
+def release(lock):
+    """Free a Lock, and remove its file if that is still the folder's own."""
+    if lock is None:
         return
-    if holds(file):
-        with suppress(OSError):
-            os.unlink(file.name)
-    file.close()
+    if holds(lock):
+        with suppress(OSError):  # Windows removes no open file: there FileLock does it
+            os.unlink(lock.path)
+    lock.lock.release()

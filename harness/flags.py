@@ -1,10 +1,11 @@
-"""Flags: the ones that all scripts share, their defaults by data set, and what a wrong one gets.
+"""Flags: those that all scripts share, and where their values come from.
 
-    parser = flags.make_parser(__doc__)                    # the common flags; a script adds its own
-    args = flags.parse(parser, argv, SETTINGS, run_name)   # resolved, each one
+    parser = flags.make_parser(__doc__)    # the shared flags; a script adds its own
+    args = flags.parse(parser, argv, "unstructured", complete, run_name)
 
-A wrong flag or file is one line on stderr that says what is wrong, what was expected and how to fix
-it, and exit code 2, before anything is written.
+The defaults are in presets.py. A wrong flag or file ends the script with exit code 2,
+before anything is written. One line on stderr says what is wrong, what was expected and
+how to fix it.
 """
 import argparse
 import json
@@ -13,60 +14,259 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
+import data
 import models
-from harness import processes
+from harness import presets, processes
 from harness.machine import is_out_of_memory
 from neurons import RESETS, SURROGATES
 
 MAY_DIFFER = {"device", "save_every"}  # flags that a resumed run may change
 
-# Augmentation: LTH-SNN's crop and flip; a short run on centred 28x28 images is better off without
-# crops, and digits have no mirror image
-SMALL = dict(model="small", time_steps=4, batch_size=64, lr=0.1, crop=0, flip=True)
-PAPER = dict(model="vgg16", time_steps=5, batch_size=128, lr=0.3, crop=4, flip=True)  # Table 4
-EVENTS = SMALL | dict(encoding="events", crop=4, flip=False)  # frames of counts, T of the data
-DATASETS = {"fashion-mini": SMALL, "mnist": SMALL | dict(batch_size=128, crop=2, flip=False),
-            "fashion-mnist": SMALL | dict(batch_size=128),
-            "cifar10": PAPER, "cifar100": PAPER, "tiny-imagenet": PAPER | dict(crop=8),
-            # T, crops and rotations are SD-SNN's, and T and the network PQ's. INTERPRETATION of its
-            # augmentation: crops and flips, as with CIFAR
-            "n-mnist": EVENTS | dict(time_steps=20, batch_size=100, rotate=10.0),
-            "dvs-gesture": EVENTS | dict(time_steps=64, batch_size=16, crop=16, rotate=5.0),
-            "cifar10-dvs": EVENTS | dict(model="vggsnn", time_steps=10, flip=True)}
-COMMON = dict(dataset="fashion-mini", data_dir="data", train_limit=None, encoding="direct",
-              width=1.0, tau=None, threshold=None, surrogate=None, reset=None, loss="ce",
-              momentum=0.9, weight_decay=5e-4, cutout=0, rotate=0.0, init=None, device=None,
-              precision="fp32", compile=False, sync_bn=False, seed=0, run_dir=None, save_every=10.0,
-              resume=False, overwrite=False, smoke=False)
-NAMED_SIZES = dict(width="width", train_limit="limit", time_steps="time")  # in the run's name
-SMOKE = dict(width=0.25, batch_size=16)  # upper bounds of a trial, as in a script's settings
-SMOKE_IMAGES = 256
+# {flag: its word in the name of a run's folder}, for sizes that are not the default
+NAMED_SIZES = dict(width="width", train_limit="limit", time_steps="time")
+
+SMOKE_IMAGES = 256  # at most, of the training set and of the test set, under --smoke
 
 
-@contextmanager
-def exits(code, *errors, no_memory="Try a smaller --width or --train-limit"):
-    """Turn errors into one line on stderr and an exit code; no_memory: what to do about that."""
+# ---- the flags -----------------------------------------------------------------------
+
+
+def make_parser(doc):
+    """Return a parser with the flags that all scripts share."""
+    parser = Parser(doc)
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", metavar="NAME|FILE.npz|FOLDER",
+        help=f"{', '.join(data.NAMES)}, or a path: an .npz file with x_train, y_train, "
+             f"x_test, y_test, or a folder with train/CLASS/* and test/CLASS/* (a path "
+             f"has the defaults of fashion-mini)")
+    add("--data-dir", metavar="DIR",
+        help="where named sets lie, as NAME.npz or in their official layout, and where "
+             "they are downloaded to if they are not there")
+    add("--train-limit", type=whole(1), metavar="N",
+        help="use only the first N training images, balanced over the classes")
+    add("--crop", type=whole(0), metavar="PIXELS",
+        help="pad training images by so many pixels and crop them back at random; 0: "
+             "not at all")
+    add("--flip", action=argparse.BooleanOptionalAction,
+        help="mirror training images at random")
+    add("--cutout", type=whole(0), metavar="PIXELS",
+        help="side of a square hole in each training image (LTH-SNN's code has 16 on "
+             "CIFAR)")
+    add("--rotate", type=number(0, 180), metavar="DEGREES",
+        help="turn training images at random by up to so many degrees, either way; 0: "
+             "not at all")
+    add("--encoding", choices=models.ENCODINGS,
+        help="the input of the network at each time step. direct: the image; rate: "
+             "spikes, drawn with the pixels as probabilities; events: a frame of an "
+             "event camera")
+
+    group = parser.add_argument_group(
+        "model", "The flags of the neuron, --tau to --detach-reset, have the network's "
+        "own values as defaults:\nthose of plans.py, else those of neurons.py.")
+    add = group.add_argument
+    add("--model", choices=models.NAMES, help="the network")
+    add("--width", type=number(0, 100, above=True), metavar="FACTOR",
+        help="a factor on all widths of the network")
+    add("--time-steps", type=whole(1, 10_000), metavar="T",
+        help="time steps of the simulation")
+    add("--tau", type=number(1, above=True), metavar="STEPS",
+        help="time constant of the membrane: a time step without input leaves a share "
+             "of 1 - 1 / tau of the potential")
+    add("--threshold", type=number(0, above=True), metavar="V",
+        help="the potential from which a neuron fires")
+    add("--alpha", type=number(0, above=True), metavar="A",
+        help="steepness of the surrogate: a larger one makes the gradient at the "
+             "threshold higher and narrower")
+    add("--surrogate", choices=list(SURROGATES),
+        help="the smooth function that the backward pass takes in place of the step "
+             "function of a spike")
+    add("--reset", choices=list(RESETS),
+        help="the potential after a spike. hard: 0; soft: lower by the threshold")
+    add("--detach-reset", action=argparse.BooleanOptionalAction,
+        help="no gradient flows through the spike in the reset")
+    add("--init", metavar="MODEL.pt",
+        help="start from this network, for instance a trained dense one")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--batch-size", type=whole(1), metavar="N",
+        help="images a step, over all processes")
+    add("--lr", type=number(0, above=True),
+        help="learning rate at the start of a stage")
+    add("--loss", choices=("ce", "mse"),
+        help="ce: cross-entropy of the output at each time step; mse: squared distance "
+             "of the output's firing rate to the label")
+    add("--momentum", type=number(0, 1), help="momentum of SGD, a fraction in [0, 1)")
+    add("--weight-decay", type=number(0), help="L2 decay of all parameters")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    add("--precision", choices=("fp32", "bf16"),
+        help="bf16: mixed precision by autocast")
+    add("--compile", action="store_true",
+        help="compile the network with torch.compile")
+    add("--sync-bn", action="store_true",
+        help="under torchrun, on GPUs: batch normalisation over the whole batch, and "
+             "not over the share of each process")
+    add("--seed", type=whole(0), help="seed of weights, order of the images and ties")
+    add("--run-dir", metavar="DIR",
+        help="the run's folder (default: runs/ and a name made of the flags)")
+    add("--save-every", type=number(0), metavar="MINUTES",
+        help="save a checkpoint inside an epoch too, every so many minutes; a run that "
+             "is killed loses no more than these")
+    add("--resume", action="store_true",
+        help="go on where this run was stopped, or begin it")
+    add("--overwrite", action="store_true",
+        help="replace the run that is in the folder")
+    add("--smoke", action="store_true",
+        help="a trial of the whole script in seconds: a quarter of the width, a few "
+             "batches, one epoch a stage, in a folder of its own")
+    return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without its usage lines: a wrong flag is one line and exit code 2.
+
+    The result holds only the flags that were given. parse() adds the others.
+    """
+
+    def __init__(self, doc):
+        super().__init__(description=doc, allow_abbrev=False,
+                         argument_default=argparse.SUPPRESS,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        message = message.removeprefix("argument ").replace(": is ", " is ", 1)
+        leave(2, f"error: {' '.join(message.split())}", self.prog)
+
+
+# ---- the values ----------------------------------------------------------------------
+
+
+def parse(parser, argv, script, complete, run_name):
+    """Return all flags of a script, a Namespace. Exit with code 2 if one is wrong.
+
+    A value comes from the command line; else from the config.json of the run that is
+    resumed; else from presets.py. --smoke then bounds some of them from above.
+
+    script: the name of its column in presets.ROWS.
+    complete(args, explicit): sets the flags whose defaults depend on other flags. It
+    may raise ValueError. explicit: {flag: value} from the command line and config.json.
+    run_name(args): returns the name of the run's folder.
+    """
+    tables = {name: defaults_of(parser, name, script) for name in data.NAMES}
+    explain_defaults(parser, tables)
+    given = vars(parser.parse_args(argv))
+    for one, other in (("init", "resume"), ("resume", "overwrite")):
+        if given.get(one) and given.get(other):
+            parser.error(f"--{one} and --{other} exclude each other, expected one of "
+                         f"them. Leave one out")
+
+    args = resolve(parser, given, {}, script, complete)
+    folder = Path(args.run_dir or Path("runs", folder_name(args, script, run_name)))
+    if args.resume and (folder / "config.json").is_file():
+        with exits(2, ValueError, OSError):
+            config = read_config(folder, parser)
+        for flag, value in given.items():
+            may_differ = flag in MAY_DIFFER or flag == "run_dir"
+            if flag in config and config[flag] != value and not may_differ:
+                parser.error(
+                    f"{folder} was made with --{flag.replace('_', '-')} "
+                    f"{config[flag]}, this command says {value}. Leave the flag out, "
+                    f"or name another --run-dir")
+        not_kept = ("resume", "overwrite", "device", "run_dir")
+        config = {flag: config[flag] for flag in vars(args).keys() & config.keys()
+                  if flag not in not_kept}
+        args = resolve(parser, given, config, script, complete)
+    args.run_dir = str(folder)
+    if args.smoke and "run_dir" not in given and not args.resume:
+        args.overwrite = True  # its folder holds nothing but such trials
+    return args
+
+
+def defaults_of(parser, dataset, script):
+    """Return {flag: default} for a data set, of the flags that the parser knows."""
+    known = {action.dest for action in parser._actions}
+    return {flag: value for flag, value in presets.of(dataset, script).items()
+            if flag in known}
+
+
+def resolve(parser, given, config, script, complete):
+    """Return all flags as a Namespace.
+
+    given: {flag: value} of the command line. config: {flag: value} of the run that is
+    resumed.
+    """
+    explicit = config | given
+    dataset = explicit.get("dataset", presets.of("default")["dataset"])
+    args = argparse.Namespace(**defaults_of(parser, dataset, script) | explicit)
+    if args.smoke:
+        for flag, bound in presets.smoke(script).items():
+            if flag in args:
+                setattr(args, flag, min(getattr(args, flag), bound))
+    with exits(2, ValueError):
+        complete(args, explicit)
+    return args
+
+
+def folder_name(args, script, run_name):
+    """Return the name of the run's folder: run_name(args), with each size that is not
+    the default before the seed. So runs of different sizes have different folders."""
+    usual = presets.of(args.dataset, script)
+    if args.smoke:
+        usual |= presets.smoke(script)
+    stem, seed = run_name(args).rsplit("-seed", 1)
+    for flag, word in NAMED_SIZES.items():
+        value = getattr(args, flag)
+        if value != usual[flag]:
+            stem += f"-{word}{value:g}"
+    prefix = "smoke-" if args.smoke else ""
+    return f"{prefix}{stem}-seed{seed}"
+
+
+def explain_defaults(parser, tables):
+    """Add the defaults to the help of each flag.
+
+    First comes the default of the first data set, which all sets without a mention
+    share, and then each other default with its data sets.
+    tables: {data set: {flag: default}}.
+    """
+    for action in parser._actions:
+        names_of = {}  # {default: data sets}
+        for name, table in tables.items():
+            names_of.setdefault(table.get(action.dest), []).append(name)
+        usual, *others = names_of
+        if others or (usual is not None and usual is not False):
+            shown = [str(usual)]
+            shown += [f"{value}: {', '.join(names_of[value])}" for value in others]
+            action.help += f" (default {'; '.join(shown)})"
+        action.help = action.help.replace("%", "%%")
+
+
+def read_config(folder, parser):
+    """Return the config.json of a run, a dict, with its flags checked as on a command
+    line.
+
+    Raises ValueError if it is damaged, OSError if it cannot be read.
+    """
+    path = folder / "config.json"
     try:
-        yield
-    except (processes.Mismatch, *errors, MemoryError, RuntimeError) as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        if processes.is_loss(error):
-            text = ("another rank is gone, expected all of them to the end. The last checkpoint is "
-                    "kept: go on with --resume")
-        elif is_out_of_memory(error):
-            text = f"the memory does not suffice ({text[:200]}), expected more of it. {no_memory}"
-        elif not isinstance(error, (processes.Mismatch, *errors)):
-            raise
-        leave(code, f"error: {text}")
-    except KeyboardInterrupt:
-        leave(130, "interrupted, nothing more is saved")
+        config = json.loads(path.read_text())
+        for action in parser._actions:
+            value = config.get(action.dest)
+            if value is None:
+                continue
+            if action.type is not None:
+                action.type(str(value))
+            if action.choices and value not in action.choices:
+                raise ValueError
+    except (ValueError, AttributeError, argparse.ArgumentTypeError):
+        raise ValueError(f"{path} is damaged, expected a JSON object. Start again with "
+                         f"--overwrite") from None
+    return config
 
 
-def leave(code, line, name=None):
-    """Exit with a line on stderr, which one rank writes for all."""
-    if processes.speaks(code):
-        print(f"{name or Path(sys.argv[0]).name}: {line}", file=sys.stderr)
-    raise SystemExit(code)
+# ---- types of values -----------------------------------------------------------------
+# argparse calls them with the text of a flag. A wrong value is an ArgumentTypeError.
 
 
 def whole(low, high=2**31):
@@ -77,194 +277,73 @@ def whole(low, high=2**31):
         except ValueError:
             value = low - 1
         if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"is {text}, expected a whole number of at least {low}"
-                                             + (f", below {high}" if value >= high else ""))
+            wanted = f"a whole number of at least {low}"
+            if value >= high:
+                wanted += f", below {high}"
+            raise argparse.ArgumentTypeError(f"is {text}, expected {wanted}")
         return value
     return convert
 
 
 def number(low, high=math.inf, above=False):
-    """Return an argparse type: a finite number in [low, high), or in (low, high) if `above`."""
+    """Return an argparse type: a finite number in [low, high), (low, high) if above."""
+    if high < math.inf and above:
+        wanted = f"a number above {low:g} and below {high:g}"
+    elif high < math.inf:
+        wanted = f"a fraction in [{low:g}, {high:g})"
+    elif above:
+        wanted = f"a finite number above {low:g}"
+    else:
+        wanted = f"a finite number of at least {low:g}"
+
     def convert(text):
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and low <= value < high) or (above and value == low):
-            if high == math.inf:
-                wanted = f"a finite number {'above' if above else 'of at least'} {low:g}"
-            elif above:
-                wanted = f"a number above {low:g} and below {high:g}"
-            else:
-                wanted = f"a fraction in [{low:g}, {high:g})"
-            hint = f". For {value:g} % write {value / 100:g}" if high == 1 < value < 100 else ""
+        is_inside = math.isfinite(value) and low <= value < high
+        if not is_inside or (above and value == low):
+            hint = ""
+            if high == 1 < value < 100:
+                hint = f". For {value:g} % write {value / 100:g}"
             raise argparse.ArgumentTypeError(f"is {text}, expected {wanted}{hint}")
         return value
     return convert
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse without its usage lines: a wrong flag is one line and exit code 2.
+# ---- errors --------------------------------------------------------------------------
 
-    Flags that are not given are absent from the result: parse() fills in their defaults.
+
+@contextmanager
+def exits(code, *errors, no_memory="Try a smaller --width or --train-limit"):
+    """Turn errors inside into one line on stderr and an exit code.
+
+    errors: the classes of exceptions that count. Besides them, three always count: a
+    process that is gone or disagrees, too little memory, and Ctrl-C (exit code 130).
+    no_memory: the advice for too little memory.
     """
-
-    def __init__(self, doc):
-        super().__init__(description=doc, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message):
-        message = message.removeprefix("argument ").replace(": is ", " is ", 1)
-        leave(2, f"error: {' '.join(message.split())}", self.prog)
-
-
-def make_parser(doc):
-    """Return a parser with the flags that all scripts have in common."""
-    parser = Parser(doc)
-    add = parser.add_argument_group("data").add_argument
-    add("--dataset", metavar="NAME|FILE.npz|FOLDER",
-        help=f"{', '.join(DATASETS)}, or a path: an .npz file with x_train, y_train, x_test, "
-             f"y_test, or a folder with train/CLASS/* and test/CLASS/* (a path has the defaults "
-             f"of fashion-mini)")
-    add("--data-dir", metavar="DIR", help="where named sets lie, as NAME.npz or in their official "
-        "layout, and where they are downloaded to if they are not there")
-    add("--train-limit", type=whole(1), metavar="N",
-        help="use only the first N training images, balanced over the classes")
-    add("--crop", type=whole(0), metavar="PIXELS", help="training images are padded by as much and "
-        "cropped back at random; 0: not at all")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror training images at random")
-    add("--cutout", type=whole(0), metavar="PIXELS",
-        help="side of a square hole in each training image (LTH-SNN's code has 16 on CIFAR)")
-    add("--rotate", type=number(0, 180), metavar="DEGREES",
-        help="training images are turned at random by as much, either way; 0: not at all")
-    add("--encoding", choices=models.ENCODINGS, help="of the input: the image at each step; spikes "
-        "drawn at each step with the pixels as probabilities; the frames of an event camera")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", choices=models.NAMES, help="the network")
-    add("--width", type=number(0, 100, above=True), metavar="FACTOR",
-        help="a factor on all its widths")
-    add("--time-steps", type=whole(1, 10_000), metavar="T", help="time steps of the simulation")
-    add("--tau", type=number(1, above=True), metavar="STEPS", help="membrane time constant of the "
-        "neurons (default: the network's own, as of the next three: 1.25 of sdsnn-small, 2 of "
-        "sdsnn-large, where it is learnt, and of gradr-*, 4/3 of the others)")
-    add("--threshold", type=number(0, above=True), metavar="V", help="where they fire (0.5 of "
-        "sdsnn-*, 1 of the others)")
-    add("--surrogate", choices=SURROGATES, help="of the gradient of a spike (rectangular of "
-        "sdsnn-small)")
-    add("--reset", choices=RESETS, help="a potential that fired goes to 0, or down by the "
-        "threshold")
-    add("--init", metavar="MODEL.pt", help="start from this network, a trained dense one, say")
-    add = parser.add_argument_group("training").add_argument
-    add("--batch-size", type=whole(1), metavar="N", help="images a step, over all processes")
-    add("--lr", type=number(0, above=True), help="learning rate at the start of a stage")
-    add("--loss", choices=("ce", "mse"), help="cross-entropy of each step, or the squared distance "
-        "of the output's firing rate to the label")
-    add("--momentum", type=number(0, 1), help="momentum of SGD, a fraction in [0, 1)")
-    add("--weight-decay", type=number(0), help="L2 decay of all parameters")
-    add = parser.add_argument_group("run").add_argument
-    add("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
-    add("--precision", choices=("fp32", "bf16"), help="bf16: mixed precision by autocast")
-    add("--compile", action="store_true", help="compile the network with torch.compile")
-    add("--sync-bn", action="store_true", help="under torchrun, on GPUs: batch normalisation over "
-        "the whole batch, and not over the share of each process")
-    add("--seed", type=whole(0), help="seed of weights, order of the images and ties")
-    add("--run-dir", metavar="DIR",
-        help="the run's folder (default: runs/ and a name made of the flags)")
-    add("--save-every", type=number(0), metavar="MINUTES", help="save a checkpoint inside an epoch "
-        "too, at the first step after so many minutes: what a kill can cost")
-    add("--resume", action="store_true", help="go on where this run was stopped, or begin it")
-    add("--overwrite", action="store_true", help="replace the run that is in the folder")
-    add("--smoke", action="store_true", help="the same path, end to end, in seconds: a quarter of "
-        "the width, a few batches, one epoch a stage, in a folder of its own")
-    return parser
-
-
-def parse(parser, argv, settings, complete, run_name):
-    """Return the resolved flags of a script; exit with code 2 if they are wrong.
-
-    settings: {data set: {flag: default}}, the script's own, beside DATASETS and COMMON; "all" holds
-    for all data sets, "smoke" for --smoke, and a path has those of fashion-mini. Each source
-    overrides the one before: COMMON, the data set, --smoke, the config.json of a run that is
-    resumed, what is given. complete(args, explicit) fills in what depends on other flags; explicit:
-    those that the command line or that config.json gives. run_name(args) names the run's folder.
-    """
-    tables = {name: DATASETS[name] | settings[name] for name in DATASETS}
-    shared = COMMON | settings["all"]
-    explain_defaults(parser, tables, shared)
-    given = vars(parser.parse_args(argv))
-    for one, other in (("init", "resume"), ("resume", "overwrite")):
-        if given.get(one) and given.get(other):
-            parser.error(f"--{one} and --{other} exclude each other, expected one of them. "
-                         f"Leave one out")
-
-    def resolve(config):
-        name = given.get("dataset", config.get("dataset", shared["dataset"]))
-        smoke = SMOKE | settings["smoke"] if given.get("smoke", config.get("smoke")) else {}
-        table = tables.get(name, tables["fashion-mini"])
-        args = argparse.Namespace(**{**shared, **table, **config, **given})
-        for flag, bound in smoke.items():
-            setattr(args, flag, min(getattr(args, flag), bound))
-        with exits(2, ValueError):
-            complete(args, config | given)
-        return args
-
-    args = resolve({})
-    usual = shared | tables.get(args.dataset, tables["fashion-mini"])
-    usual |= SMOKE if args.smoke else {}
-    name = ("smoke-" if args.smoke else "") + with_sizes(run_name(args), args, usual)
-    folder = Path(args.run_dir or Path("runs", name))
-    if args.resume and (folder / "config.json").is_file():
-        with exits(2, ValueError, OSError):
-            config = read_config(folder, parser)
-        for flag, value in given.items():
-            if flag in config and config[flag] != value and flag not in MAY_DIFFER | {"run_dir"}:
-                parser.error(f"{folder} was made with --{flag.replace('_', '-')} {config[flag]}, "
-                             f"this command says {value}. Leave the flag out, or name another "
-                             f"--run-dir")
-        args = resolve({flag: config[flag] for flag in vars(args).keys() & config.keys()
-                        if flag not in ("resume", "overwrite", "device", "run_dir")})
-    args.run_dir = str(folder)
-    args.overwrite |= args.smoke and "run_dir" not in given and not args.resume
-    return args
-
-
-def with_sizes(name, args, usual):
-    """Return a run's name with the sizes that are not the usual ones, before its seed: else two
-    runs of different sizes would share a folder."""
-    sizes = "".join(f"-{word}{value:g}" for flag, word in NAMED_SIZES.items()
-                    if (value := getattr(args, flag)) != usual[flag])
-    stem, seed = name.rsplit("-seed", 1)
-    return f"{stem}{sizes}-seed{seed}"
-
-
-def explain_defaults(parser, tables, shared):
-    """Add to each flag's help what its default is: of fashion-mini and all that are not named, then
-    of those that are."""
-    for action in parser._actions:
-        by_value = {}
-        for name, table in tables.items():
-            by_value.setdefault(table.get(action.dest, shared.get(action.dest)), []).append(name)
-        usual, *others = by_value  # fashion-mini comes first
-        shown = "; ".join([str(usual), *(f"{value}: {', '.join(by_value[value])}"
-                                         for value in others)])
-        if others or usual not in (None, False):
-            action.help += f" (default {shown})"
-        action.help = action.help.replace("%", "%%")
-
-
-def read_config(folder, parser):
-    """Return the config.json of a run; its flags are checked like those of the command line."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        for action in parser._actions:
-            value = config.get(action.dest)
-            if value is not None and action.type is not None:
-                action.type(str(value))
-            if value is not None and action.choices and value not in action.choices:
-                raise ValueError
-    except (ValueError, AttributeError, argparse.ArgumentTypeError):
-        config = None
-    if config is None:
-        raise ValueError(f"{folder / 'config.json'} is damaged, expected a JSON object. Start "
-                         f"again with --overwrite")
-    return config
+        yield
+    except (processes.Mismatch, *errors, MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if processes.is_loss(error):
+            text = ("another rank is gone, expected all of them to the end. The last "
+                    "checkpoint is kept: go on with --resume")
+        elif is_out_of_memory(error):
+            text = (f"the memory does not suffice ({text[:200]}), expected more of it. "
+                    f"{no_memory}")
+        elif not isinstance(error, (processes.Mismatch, *errors)):
+            raise
+        leave(code, f"error: {text}")
+    except KeyboardInterrupt:
+        leave(130, "interrupted, nothing more is saved")
+
+
+def leave(code, line, name=None):
+    """Exit with a line on stderr, which one process writes for all.
+
+    name: of the script, at the start of the line; None: of the one that runs.
+    """
+    if processes.speaks(code):
+        print(f"{name or Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    raise SystemExit(code)

@@ -1,58 +1,43 @@
-"""Other neurons in the place of ours, for benchmark.py: those of the frameworks, and none at all.
+"""Other neurons in the place of this project's, for benchmark.py: those of the
+frameworks, and one that does nothing but a ReLU.
 
     net.set_submodule("lifs.0", SpikingJelly())
 
-All have the signature, the equations and the settings of neurons.LIF: tau 4/3, threshold 1, reset
-to 0, arctan surrogate with alpha 2. A framework is imported when its neuron is made.
+SpikingJelly and SnnTorch have the call, the equations and the default settings of
+neurons.LIF: tau 4/3, threshold 1, reset to 0, arctan surrogate with alpha 2. A
+framework is imported when its neuron is made; ImportError says that it is missing.
 """
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from neurons import LIF, surrogate_grad
+TAU, V_THRESHOLD, V_RESET, ALPHA = 4 / 3, 1.0, 0.0, 2.0
 
 
 def over_time(x_seq, time_steps):
-    """Return the input of all steps, where direct coding gives that of one."""
-    return x_seq if time_steps is None else x_seq.expand(time_steps, *x_seq.shape[1:])
+    """Return the input of all steps, [T, N, ...]; direct coding gives that of one,
+    [1, N, ...]."""
+    if time_steps is None:
+        return x_seq
+    return x_seq.expand(time_steps, *x_seq.shape[1:])
 
 
 class Floor(nn.Module):
+    """A ReLU at each step: what a step costs without the work of a neuron."""
+
     def forward(self, x_seq, time_steps=None):
         return F.relu(over_time(x_seq, time_steps))
 
 
-class Spike(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u):
-        ctx.save_for_backward(u)
-        return (u >= 0).to(u.dtype)
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * surrogate_grad(*ctx.saved_tensors)
-
-
-class Plain(LIF):
-    """The equations of neurons.py, one autograd operation after the other."""
-
-    def forward(self, x_seq, time_steps=None):
-        v, spikes = torch.zeros_like(x_seq[0]), []
-        for x in over_time(x_seq, time_steps):
-            h = v + (x - v) / self.tau
-            s = Spike.apply(h - self.v_threshold)
-            v = (1 - s.detach()) * h
-            spikes.append(s)
-        return torch.stack(spikes)
-
-
 class SpikingJelly(nn.Module):
+    """SpikingJelly's LIFNode in its multi-step mode."""
+
     def __init__(self):
         super().__init__()
         from spikingjelly.activation_based import neuron, surrogate
         self.neuron = neuron.LIFNode(
-            tau=4 / 3, decay_input=True, v_threshold=1.0, v_reset=0.0, detach_reset=True,
-            surrogate_function=surrogate.ATan(2.0), step_mode="m")
+            tau=TAU, decay_input=True, v_threshold=V_THRESHOLD, v_reset=V_RESET,
+            detach_reset=True, surrogate_function=surrogate.ATan(ALPHA), step_mode="m")
 
     def forward(self, x_seq, time_steps=None):
         self.neuron.reset()
@@ -60,17 +45,19 @@ class SpikingJelly(nn.Module):
 
 
 class SnnTorch(nn.Module):
+    """snnTorch's Leaky, step by step. Its reset is not detached, so that its gradient
+    differs."""
+
     def __init__(self):
         super().__init__()
         import snntorch
-        self.tau = 4 / 3
         self.neuron = snntorch.Leaky(
-            beta=1 - 1 / self.tau, threshold=1.0, reset_mechanism="zero", reset_delay=False,
-            spike_grad=snntorch.surrogate.atan(alpha=2.0))
+            beta=1 - 1 / TAU, threshold=V_THRESHOLD, reset_mechanism="zero",
+            reset_delay=False, spike_grad=snntorch.surrogate.atan(alpha=ALPHA))
 
     def forward(self, x_seq, time_steps=None):
         membrane, spikes = torch.zeros_like(x_seq[0]), []
         for x in over_time(x_seq, time_steps):
-            spike, membrane = self.neuron(x / self.tau, membrane)
+            spike, membrane = self.neuron(x / TAU, membrane)
             spikes.append(spike)
         return torch.stack(spikes)

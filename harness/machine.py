@@ -1,4 +1,4 @@
-"""The machine that a run is on: versions of what it depends on, its device, its memory."""
+"""The machine of a run: versions of the packages, the device, the memory."""
 import platform
 import re
 import shutil
@@ -10,46 +10,68 @@ from pathlib import Path
 
 import torch
 
-NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "bad_alloc", "ALLOC_FAILED")
+PACKAGES = "torch", "torchvision", "numpy"
+
+# torch's CPU allocator raises a RuntimeError with one of these phrases
+NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "bad_alloc",
+             "ALLOC_FAILED")
 
 
 def versions():
-    """Return the versions of what a run depends on, flat, for config.json."""
-    names = ("torch", "torchvision", "numpy")
-    found = dict.fromkeys((f"version_{name}" for name in names))
-    for name in names:
-        with suppress(PackageNotFoundError):  # torchvision is needed by some data sets only
+    """Return the versions of the packages and of Python, and the commit of this
+    repository, a flat dict for config.json. What is unknown is None."""
+    found = {f"version_{name}": None for name in PACKAGES}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):  # only some data sets need torchvision
             found[f"version_{name}"] = version(name)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent.parent, text=True,
-                            capture_output=True) if shutil.which("git") else None
-    return found | dict(version_python=platform.python_version(),
-                        commit=commit.stdout.strip() or None if commit else None)
+    return found | dict(version_python=platform.python_version(), commit=commit())
+
+
+def commit():
+    """Return the hash of the commit that is checked out; None without git or without a
+    repository."""
+    if not shutil.which("git"):
+        return None
+    root = Path(__file__).parent.parent
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, text=True,
+                          capture_output=True)
+    return done.stdout.strip() or None
+
+
+def device_name(device):
+    """Return the name of the GPU, or of the processor if the system tells it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")  # on Linux, where platform says only "x86_64"
+    if cpuinfo.exists():
+        name = re.search(r"model name\s*: (.*)", cpuinfo.read_text())
+        if name:
+            return name[1]
+    return platform.processor() or platform.machine()
 
 
 def peak_memory_mib(device):
-    """Return the peak memory of the device (GPU) or of this process (CPU) in MiB,
-    None if unknown."""
+    """Return the peak memory in MiB, of the GPU or, on a CPU, of this process; None if
+    unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
     try:
         import resource  # not on Windows
     except ImportError:
         return None
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            / (2**20 if sys.platform == "darwin" else 2**10))
-
-
-def device_name(device):
-    """Return the name of the GPU, or of the processor as far as the system tells it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")  # Linux, where platform knows no more than "x86_64"
-    names = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if sys.platform == "darwin":  # in bytes there, in KiB elsewhere
+        return peak / 2**20
+    return peak / 2**10
 
 
 def is_out_of_memory(error):
-    """Tell whether an error is of memory: a GPU has a class of its own, torch's CPU allocator a
-    RuntimeError of some wording, numpy and Python a MemoryError."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY))
+    """Return whether an exception says that memory is short.
+
+    A GPU has a class of its own. numpy and Python raise MemoryError, and torch's CPU
+    allocator a RuntimeError.
+    """
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    is_runtime = isinstance(error, RuntimeError)
+    return is_runtime and any(phrase in str(error) for phrase in NO_MEMORY)

@@ -1,10 +1,11 @@
-"""One look for all figures: methods have their colours and markers, panels the width of a column.
+"""One look for all figures: colours and markers of the methods, panels as wide as a
+column of a paper.
 
     figure, ((axis,),) = plots.canvas(1)
     mean, std = plots.spread(values)                 # over the seeds
     plots.plot(axis, x, mean, std, "criticality")
     plots.save(Path("figures/name"), figure, rows, "what it is of")
-    plots.draw_curves(rows, path)                    # of metrics.jsonl: what each run leaves
+    plots.draw_curves(rows, path)                    # of metrics.jsonl, after each run
 """
 import base64
 import csv
@@ -19,35 +20,83 @@ from harness.files import write_whole
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
 
-STYLE = {  # Okabe-Ito colours, told apart by all eyes; markers, told apart without colour
-    "dense": ("#000000", "s"), "gmp": ("#D55E00", "o"), "slimming": ("#D55E00", "o"),
-    "criticality": ("#0072B2", "^"), "gradient": ("#009E73", "v"), "random": ("#CC79A7", "D"),
-    "granet": ("#56B4E9", "P"), "greg1": ("#E69F00", "X"), "greg2": ("#999999", "*"),
-    "imp": ("#E69F00", "o"), "eb": ("#E69F00", "s"), "et": ("#E69F00", "D"),
-    "gradr": ("#009E73", "P"), "deepr": ("#009E73", "X"), "sdsnn": ("#56B4E9", "*"),
-    "pq": ("#CC79A7", "p")}
+# Okabe-Ito colours, told apart by all eyes
+BLACK, GREY, ORANGE = "#000000", "#999999", "#E69F00"
+BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
+RED, PINK = "#D55E00", "#CC79A7"
+
+STYLE = {  # method: colour, and a marker, told apart without colour
+    "dense": (BLACK, "s"),
+    "gmp": (RED, "o"),
+    "slimming": (RED, "o"),
+    "criticality": (BLUE, "^"),
+    "gradient": (GREEN, "v"),
+    "random": (PINK, "D"),
+    "granet": (SKY, "P"),
+    "greg1": (ORANGE, "X"),
+    "greg2": (GREY, "*"),
+    "imp": (ORANGE, "o"),
+    "eb": (ORANGE, "s"),
+    "et": (ORANGE, "D"),
+    "gradr": (GREEN, "P"),
+    "deepr": (GREEN, "X"),
+    "sdsnn": (SKY, "*"),
+    "pq": (PINK, "p"),
+}
+# What methods that STYLE does not name get, one after the other
+SPARE = [(colour, marker) for marker in "<>hHd8"
+         for colour in (BLUE, RED, GREEN, PINK, SKY, ORANGE, GREY)]
+given = {}  # {such a method: its pair of SPARE}
+
+
+def style_of(method):
+    """Return (colour, marker) of a method: those of STYLE, else the next pair of SPARE,
+    which the method keeps. After the last pair comes the first again."""
+    if method in STYLE:
+        return STYLE[method]
+    if method not in given:
+        given[method] = SPARE[len(given) % len(SPARE)]
+    return given[method]
+
+
+def give_styles(methods):
+    """Give the methods that STYLE does not name their pairs, in the order of their
+    names. A script calls this once, so that a method looks the same in all figures."""
+    for method in sorted(set(methods)):
+        style_of(method)
 
 
 def canvas(columns, rows=1):
-    """Return a figure and its axes [rows, columns], each as wide as a column of a paper."""
-    return plt.subplots(rows, columns, figsize=(3.4 * columns, 2.5 * rows), layout="constrained",
-                        squeeze=False)
+    """Return a figure and its axes [rows, columns], each as wide as a column."""
+    return plt.subplots(rows, columns, figsize=(3.4 * columns, 2.5 * rows),
+                        layout="constrained", squeeze=False)
 
 
 def spread(values):
-    """Return (mean, standard deviation) over the first dimension, the seeds; 0 for one seed."""
+    """Return (mean, standard deviation) over the first dimension, the seeds.
+
+    Of one seed the deviation is 0.
+    """
     values = np.asarray(values, float)
-    return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else 0 * values[0]
+    mean = values.mean(0)
+    if len(values) == 1:
+        return mean, 0 * mean
+    return mean, values.std(0, ddof=1)
 
 
 def plot(axis, x, mean, std, method, **style):
-    colour, marker = STYLE[method]
-    style = dict(color=colour, marker=marker, markersize=3.5, linewidth=1, label=method) | style
-    axis.errorbar(x, mean, yerr=std if np.any(std) else None, capsize=2, **style)
+    """Draw a method's line with error bars. style: keywords of axis.errorbar."""
+    colour, marker = style_of(method)
+    usual = dict(color=colour, marker=marker, markersize=3.5, linewidth=1, label=method)
+    bars = std if np.any(std) else None
+    axis.errorbar(x, mean, yerr=bars, capsize=2, **(usual | style))
 
 
 def by_layer(axis, methods, value, label):
-    """Draw value(run), {layer: number}, over the layers for each method; return rows of its CSV."""
+    """Draw a number of each layer for each method, mean and deviation over the seeds.
+
+    methods: {method: runs}; value(run) returns {layer: number}. Returns the CSV's rows.
+    """
     rows = []
     for method, runs in methods.items():
         found = [value(run) for run in runs]
@@ -62,8 +111,12 @@ def by_layer(axis, methods, value, label):
 
 
 def layer_ticks(axis, names):
-    slanted = dict(rotation=60, ha="right", rotation_mode="anchor") if len(names) > 6 else {}
-    axis.set_xticks(range(len(names)), names, fontsize=6 if len(names) > 12 else 7, **slanted)
+    """Name the ticks 0, 1, ... after the layers; many names are slanted and small."""
+    slanted = {}
+    if len(names) > 6:
+        slanted = dict(rotation=60, ha="right", rotation_mode="anchor")
+    size = 6 if len(names) > 12 else 7
+    axis.set_xticks(range(len(names)), names, fontsize=size, **slanted)
 
 
 def legend(axis, ncols=2):
@@ -73,8 +126,10 @@ def legend(axis, ncols=2):
 
 
 def save(path, figure, rows, header):
-    """Write a figure as path.png and path.pdf, and the dicts `rows` that it draws as path.csv,
-    below `header`, whose lines become comments."""
+    """Write a figure as path.png and path.pdf, and what it draws as path.csv.
+
+    rows: dicts with the same keys. header: its lines become comments of the CSV.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     for kind in ("png", "pdf"):
         write_whole(path.with_suffix(f".{kind}"),
@@ -89,51 +144,66 @@ def save(path, figure, rows, header):
 
 
 def draw_curves(rows, path):
-    """Draw accuracy, loss and sparsity over the epochs of a run into a PNG file."""
-    blue, orange, green = "#0072B2", "#D55E00", "#009E73"  # Okabe-Ito: told apart by all eyes
+    """Draw accuracy, loss and sparsity over the epochs of a run into a PNG file.
+
+    rows: those of metrics.jsonl. Dotted lines stand where a stage begins.
+    """
     epochs = [row["epoch"] for row in rows]
-    with plt.rc_context({"font.size": 9, "xtick.labelsize": 7, "ytick.labelsize": 7}):
+    small = {"font.size": 9, "xtick.labelsize": 7, "ytick.labelsize": 7}
+    with plt.rc_context(small):
         figure, axes = plt.subplots(1, 3, figsize=(7.0, 2.4), layout="constrained")
-        for key, colour, line, label in (("train", blue, "--", "training"),
-                                         ("test", orange, "-", "test")):
-            style = dict(color=colour, linestyle=line, marker=".", markersize=3, linewidth=1,
-                         label=label)
-            axes[0].plot(epochs, [100 * row[f"{key}_accuracy"] for row in rows], **style)
+        point = dict(marker=".", markersize=3, linewidth=1)
+        for key, colour, line, label in (("train", BLUE, "--", "training"),
+                                         ("test", RED, "-", "test")):
+            style = point | dict(color=colour, linestyle=line, label=label)
+            accuracy = [100 * row[f"{key}_accuracy"] for row in rows]
+            axes[0].plot(epochs, accuracy, **style)
             axes[1].plot(epochs, [row[f"{key}_loss"] for row in rows], **style)
-        axes[2].plot(epochs, [100 * row["sparsity"] for row in rows], color=green, marker=".",
-                     markersize=3, linewidth=1)
+        sparsity = [100 * row["sparsity"] for row in rows]
+        axes[2].plot(epochs, sparsity, color=GREEN, **point)
         for axis, label in zip(axes, ("Accuracy (%)", "Loss (nats)", "Sparsity (%)")):
             axis.set(xlabel="Epoch", ylabel=label)
             axis.xaxis.get_major_locator().set_params(integer=True)
-            ends = [a["epoch"] for a, b in zip(rows, rows[1:]) if a["stage"] != b["stage"]]
-            for end in ends:
-                axis.axvline(end + 0.5, color="grey", linewidth=0.7, linestyle=":")
-                axis.annotate(rows[end - rows[0]["epoch"] + 1]["stage"], (end + 0.5, 1.01),
-                              fontsize=7, xycoords=("data", "axes fraction"), color="grey")
+            for last, first in zip(rows, rows[1:]):
+                if last["stage"] != first["stage"]:
+                    x = last["epoch"] + 0.5
+                    axis.axvline(x, color="grey", linewidth=0.7, linestyle=":")
+                    axis.annotate(first["stage"], (x, 1.01), fontsize=7, color="grey",
+                                  xycoords=("data", "axes fraction"))
         axes[0].legend(fontsize=7, frameon=False)
         axes[2].set_ylim(-3, 103)
-        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=200), "wb")
+        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=200),
+                    "wb")
         plt.close(figure)
 
 
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">\
+<title>{title}</title><style>
 body {{ max-width: 46em; margin: 2em auto; padding: 0 1em; font: 16px/1.5 sans-serif }}
 img {{ max-width: 100% }} figure {{ margin: 3em 0 }} small {{ color: #555 }}
 pre {{ white-space: pre-wrap; font-size: 12px }}
 </style><h1>{title}</h1>
 """
+SECTION = """<figure id="{name}"><h2>{heading}</h2>
+<img alt="{name}" width="{width}" src="data:image/png;base64,{png}">
+<figcaption>
+{texts}
+<details><summary>Commands of the runs</summary><pre>{commands}</pre></details>\
+</figcaption></figure>
+"""
 
 
 def page(path, title, sections):
-    """Write an HTML page that needs no other file. sections: (PNG, heading, texts, commands)."""
+    """Write an HTML page that needs no other file.
+
+    sections: [(path of a PNG file, heading, texts, commands of its runs)].
+    """
     parts = [PAGE.format(title=html.escape(title))]
     for image, heading, texts, commands in sections:
         png = image.read_bytes()
-        source, width = base64.b64encode(png).decode(), int.from_bytes(png[16:20], "big") // 1.6
-        parts += [f'<figure id="{image.stem}"><h2>{html.escape(heading)}</h2>\n'
-                  f'<img alt="{image.stem}" width="{width:.0f}" '
-                  f'src="data:image/png;base64,{source}">\n<figcaption>',
-                  *(f"<p>{html.escape(text)}</p>" for text in texts),
-                  f"<details><summary>Commands of the runs</summary><pre>"
-                  f"{html.escape(commands)}</pre></details></figcaption></figure>\n"]
+        pixels = int.from_bytes(png[16:20], "big")  # the width, in the header of a PNG
+        parts.append(SECTION.format(
+            name=image.stem, heading=html.escape(heading), width=f"{pixels // 1.6:.0f}",
+            png=base64.b64encode(png).decode(), commands=html.escape(commands),
+            texts="\n".join(f"<p>{html.escape(text)}</p>" for text in texts)))
     write_whole(path, lambda file: file.write("\n".join(parts) + "</html>\n"))

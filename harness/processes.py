@@ -1,21 +1,26 @@
-"""More than one process on one run: what torchrun starts, one process ("rank") for each device.
+"""Several processes on one run, as torchrun starts them: one process ("rank") for each
+device.
 
     torchrun --nproc-per-node=2 prune_unstructured.py --dataset cifar100
 
-    processes.start(device)                        # joins the others; gloo on CPUs, nccl on GPUs
-    forward = processes.average_gradients(net)     # DistributedDataParallel (DDP)
-    (loss * processes.weight(len(batch))).backward()     # DDP's mean is then that of the batch
-    scores = processes.total(scores * share)       # the same numbers, bit by bit, on all ranks
-    processes.agree("the masks", masks.flat)       # or all of them stop
+    processes.start(device)         # joins the others: by gloo on CPUs, by nccl on GPUs
+    forward = processes.average_gradients(net, image)   # DistributedDataParallel (DDP)
+    (loss * processes.weight(n)).backward()    # the gradient of the mean over n images
+    scores = processes.total(scores * share)   # the same numbers, bit by bit, on all
+    processes.agree("the masks", masks.flat)   # or all of them stop
 
-What the ranks share: each holds the whole data set, and takes every size-th image of each batch
-(see data.batches); gradients, scores, losses and counts are averaged or summed, weighted by images;
-masks follow from the same numbers on each rank and are compared; rank 0 writes and prints. A batch
-with fewer images than ranks leaves a rank without one: it repeats the first image at weight 0, so
-that all take part in each sum. Statistics of batch normalisation (BN) are those of a rank's images;
-the running ones are averaged over ranks before each evaluation.
+Each rank holds the whole data set, and takes every size-th image of each batch (see
+data.batches). Gradients, scores and losses are averaged over the ranks, weighted by
+their images; counts are summed. Each rank computes the masks from the same numbers, and
+the ranks compare them. Rank 0 writes and prints.
 
-In one process, with or without torchrun, nothing here does anything: no group, no DDP.
+A batch with fewer images than ranks has none for some of them: such a rank repeats the
+first image at weight 0, so that all ranks take part in each sum. Batch normalisation
+(BN) takes its statistics over a rank's own images; the running statistics are averaged
+over the ranks before each evaluation.
+
+In one process, with or without torchrun, there is no group and no DDP, and each
+function here returns at once what a single process needs.
 """
 import atexit
 import hashlib
@@ -30,10 +35,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-# One rank may download, decode or write for long while the others wait. A rank that dies closes its
-# connections, and torchrun ends the others: nobody waits for a dead one until this is over
+# One rank may download, decode or write for long while the others wait. This limit is
+# not for a rank that dies: its connections close, and torchrun ends the others
 LONGEST_WAIT = timedelta(days=1)
-LEAVING = timedelta(seconds=5)
+LEAVING = timedelta(seconds=5)  # how long ranks that leave wait for each other
 
 
 class Mismatch(RuntimeError):
@@ -46,79 +51,81 @@ def size():
 
 
 def rank():
-    """Return the number of this rank, from 0; rank 0 writes and prints."""
+    """Return the number of this rank, from 0. Rank 0 writes and prints."""
     return int(os.environ.get("RANK", 0))
 
 
 def local():
-    """Return the number of this rank on its machine, and how many run there."""
-    return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Return the number of this rank on its machine, and how many ranks run there."""
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    return number, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def start(device):
-    """Join the other ranks, if there are any. Tensors on the CPU go by gloo also where the network
-    is on a GPU: that waits for no GPU."""
+    """Join the other ranks, if there are any.
+
+    Tensors on the CPU are sent by gloo, even if the network is on a GPU: so no rank has
+    to wait for its GPU.
+    """
     if size() > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=LONGEST_WAIT)
 
 
 def together():
-    """Return whether this rank is in a group with others, since start() and until end()."""
+    """Return whether this rank is in a group: after start(), and before end()."""
     return dist.is_available() and dist.is_initialized()
 
 
 def end():
-    """Leave the group and return the rank: what is left to do is one's work, the others may go."""
+    """Leave the group and return the rank. What is left to do is work for rank 0 alone,
+    and the others may exit."""
     if size() > 1:
         dist.destroy_process_group()
-        if rank() > 0:  # at once: threads of the group may still wind down, and abort a normal exit
-            atexit.register(_go)
+        if rank() > 0:
+            # threads of the group may still be running, and would abort a normal exit
+            atexit.register(_exit_at_once)
     return rank()
 
 
-def _go():
+def _exit_at_once():
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-# ---- sums and checks -----------------------------------------------------------------------------
+# ---- sums and checks -----------------------------------------------------------------
 
 
 def weight(images):
-    """Return what this rank's mean loss over its share of a batch of so many images is multiplied
-    by: DDP's mean over ranks, which counts each rank alike, is then the mean over the images. 0
-    where the batch has no image for this rank; 1 in one process."""
-    return size() * len(range(rank(), images, size())) / images
+    """Return the factor on this rank's mean loss over its share of a batch.
+
+    images: of the whole batch, N. DDP's mean counts each of the R ranks alike. With the
+    factor R * (images of this rank) / N it is the mean over the images. The factor is 0
+    if the batch has no image for this rank, and 1 in one process.
+    """
+    own = len(range(rank(), images, size()))
+    return size() * own / images
 
 
 def share(batches):
-    """Return this rank's share of the batches of a pass over data without gradients: whole ones, so
-    that sums over all of them are those of one process."""
+    """Return this rank's share of the batches of a pass over data without gradients.
+
+    They are whole batches, so that the sums over all ranks are those of one process.
+    """
     return list(batches)[rank()::size()]
 
 
 def total(tensor):
-    """Return the sum of a tensor over the ranks, in place: the same bits on each of them."""
+    """Return the sum of a tensor over the ranks, the same bits on each. The tensor
+    itself is changed."""
     if size() > 1:
         dist.all_reduce(tensor)
     return tensor
 
 
-def average_scores(lifs, share):
-    """Replace the score that each LIF has of this rank's images by that of the whole batch.
-
-    share: this rank's part of the batch's images, times the number of ranks (see weight).
-    """
-    if size() > 1:
-        scores = total(torch.cat([lif.score for lif in lifs]) * share / size())
-        for lif, part in zip(lifs, scores.split([len(lif.score) for lif in lifs])):
-            lif.score = part
-
-
 def gather(tensor):
-    """Return the tensors of all ranks as rows of one: [...] -> [ranks, ...]."""
+    """Return the tensors of all ranks as the rows of one: [...] -> [ranks, ...]."""
     if size() == 1:
         return tensor[None]
     rows = [torch.empty_like(tensor) for _ in range(size())]
@@ -127,29 +134,37 @@ def gather(tensor):
 
 
 def largest(number):
-    """Return the largest of the ranks' whole numbers; no GPU is waited for."""
+    """Return the largest of the ranks' whole numbers, without waiting for a GPU."""
     return int(gather(torch.tensor(number)).max())
 
 
 def agree(what, *tensors):
-    """Compare a hash of the tensors over the ranks; if they differ raise Mismatch on all of them,
-    naming the ranks whose hash is not that of rank 0."""
+    """Raise Mismatch, on all ranks, unless the tensors have the same bits on each.
+
+    A hash of them is compared. what: the tensors in words. The message names the ranks
+    whose hash is not that of rank 0.
+    """
     if size() == 1:
         return
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().numpy())
     rows = gather(torch.frombuffer(bytearray(digest.digest()), dtype=torch.int64))
-    others = [str(number) for number, row in enumerate(rows) if not torch.equal(row, rows[0])]
+    others = [str(number) for number, row in enumerate(rows)
+              if not torch.equal(row, rows[0])]
     if others:
-        raise Mismatch(f"{what} of rank {', '.join(others)} differ from those of rank 0, expected "
-                       f"the same on all {size()}. A checkpoint saved before is kept: go on with "
-                       f"--resume, on other devices if it happens again")
+        raise Mismatch(
+            f"{what} of rank {', '.join(others)} differ from those of rank 0, expected "
+            f"the same on all {size()}. A checkpoint saved before is kept: go on with "
+            f"--resume, on other devices if it happens again")
 
 
-def first(work):
-    """Return what work() does, on rank 0 before the others, since it may download or write files;
-    what it raises there, ValueError or OSError, is raised on all ranks."""
+def rank_0_first(work):
+    """Return what work() returns. Rank 0 does it before the others, since it may
+    download or write files that they then find.
+
+    A ValueError or an OSError on rank 0 is raised on all ranks.
+    """
     result, error = None, [None]
     if rank() == 0:
         try:
@@ -163,23 +178,29 @@ def first(work):
     return result if rank() == 0 else work()
 
 
-# ---- the network ---------------------------------------------------------------------------------
+# ---- the network ---------------------------------------------------------------------
 
 
 def average_gradients(forward, image):
-    """Return the network, or its compiled form, in DDP: backward() averages over the ranks.
+    """Return the network in DDP, so that backward() averages gradients over the ranks.
 
-    image: any batch that it takes. Running statistics stay with their rank (average_statistics).
+    forward: the network, or its compiled form; in one process it is returned as it is.
+    image: any batch that it takes. Each rank keeps its own running statistics (see
+    average_statistics).
     """
     if size() == 1:
         return forward
     agree("the weights to start from", *forward.parameters())
-    known = inspect.signature(DistributedDataParallel).parameters  # newer versions of torch rename
-    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    # newer versions of torch have another name for this argument
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "broadcast_buffers"
+    if "forward_sync_buffers" in known:
+        sync = "forward_sync_buffers"
     ddp = DistributedDataParallel(forward, init_sync=False, **{sync: False})
     if size() > 2:
-        # DDP sorts gradients into other buckets after its first backward pass, and sums of three
-        # and more depend on their place: it does so now, or a resumed run would differ by a bit
+        # After its first backward pass DDP sorts the gradients into other buckets, and
+        # a sum over three ranks or more rounds by its place in a bucket. With this pass
+        # before the first step, a resumed run has the bits of an unbroken one
         forward.eval()
         ddp(image).sum().backward()
         forward.train().zero_grad()
@@ -192,44 +213,51 @@ def _running(net):
 
 
 def _row(net):
-    return torch.cat([net.mean.new_empty(0), *_running(net)])  # a network may have no BN
+    # the empty tensor: a network may have no BN
+    return torch.cat([net.mean.new_empty(0), *_running(net)])
 
 
 def _set_running(net, row):
     buffers = _running(net)
-    for buffer, part in zip(buffers, row.split([buffer.numel() for buffer in buffers])):
+    sizes = [buffer.numel() for buffer in buffers]
+    for buffer, part in zip(buffers, row.split(sizes)):
         buffer.copy_(part)
 
 
 def statistics(net):
-    """Return the running statistics of BN of all ranks, [ranks, numbers], on the CPU."""
+    """Return the running statistics of all ranks, [ranks, numbers], on the CPU."""
     return gather(_row(net).cpu())
 
 
 def restore_statistics(net, rows):
-    """Take this rank's row of statistics(), or the mean of all where there were more or fewer."""
-    _set_running(net, rows[rank()] if len(rows) == size() else rows.mean(0))
+    """Set the running statistics to this rank's row of statistics(), or to the mean of
+    all rows where their number is not that of the ranks."""
+    if len(rows) == size():
+        _set_running(net, rows[rank()])
+    else:
+        _set_running(net, rows.mean(0))
 
 
 def average_statistics(net):
-    """Give all ranks the mean of their running statistics.
+    """Give all ranks the mean of their running statistics, before an evaluation.
 
-    Running means are linear in the batches: with equal shares this is what one process would have
-    found, where rank 0's alone would leave out most images. The mean of the variances lacks that
-    of the ranks' means, a term of the order 1 / images. Once an evaluation, not once a step.
+    Running means are linear in the batches. So with equal shares their mean over the
+    ranks is the running mean that one process would have. The mean of the variances
+    lacks the variance of the ranks' means, a term of the order 1 / images.
     """
     if size() > 1:
         _set_running(net, total(_row(net)) / size())
 
 
-# ---- going away ----------------------------------------------------------------------------------
+# ---- leaving -------------------------------------------------------------------------
 
 
 def speaks(code):
-    """Return whether this rank says why it leaves: the first that comes here does, for all.
+    """Return whether this rank says why it leaves. The first that asks does, for all.
 
-    torchrun ends the other ranks as soon as one is gone. With a wrong flag or file (code 2) all of
-    them come here: they wait for each other, for a moment, so that each leaves with its own code.
+    torchrun ends the other ranks as soon as one has left. A wrong flag or file, exit
+    code 2, makes all ranks leave. They wait for each other, at most five seconds, so
+    that each leaves with that code.
     """
     if size() == 1:
         return True
@@ -243,7 +271,7 @@ def speaks(code):
         return True
     if code == 2:
         store.set(f"{key}/{rank()}", "")
-        with suppress(RuntimeError):  # one does not come: all is well there, or it is dead
+        with suppress(RuntimeError):  # a rank does not leave, or it is dead
             store.wait([f"{key}/{other}" for other in range(size())], LEAVING)
     return is_first
 

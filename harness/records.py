@@ -1,10 +1,28 @@
-"""Finished runs: their folders, which of them may be compared, what can be seen inside.
+"""Finished runs: find them, read them, choose those that may be compared.
 
+    folders = records.find_runs("results/runs/methods")  # at any depth
     runs = [records.read_run(folder) for folder in folders]
-    records.read(run, "updates.jsonl")               # a file of a run, read once
-    records.look(run)["variance"]                    # what its network shows on the data, kept
-    records.compared(runs, "criticality", "baseline")  # at equal data, network, target, seeds
-    records.command(run)                             # the command that makes it
+    records.read(run, "updates.jsonl")                   # a file of a run, read once
+    records.analysis_of(run)["variance"]                 # what its network shows
+    records.compared(runs, "criticality", "baseline")    # equal but for the method
+    records.command_of(run)                              # the command that makes it
+
+A run has these attributes:
+
+    folder      Path
+    config      dict, config.json
+    summary     dict, summary.json
+    script      the script that made it, "prune_unstructured"
+    method      "criticality", "gmp", ...
+    seed        int
+    pruned      "weights" or "channels"
+    regen       regeneration rate r, the share of the alive that an update brought back;
+                0 or None without regeneration; of GraNet its death rate, since as many
+                weights grow as die
+    files       dict, what read() has read
+
+A method that is named nowhere in this file is compared like the others: runs are told
+apart by what their config.json and summary.json say.
 """
 import json
 import shlex
@@ -18,65 +36,122 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from harness import flags
 import metrics
 import models
+from harness import presets
 from harness import runfolder
-import training
+from harness import setup
 from harness.files import save_arrays
 
-WEIGHTS, CHANNELS = "prune_unstructured", "prune_structured"
+WEIGHTS, CHANNELS = "weights", "channels"
+ALGORITHMS = ("prune_unstructured", "prune_structured")  # Algorithms 1 and 2
 BASELINE = {WEIGHTS: "gmp", CHANNELS: "slimming"}
-USUAL_RATE = {WEIGHTS: 0.5, CHANNELS: 0.3}
-METHODS = ("dense", "gmp", "slimming", "criticality", "gradient", "random", "granet", "greg1",
-           "greg2")
+USUAL_RATE = {WEIGHTS: 0.5, CHANNELS: 0.3}  # r in the paper's main settings
 
-# Flags that must be equal in runs that are compared, and those that mean nothing to a method
-BOTH = ("dataset model width encoding tau threshold surrogate reset loss train_limit time_steps "
-        "batch_size lr smoke epochs_finetune").split()
-SAME = {WEIGHTS: BOTH + "epochs_prune sparsity interval aggregate candidates".split(),
-        CHANNELS: BOTH + "epochs_pretrain prune_ratio target_macs regen_base l1 "
-                         "finetune_l1".split()}
-LOOSE = {"dense": {"sparsity", "interval", "aggregate", "candidates", "prune_ratio", "target_macs",
-                   "regen_base"},
-         "gmp": {"aggregate", "candidates"}, "slimming": {"regen_base"},
-         "greg1": {"regen_base", "l1"}, "greg2": {"regen_base", "l1"}}
-NOT_FLAGS = {"run_dir", "script", "device", "device_name", "threads", "processes", "commit"}
+# The order in which figures name the methods; those that are not here follow by name
+METHODS = ("dense", "gmp", "slimming", "criticality", "gradient", "random", "granet",
+           "greg1", "greg2", "imp", "eb", "et", "gradr", "deepr", "sdsnn", "pq")
+
+# The flags that are equal in runs that are compared
+SHARED = ("dataset", "model", "width", "encoding", "tau", "threshold", "surrogate",
+          "alpha", "reset", "detach_reset", "loss", "train_limit", "time_steps",
+          "batch_size", "lr", "smoke", "epochs_finetune")
+SAME = {
+    WEIGHTS: (*SHARED, "epochs_prune", "sparsity", "interval", "aggregate",
+              "candidates"),
+    CHANNELS: (*SHARED, "epochs_pretrain", "prune_ratio", "target_macs", "regen_base",
+               "l1", "finetune_l1"),
+}
+# Of these, the flags that mean nothing to a method
+MEANINGLESS = {
+    "dense": {"sparsity", "interval", "aggregate", "candidates", "prune_ratio",
+              "target_macs", "regen_base"},
+    "gmp": {"aggregate", "candidates"},
+    "slimming": {"regen_base"},
+    "granet": {"aggregate", "candidates"},
+    "greg1": {"regen_base", "l1"},
+    "greg2": {"regen_base", "l1"},
+}
+# The keys of config.json that are no flags, or say only where and on what a run ran
+NOT_FLAGS = {"run_dir", "script", "device", "device_name", "threads", "processes",
+             "commit"}
 
 
 class Unfit(Exception):
     """A run that cannot be used for something: Unfit(run, why)."""
 
 
-# ---- reading -------------------------------------------------------------------------------------
+# ---- finding and reading ----------------------------------------------------------
+
+
+def find_runs(folder):
+    """Return the folders of runs at or below a folder, at any depth, by path: a folder
+    with a config.json is a run."""
+    return sorted(path.parent for path in Path(folder).rglob("config.json"))
 
 
 def read_run(folder):
-    """Return a finished run: its folder, config and summary, the keys by which runs are compared.
-    Raises ValueError that says why it is none."""
-    folder, found = Path(folder), {}
-    for name, absent in (("config", "it is no run: it has no config.json"),
-                         ("summary", "the run is not finished: it has no summary.json")):
-        path = folder / f"{name}.json"
-        if not path.is_file():
-            raise ValueError(absent)
-        wanted = ("dataset", "model", "seed") if name == "config" else runfolder.SUMMARY_KEYS
-        try:
-            found[name] = json.loads(path.read_text())
-            lacks = [key for key in wanted if key not in found[name].keys()]
-        except (OSError, ValueError, AttributeError):
-            raise ValueError(f"{name}.json is damaged") from None
-        if lacks:
-            raise ValueError(f"{name}.json has no {', '.join(lacks)}")
-    summary = found["summary"]
-    found["config"] = flags.COMMON | found["config"]  # of a time when some flags were not there
-    return SimpleNamespace(folder=folder, **found, files={}, **{
-        key: summary[key] for key in ("script", "method", "regen", "seed")})
+    """Return a finished run, with the attributes that the head of this file lists.
+
+    Raises ValueError that says why the folder holds none.
+    """
+    folder = Path(folder)
+    config = read_object(folder / "config.json", ("dataset", "model", "seed"),
+                         "it is no run: it has no config.json")
+    summary = read_object(folder / "summary.json", runfolder.SUMMARY_KEYS,
+                          "the run is not finished: it has no summary.json")
+    method = summary["method"]
+    script, config = as_written_today(summary["script"], method, config)
+    # A flag that did not exist yet had its default
+    config = presets.of("default") | config
+    by_channel = "target_macs" in config or "prune_ratio" in config
+    rate = config["death_rate"] if script == "prune_granet" else summary["regen"]
+    return SimpleNamespace(
+        folder=folder, config=config, summary=summary, script=script, method=method,
+        seed=summary["seed"], pruned=CHANNELS if by_channel else WEIGHTS, regen=rate,
+        files={})
+
+
+def read_object(path, wanted, absent):
+    """Return the dict in a JSON file, which has all keys wanted.
+
+    Raises ValueError: `absent` where there is no file, else what is wrong with it.
+    """
+    if not path.is_file():
+        raise ValueError(absent)
+    try:
+        found = json.loads(path.read_text())
+        lacks = [key for key in wanted if key not in found.keys()]
+    except (OSError, ValueError, AttributeError):
+        raise ValueError(f"{path.name} is damaged") from None
+    if lacks:
+        raise ValueError(f"{path.name} has no {', '.join(lacks)}")
+    return found
+
+
+def as_written_today(script, method, config):
+    """Return (script, config) of a run in the terms of today's scripts.
+
+    GraNet was a metric of prune_unstructured.py, and --regen its death rate; GReg's two
+    variants were methods of prune_structured.py. Their flags without a meaning go, and
+    so does --compact, which left the results of a run as they were.
+    """
+    gone, added = {"compact"}, {}
+    if (script, method) == ("prune_unstructured", "granet"):
+        script, added = "prune_granet", {"death_rate": config["regen"]}
+        gone |= {"regen", "metric", "aggregate", "candidates"}
+    elif script == "prune_structured" and method in ("greg1", "greg2"):
+        script = "prune_greg"
+        gone |= {"regen", "metric", "regen_base", "l1", "finetune_l1"}
+    elif script == "prune_structured":
+        gone.add("epochs_prune")  # of GReg's stage: 0
+    kept = {flag: value for flag, value in config.items() if flag not in gone}
+    return script, kept | added | {"script": script}
 
 
 def read(run, name):
-    """Return what a file of a run holds: the rows of a .jsonl, the value of a .json, the arrays of
-    an .npz. Raises Unfit."""
+    """Return what a file of a run holds: the rows of a .jsonl, the value of a .json,
+    the arrays of an .npz. Raises Unfit."""
     path = run.folder / name
     if name not in run.files:
         try:
@@ -84,7 +159,8 @@ def read(run, name):
                 with np.load(path) as file:
                     run.files[name] = dict(file)
             elif path.suffix == ".jsonl":
-                run.files[name] = [json.loads(row) for row in path.read_text().splitlines()]
+                rows = path.read_text().splitlines()
+                run.files[name] = [json.loads(row) for row in rows]
             else:
                 run.files[name] = json.loads(path.read_text())
         except FileNotFoundError:
@@ -94,161 +170,268 @@ def read(run, name):
     return run.files[name]
 
 
-def look(run):
-    """Return what analysis.npz holds, a dict of arrays; where it is not there yet it is made, from
-    model.pt and the images, in eval mode and without augmentation. Raises Unfit.
+# ---- what a trained network shows --------------------------------------------------
 
-    variance: [K], of each class in the test set. similarity: [K], the cosine between the mean
-    features of training and test set. entropy/LIF and criticality/LIF: [C]; rate/LIF, sops/LAYER:
-    numbers; over the test set.
+
+def analysis_of(run):
+    """Return what analysis.npz of a run holds, a dict of arrays. Raises Unfit.
+
+    Where there is no such file, it is computed from model.pt and the images, in eval
+    mode and without augmentation, and kept. K classes, C channels of a LIF layer:
+
+        variance         [K]  intra-cluster variance of each class, test set
+        similarity       [K]  cosine of its mean features in training and test set
+        entropy/LIF      [C]  entropy of the spike counts, bits, test set
+        criticality/LIF  [C]  score of the channels (Eq. 6), test set
+        rate/LIF         []   firing rate, spikes a step and neuron, test set
+        sops/LAYER       []   synaptic operations an image, test set
     """
     path = run.folder / "analysis.npz"
-    if path.exists():
-        return read(run, path.name)
+    if not path.exists():
+        run.files[path.name] = analyse(run)
+        save_arrays(path, run.files[path.name])
+    return read(run, path.name)
+
+
+def analyse(run):
+    """Compute what analysis_of() describes. Raises Unfit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         packed = models.read(run.folder / "model.pt")
         net = models.unpack(packed, run.folder / "model.pt")
-        images = training.load(SimpleNamespace(**run.config), device)
+        images = setup.load(SimpleNamespace(**run.config), device)
     except (OSError, ValueError) as error:
         raise Unfit(run, " ".join(str(error).split())) from None
     net = net.to(device, memory_format=torch.channels_last)
-    train, test = (list(images.pairs(split, run.config["batch_size"]))
-                   for split in ("train", "test"))
-    with tqdm(total=len(train) + 3 * len(test), desc=run.folder.name, unit="batch", leave=False,
-              dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
-        def stream(batches):
-            for batch in batches:
-                yield batch
-                bar.update()
+    masks = {name: mask.to(device) for name, mask in packed["masks"].items()}
+    train = list(images.pairs("train", run.config["batch_size"]))
+    test = list(images.pairs("test", run.config["batch_size"]))
+    bar = tqdm(total=len(train) + 3 * len(test), desc=run.folder.name, unit="batch",
+               leave=False, dynamic_ncols=True, disable=not sys.stderr.isatty())
 
-        of_train, _ = metrics.class_statistics(net, stream(train), images.num_classes)
-        of_test, variance = metrics.class_statistics(net, stream(test), images.num_classes)
-        seen = metrics.spike_counts(net, stream(x for x, _ in test))
-        counts = metrics.count(net, stream(x for x, _ in test), {
-            name: mask.to(device) for name, mask in packed["masks"].items()})
-    found = dict(variance=variance, similarity=torch.cosine_similarity(of_train, of_test))
-    found |= {f"entropy/{name}": entropy for name, (entropy, _) in seen.items()}
-    found |= {f"criticality/{name}": score for name, (_, score) in seen.items()}
-    found = {name: value.cpu().numpy() for name, value in found.items()}
-    found |= {f"rate/{name}": np.array(rate) for name, rate in counts["firing_rates"].items()}
-    found |= {f"sops/{name}": np.array(sops) for name, sops in counts["layer_sops"].items()}
-    save_arrays(path, found)
-    run.files[path.name] = found
+    def counted(batches):
+        for batch in batches:
+            yield batch
+            bar.update()
+
+    def test_images():
+        return counted(x for x, _ in test)
+
+    with bar:
+        of_train, _ = metrics.class_statistics(net, counted(train), images.num_classes)
+        of_test, variance = metrics.class_statistics(net, counted(test),
+                                                     images.num_classes)
+        spikes = metrics.spike_counts(net, test_images())
+        counts = metrics.count(net, test_images(), masks)
+
+    found = {"variance": variance.cpu().numpy(),
+             "similarity": torch.cosine_similarity(of_train, of_test).cpu().numpy()}
+    for name, (entropy, score) in spikes.items():
+        found[f"entropy/{name}"] = entropy.cpu().numpy()
+        found[f"criticality/{name}"] = score.cpu().numpy()
+    for name, rate in counts["firing_rates"].items():
+        found[f"rate/{name}"] = np.array(rate)
+    for name, sops in counts["layer_sops"].items():
+        found[f"sops/{name}"] = np.array(sops)
     return found
 
 
 def layers_of(run, kind):
-    """Return {layer: value} of one kind ("entropy", "rate", ...) of what look() sees."""
-    return {name.partition("/")[2]: value for name, value in look(run).items()
-            if name.startswith(f"{kind}/")}
+    """Return {layer: value} of one kind, "entropy" say, of what analysis_of() has."""
+    prefix = f"{kind}/"
+    found = analysis_of(run)
+    return {name.removeprefix(prefix): value for name, value in found.items()
+            if name.startswith(prefix)}
 
 
-# ---- comparing -----------------------------------------------------------------------------------
+# ---- which runs may be compared ----------------------------------------------------
 
 
-def groups(runs, script, free=()):
-    """Return lists of runs that may be compared, the largest first: equal in all that SAME names.
-    free: flags that may differ. Of two runs of one method, rate and seed the first counts."""
-    mine = [run for run in runs if run.script == script]
-    same = [flag for flag in SAME[script] if flag not in free]
-    anchors = [run for run in mine if run.method not in LOOSE] or mine
-    found = []
-    for values in dict.fromkeys(tuple(run.config.get(flag) for flag in same) for run in anchors):
+def in_order(methods):
+    """Return names of methods, each once: as in METHODS, then the others by name."""
+    methods = set(methods)
+    known = [method for method in METHODS if method in methods]
+    return known + sorted(methods.difference(METHODS))
+
+
+def rankings(runs):
+    """Return the metrics by which runs of Algorithms 1 and 2 regenerated."""
+    return in_order(run.method for run in runs
+                    if run.script in ALGORITHMS and run.regen)
+
+
+def meaningless_to(run):
+    """Return the flags of SAME that mean nothing to a run: those listed for its method,
+    and for a script other than the two algorithms those that it does not have."""
+    found = set(MEANINGLESS.get(run.method, ()))
+    if run.script not in ALGORITHMS:
+        found |= {flag for flag in SAME[run.pruned] if flag not in run.config}
+    return found
+
+
+def comparable_groups(runs, pruned, free=()):
+    """Return lists of runs that may be compared, the largest first.
+
+    pruned: WEIGHTS or CHANNELS. All runs of a group agree in each flag that SAME names
+    and that means something to them; free: flags that may differ. Of two runs of one
+    method, rate and seed the first counts.
+    """
+    mine = [run for run in runs if run.pruned == pruned]
+    same = [flag for flag in SAME[pruned] if flag not in free]
+    # Groups form around the runs to which each flag means something
+    anchors = [run for run in mine if not meaningless_to(run)] or mine
+    settings = dict.fromkeys(tuple(run.config.get(flag) for flag in same)
+                             for run in anchors)
+    groups = []
+    for setting in settings:
         members = {}
         for run in mine:
-            if all(run.config.get(flag) == value for flag, value in zip(same, values)
-                   if flag not in LOOSE.get(run.method, ())):
-                members.setdefault((run.method, run.regen, run.seed,
-                                    *(run.config.get(flag) for flag in free)), run)
-        found.append(list(members.values()))
-    return sorted(found, key=len, reverse=True)
+            meaningless = meaningless_to(run)
+            agrees = all(flag in meaningless or run.config.get(flag) == value
+                         for flag, value in zip(same, setting))
+            if agrees:
+                differs = tuple(run.config.get(flag) for flag in free)
+                key = (run.method, run.regen or 0, run.seed, differs)
+                members.setdefault(key, run)
+        groups.append(list(members.values()))
+    return sorted(groups, key=len, reverse=True)
 
 
-def of(group, method):
-    """Return the runs of a method, by seed: of several regeneration rates those of the one with the
-    most seeds, then of the one nearest to the paper's (never of the one that came out best)."""
-    rates = Counter(run.regen or 0 for run in group if run.method == method)
-    rate = max(rates, default=0, key=lambda r: (rates[r], -abs(r - USUAL_RATE[group[0].script])))
-    return sorted((run for run in group if (run.method, run.regen or 0) == (method, rate)),
+def runs_of(group, method):
+    """Return the runs of a method in a group, by seed, at one regeneration rate.
+
+    Of several rates the one with the most seeds counts, then the one nearest to the
+    paper's, never the one with the best result.
+    """
+    mine = [run for run in group if run.method == method]
+    if not mine:
+        return []
+    usual = USUAL_RATE[mine[0].pruned]
+    seeds = Counter(run.regen or 0 for run in mine)
+    rate = max(seeds, key=lambda rate: (seeds[rate], -abs(rate - usual)))
+    return sorted((run for run in mine if (run.regen or 0) == rate),
                   key=lambda run: run.seed)
 
 
 def compared(runs, *methods):
-    """Return {script: {method: runs}}, for weights and for channels: of the first group that has
-    the methods named, these at the seeds that they share; with none named, all of the group.
-    "baseline" is gmp or slimming."""
+    """Return {pruned: {method: runs}}, pruned being WEIGHTS, CHANNELS or both.
+
+    The runs are of the first group that has all methods named, at the seeds that these
+    share; with none named, all methods of the first group. "baseline" is GMP, or
+    network slimming.
+    """
     found = {}
-    for script in BASELINE:
-        names = [BASELINE[script] if name == "baseline" else name for name in methods]
-        for group in groups(runs, script):
-            seeds = {run.seed for run in group}.intersection(
-                *({run.seed for run in of(group, name)} for name in names))
+    for pruned, baseline in BASELINE.items():
+        names = [baseline if name == "baseline" else name for name in methods]
+        for group in comparable_groups(runs, pruned):
+            seeds = {run.seed for run in group}
+            for name in names:
+                seeds &= {run.seed for run in runs_of(group, name)}
             if seeds:
-                found[script] = {
-                    name: kept for name in METHODS if name in (names or METHODS) and (
-                        kept := [run for run in of(group, name) if run.seed in seeds])}
+                found[pruned] = {
+                    name: [run for run in runs_of(group, name) if run.seed in seeds]
+                    for name in in_order(names or {run.method for run in group})}
                 break
     return found
 
 
-def controls(runs, panels):
-    """Add the runs that regenerated by gradient and at random to what compared() found, where they
-    are beside the same criticality runs, at their rate and seeds."""
-    for method in ("gradient", "random"):
-        for script, found in compared(runs, "criticality", "baseline", method).items():
-            ours, theirs = ([run.folder for run in those["criticality"]]
-                            for those in (panels[script], found))
-            if ours == theirs and found[method][0].regen == found["criticality"][0].regen:
-                panels[script][method] = found[method]
+def with_controls(runs, panels):
+    """Add the runs that regenerated by another metric to panels, which
+    compared(runs, "criticality", "baseline") returned, and return these.
+
+    They are added where they have the rate and the seeds of the criticality runs.
+    """
+    for method in rankings(runs):
+        if method == "criticality":
+            continue
+        beside = compared(runs, "criticality", "baseline", method)
+        for pruned, found in beside.items():
+            ours = panels[pruned]["criticality"]
+            theirs = found["criticality"]
+            same_runs = ([run.folder for run in ours] == [run.folder for run in theirs])
+            if same_runs and found[method][0].regen == theirs[0].regen:
+                panels[pruned][method] = found[method]
     return panels
 
 
-def flat(panels):
-    """Return all runs of what compared() found."""
-    return [run for methods in panels.values() for runs in methods.values() for run in runs]
+def all_runs(panels):
+    """Return the runs of all panels that compared() returned, in one list."""
+    return [run for methods in panels.values() for runs in methods.values()
+            for run in runs]
 
 
-def command(run):
-    """Return the command that makes a run: each flag of its config.json that is not a default."""
-    config = {flag: value for flag, value in run.config.items()
-              if flag not in NOT_FLAGS and not flag.startswith("version_")}
-    usual = flags.COMMON | flags.DATASETS.get(config["dataset"], flags.DATASETS["fashion-mini"])
-    if run.script == CHANNELS:
-        usual["weight_decay"] = None  # there it depends on the method
+# ---- what a run is, in words -------------------------------------------------------
+
+
+def command_of(run):
+    """Return the command that makes a run: each flag of its config.json that is not a
+    default of all scripts."""
+    usual = presets.of(run.config["dataset"])
+    if run.pruned == CHANNELS:
+        usual["weight_decay"] = None  # always written: it differs between scripts
     ranks = run.config.get("processes", 1)
-    words = [*(["python"] if ranks == 1 else ["torchrun", f"--nproc-per-node={ranks}"]),
-             f"{run.script}.py"]
-    for flag, value in config.items():
+    starter = ["python"] if ranks == 1 else ["torchrun", f"--nproc-per-node={ranks}"]
+    words = [*starter, f"{run.script}.py"]
+    for flag, value in run.config.items():
         name = flag.replace("_", "-")
-        if value is None or (flag in usual and usual[flag] == value):
+        if flag in NOT_FLAGS or flag.startswith("version_") or value is None:
             continue
-        if isinstance(value, bool):
-            words += [f"--{name}"] if value else [f"--no-{name}"] if usual.get(flag) else []
+        if flag in usual and usual[flag] == value:
+            continue
+        if value is True:
+            words.append(f"--{name}")
+        elif value is False:
+            if flag in usual:
+                words.append(f"--no-{name}")
         else:
             words += [f"--{name}", str(value)]
     return shlex.join(words)
 
 
-def about(runs):
-    """Return what runs are of, in a line: data set, network, target, seeds."""
-    def listed(values):
-        return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
+def rates_of(runs):
+    """Return the regeneration rates of runs in words, "r = 0.5"; where weights and
+    channels have rates, "r = 0.5 (weights), 0.3 (channels)"; "" where there is none."""
+    found = {}
+    for pruned in BASELINE:
+        mine = [run for run in runs if run.pruned == pruned and run.regen]
+        rates = sorted({run.regen for run in mine})
+        if rates:
+            found[pruned] = ", ".join(f"{rate:g}" for rate in rates)
+    if not found:
+        return ""
+    if len(found) == 1:
+        return f"r = {', '.join(found.values())}"
+    return "r = " + ", ".join(f"{text} ({pruned})" for pruned, text in found.items())
 
-    def target(run):
-        if run.method == "dense":
-            return None
-        if run.script != CHANNELS:
-            sparsity = run.config.get("sparsity")  # None: the method's own outcome
-            return f"{100 * (sparsity or run.summary['sparsity']):g} % of the weights pruned"
-        if run.config["target_macs"] is not None:
-            return f"{100 * run.config['target_macs']:g} % of the MACs removed"
-        return f"{100 * run.config['prune_ratio']:g} % of the channels pruned"
 
-    limits = listed(run.config.get("train_limit") for run in runs)
-    return ("demo, short runs; " * any(run.folder.parent.name == "demo" for run in runs)
-            + f"{listed(run.config['dataset'] for run in runs)}"
-            + f" (training images: {limits})" * bool(limits)
-            + f"; {listed(run.config['model'] for run in runs)}"
-            + f"; {listed(map(target, runs)) or 'dense'}"
-            + f"; seeds {listed(sorted({run.seed for run in runs}))}; {len(runs)} runs")
+def listed(values):
+    """Return values in words, each once, without None."""
+    return ", ".join(dict.fromkeys(str(value) for value in values if value is not None))
+
+
+def aim_of(run):
+    """Return what a run was asked to prune, in words; None for a dense one."""
+    if run.method == "dense":
+        return None
+    if run.pruned == WEIGHTS:
+        # None where the sparsity is the method's own outcome
+        sparsity = run.config.get("sparsity") or run.summary["sparsity"]
+        return f"{100 * sparsity:g} % of the weights pruned"
+    if run.config.get("target_macs") is not None:
+        return f"{100 * run.config['target_macs']:g} % of the MACs removed"
+    return f"{100 * run.config['prune_ratio']:g} % of the channels pruned"
+
+
+def describe(runs):
+    """Return in a line what runs have in common: data set, network, what was pruned,
+    rates, seeds, how many they are."""
+    dataset = listed(run.config["dataset"] for run in runs)
+    if limits := listed(run.config.get("train_limit") for run in runs):
+        dataset += f" (training images: {limits})"
+    if any(run.folder.parent.name == "demo" for run in runs):
+        dataset = f"demo, short runs; {dataset}"
+    model = listed(run.config["model"] for run in runs)
+    aim = listed(aim_of(run) for run in runs) or "dense"
+    seeds = f"seeds {listed(sorted({run.seed for run in runs}))}"
+    parts = [dataset, model, aim, rates_of(runs), seeds, f"{len(runs)} runs"]
+    return "; ".join(part for part in parts if part)

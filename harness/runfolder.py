@@ -1,14 +1,19 @@
-"""The folder of a run: its log, its checkpoints, its results. A killed run goes on bit by bit.
+"""A run: its folder, its log, its checkpoints, its results.
 
-    run = Run(args, device, stages, net=net, optimizer=optimizer, masks=masks)  # after all checks
-    for x, y in run.track(images, epoch):            # counts, saves on Ctrl-C, watches for NaN
-        ...
-    run.end_epoch(...)                               # a line, a row of metrics.jsonl, a checkpoint
-    run.finish(...)                                  # model.pt, curves.png and, last, summary.json
+    run = Run(args, device, images, stages, net=net, optimizer=optimizer, masks=masks)
+    with run.under_way("the plan in a line"):
+        for epoch in run.epochs():
+            for x, y in run.batches(epoch):    # counts, saves on Ctrl-C, looks for NaN
+                training.step(run, x, y, lr)
+            run.end_epoch()                    # evaluates, logs, saves a checkpoint
+        run.finish("prune_unstructured", "gmp")    # model.pt, curves.png, summary.json
 
-Every file is written whole to a temporary name and renamed, by one process at a time. What goes
-wrong under way (a loss that is not finite, a full disk) ends the script with exit code 1, with the
-last good checkpoint in place.
+A run that was killed is resumed with --resume. It then ends with the same bits as a run
+that was not killed.
+
+Each file is written whole under a temporary name and then renamed. One process at a
+time writes to a folder. An error inside under_way, such as a loss that is not finite or
+a full disk, ends the script with exit code 1. The last good checkpoint is kept.
 """
 import json
 import math
@@ -22,172 +27,569 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import compact
 import data
-from harness import files
-from harness import flags
 import metrics
 import models
-from harness import processes
+import training
+from harness import files, flags, processes, setup
 from harness.files import fits, read_checkpoint, save_tensors, write_json, write_lines
 from harness.machine import device_name, peak_memory_mib, versions
-from masks import Broken, recount, seeded
-from training import Meter, Watch
+from harness.meters import Meter, Watch
+from masks import seeded
 
-FILES = ("config.json", "summary.json", "checkpoint.pt", "metrics.jsonl", "updates.jsonl",
-         "model.pt", "curves.png", "channels.json", "gamma.npz", "compact.pt", "analysis.npz")
-SUMMARY_KEYS = (
-    "script method dataset model seed time_steps train_limit widths test_accuracy pruned_accuracy "
-    "dense_accuracy regen prune_ratio sparsity sparsity_all layers parameters parameters_alive "
-    "macs macs_dense macs_first_once macs_every_step sops energy_mj firing_rate speedup_batch1 "
-    "speedup_batch32 epochs training_cost survived_by_regeneration seconds peak_memory_mib").split()
+# All files that a run can leave. --overwrite removes all but the first, which it
+# replaces. summary.json goes first: without it the run counts as unfinished
+FILES = ("config.json", "summary.json", "checkpoint.pt", "metrics.jsonl",
+         "updates.jsonl", "model.pt", "curves.png", "channels.json", "gamma.npz",
+         "compact.pt", "analysis.npz")
+
+SUMMARY_KEYS = [
+    "script", "method", "dataset", "model", "seed", "time_steps", "train_limit",
+    "widths", "test_accuracy", "pruned_accuracy", "dense_accuracy", "regen",
+    "prune_ratio", "sparsity", "sparsity_all", "layers", "parameters",
+    "parameters_alive", "macs", "macs_dense", "macs_first_once", "macs_every_step",
+    "sops", "energy_mj", "firing_rate", "speedup_batch1", "speedup_batch32", "epochs",
+    "training_cost", "survived_by_regeneration", "seconds", "peak_memory_mib"]
+
+
+class Broken(RuntimeError):
+    """Masks and weights disagree, so that the run cannot be trusted."""
+
+
+class Stopped(BaseException):
+    """A signal has come, and all steps are saved."""
 
 
 def finished(args):
-    """Return the summary of a run that --resume finds finished, after saying so, else None."""
+    """Return the summary of a finished run under --resume, else None.
+
+    It prints that the run is finished. A damaged summary.json ends the script with exit
+    code 2.
+    """
     path = Path(args.run_dir, "summary.json")
     if not args.resume or not path.exists():
         return None
-    try:
-        summary = json.loads(path.read_text())
-        result = (f"test accuracy {100 * summary['test_accuracy']:.2f} %, "
-                  f"{100 * summary['sparsity']:.2f} % sparse")
-    except (ValueError, TypeError, KeyError):
-        raise ValueError(f"{path} is damaged, expected the summary of a finished run. Remove it to "
-                         f"go on from the checkpoint, or start again with --overwrite") from None
+    with flags.exits(2, ValueError, OSError):
+        try:
+            summary = json.loads(path.read_text())
+            result = (f"test accuracy {100 * summary['test_accuracy']:.2f} %, "
+                      f"{100 * summary['sparsity']:.2f} % sparse")
+        except (ValueError, TypeError, KeyError):
+            raise ValueError(f"{path} is damaged, expected the summary of a finished "
+                             f"run. Remove it to go on from the checkpoint, or start "
+                             f"again with --overwrite") from None
     if processes.rank() == 0:
         print(f"{args.run_dir} is finished: {result}. Nothing is left to do")
     return summary
 
 
-def duration(seconds):
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-# ---- the run -------------------------------------------------------------------------------------
-
-
-class Stopped(BaseException):
-    """A signal has come, and all that was done is saved."""
-
-
 class Run:
-    """One run: its folder, its position, its log, its checkpoints.
+    """One run: its parts, its position, its folder.
 
-    epoch, step, iteration: epochs done (over all stages), steps done of the epoch under way, steps
-    done in all. rows, updates: what metrics.jsonl and updates.jsonl hold. parts: {name: object with
-    state_dict and load_state_dict}, saved and restored together: network, optimizer, masks.
-    Nothing is written before all that can be checked was checked: it is made last.
+    args: the flags. device: a torch.device. images: the data set. stages:
+    training.Stages.
+    parts: {name: object with state_dict and load_state_dict}, saved and restored
+    together. There must be a `net` and an `optimizer`; `masks` may be left out.
+
+    epoch: epochs done, over all stages. step: steps done in the current epoch.
+    iteration: steps done in the whole run.
+    rows, updates: the rows of metrics.jsonl and updates.jsonl, lists of dicts.
+    notes: further values of a method that a checkpoint keeps, a dict of plain values.
+
+    Make it last, after all other checks of the flags: it is the first that writes.
+    Raises ValueError or OSError if the folder or its checkpoint does not fit.
     """
 
-    def __init__(self, args, device, stages, **parts):
-        self.args, self.device, self.stages, self.parts = args, device, stages, parts
+    def __init__(self, args, device, images, stages, **parts):
+        self.args, self.device, self.images = args, device, images
+        self.stages, self.parts = stages, {}
+        self.is_under_way = False
+        self.forward = None  # the network as a step calls it: compiled, or shared
+        self.hold(**parts)
         self.total_steps = stages.epochs * stages.steps_per_epoch
         self.folder = Path(args.run_dir)
         self.epoch = self.step = self.iteration = 0
         self.rows, self.updates, self.notes = [], [], {}
         self.meter = Meter(device)
-        self.stopped_by, self.weight = None, 1.0  # a signal; of this rank's share of a batch
+        # of the current batch: (step within its stage from 0, steps of the stage); the
+        # weight of this process's loss (see processes.weight), and its part, 0..1
+        self.position, self.weight, self.share = (0, 0), 1.0, 1.0
+        self.total = processes.total
+        self.last_rank = None  # of this process, set when the shared work ends
+        self.stopped_by = None  # the number of a signal
         self.unsaved = False  # whether a step was done since the last checkpoint
-        self.seconds = 0.0  # of the epoch under way, before it was resumed
+        self.seconds = 0.0  # of the current epoch, before the run was resumed
         self._open()
-        processes.agree("the position", torch.tensor([self.epoch, self.step, self.iteration]))
-        self.watch = Watch(self.parts["net"], device)
+        position = torch.tensor([self.epoch, self.step, self.iteration])
+        processes.agree("the position", position)
+        self.watch = Watch(self.net, device)
+        shows_bar = sys.stderr.isatty() and processes.rank() == 0
         self.bar = tqdm(total=self.total_steps, initial=self.iteration, unit="step",
-                        dynamic_ncols=True, leave=False,
-                        disable=not sys.stderr.isatty() or processes.rank() > 0)
-        self.started = self.began = self.saved_at = time.monotonic()
+                        dynamic_ncols=True, leave=False, disable=not shows_bar)
         self.first_iteration = self.iteration
+        # times: of the start, of the start of the epoch, of the last checkpoint
+        self.started = self.began = self.saved_at = time.monotonic()
 
-    # ---- the folder ------------------------------------------------------------------------------
+    def hold(self, **parts):
+        """Take these objects as parts of the run, in the place of those it has."""
+        self.parts |= parts
+        self.net, self.optimizer = self.parts["net"], self.parts["optimizer"]
+        self.masks = self.parts.get("masks")
+        if self.is_under_way:
+            self.forward = setup.forward_of(self.args, self.net)
 
-    def _taken(self):
-        """Return whether the folder holds a run that may be gone on with or replaced; raise
-        ValueError if it holds anything else."""
-        folder, args = self.folder, self.args
-        for path in (folder, *folder.parents):
-            if path.exists() and not path.is_dir():
-                raise ValueError(f"{path} is a file, expected a folder (or nothing yet) there. "
-                                 f"Name another --run-dir")
-        taken = folder.is_dir() and any(path.suffix != ".tmp" and path.name != ".lock"
-                                        for path in folder.iterdir())
-        if taken and not (folder / "config.json").exists():
-            raise ValueError(f"{folder} is not empty and holds no run, expected a new folder or "
-                             f"one with a config.json. Name another --run-dir")
-        if taken and not args.resume and not args.overwrite:
-            raise ValueError(f"{folder} holds a run already. Go on with it by --resume, replace it "
-                             f"by --overwrite, or name another --run-dir")
-        return taken
+    @property
+    def stage(self):
+        """The name of the stage of the current epoch."""
+        return self.stages.place(self.epoch)[0]
+
+    def generator(self, *numbers):
+        """Return a CPU generator that depends on --seed, the iteration and numbers."""
+        return seeded(self.args.seed, self.iteration, *numbers)
+
+    # ---- training --------------------------------------------------------------------
+
+    @contextmanager
+    def under_way(self, plan):
+        """Print the header, and handle the errors and signals of what runs inside.
+
+        plan: what runs, in a line. An error inside is printed in one line and ends the
+        script with exit code 1. On Ctrl-C and SIGTERM the run saves a checkpoint after
+        the current step and ends. At the end the folder is unlocked.
+        """
+        size = self.args.batch_size
+        smaller = f"--batch-size {max(1, size // 2)} instead of {size}"
+        if self.args.precision == "fp32":
+            smaller += " or --precision bf16"
+        no_memory = f"Try {smaller}, in another --run-dir"
+        errors = FloatingPointError, OSError, Broken
+        try:
+            with (flags.exits(1, *errors, no_memory=no_memory),
+                  self._catching_signals()):
+                try:
+                    self.is_under_way = True
+                    self.hold()
+                    self._say_header(plan)
+                    is_new = self.iteration == 0 and "dense_accuracy" not in self.notes
+                    if self.args.init is not None and is_new:
+                        self.notes["dense_accuracy"] = self.evaluate()["accuracy"]
+                    yield
+                except FloatingPointError as error:
+                    self.check()  # its own error also names the layer
+                    when = ""
+                    if "iteration" not in str(error):
+                        when = f"after iteration {self.iteration}: "
+                    raise FloatingPointError(f"{when}{error}") from None
+        finally:
+            files.release(self.lock)
+
+    def epochs(self, stage=None):
+        """Yield the epochs that are left, counted over all stages from 0.
+
+        stage: the name of a stage; then only its epochs.
+        """
+        while self.epoch < self.stages.epochs:
+            if stage is not None and self.stage != stage:
+                return
+            yield self.epoch
+
+    def replan(self, stages):
+        """Replace the stages, where the length of one is known only when it ends."""
+        self.stages = stages
+        self.total_steps = stages.epochs * stages.steps_per_epoch
+        self.bar.total = self.total_steps
+
+    def batches(self, epoch):
+        """Yield the batches (x, y) of an epoch that are left, and count them.
+
+        While a batch is used, `iteration` counts it already, from 1, and `step` does
+        not. After it the loss and the weights are checked: at each step on a CPU, at
+        each 50th on a GPU, where a check waits for the GPU. A checkpoint is saved every
+        --save-every minutes, and when a signal has come, which also ends the run.
+        """
+        args, images = self.args, self.images
+        batches = data.batches(
+            images.x_train, images.y_train, args.batch_size, args.seed, epoch,
+            self.step, args.crop, args.flip, args.cutout, args.rotate,
+            processes.rank(), processes.size())
+        for batch in batches:
+            images_left = len(images.x_train) - self.step * args.batch_size
+            self.weight = processes.weight(min(args.batch_size, images_left))
+            self.share = self.weight / processes.size()
+            self.meter.counts = self.weight > 0
+            self.unsaved = True
+            self.iteration += 1
+            self.position = self.stages.position(self.iteration)
+            # a resumed run draws the same numbers in this step
+            torch.manual_seed(self.generator(1 + processes.rank()).initial_seed())
+            yield batch
+            self.step += 1
+            self.bar.update()
+            if self.device.type == "cpu" or self.step % 50 == 0:
+                self.check()
+            else:
+                self.watch.look(self.iteration)
+            is_late, is_stopped = self._due()
+            if is_late or is_stopped:
+                self.save()
+            if is_stopped:
+                raise Stopped
+
+    def evaluate(self, net=None):
+        """Return loss, accuracy, firing rate and silent LIFs over the test set, a dict
+        (see training.evaluate).
+
+        net: the network to evaluate; None: the run's own.
+        """
+        forward = net
+        if net is None:
+            net, forward = self.net, self.forward
+        processes.average_statistics(net)
+        # without a backward pass there is memory for larger batches
+        pairs = self.images.pairs("test", 4 * self.args.batch_size)
+        return training.evaluate(forward, net, processes.share(pairs), self.args,
+                                 self.total)
+
+    def score_channels(self, metric):
+        """Return the scores of the network's channels over the training set, and which
+        ever spiked (see training.score_channels)."""
+        def mine(pairs):
+            shows_bar = sys.stderr.isatty() and processes.rank() == 0
+            return tqdm(processes.share(pairs), "scoring", leave=False,
+                        disable=not shows_bar)
+
+        pairs = self.images.pairs("train", self.args.batch_size)
+        return training.score_channels(self.net, pairs, self.args, metric, mine=mine,
+                                       total=self.total)
+
+    def log_update(self, target, update, keep=None, may_be_empty=False,
+                   masks_hold=True, layers=None, **more):
+        """Print an update of the masks, write it to updates.jsonl, and check it.
+
+        target: the sparsity asked for, 0..1; None where it is an outcome.
+        update: a masks.Update.
+        keep: how many weights must be alive; None: any number.
+        may_be_empty: whether a layer may lose all weights.
+        masks_hold: whether the weights are masked already.
+        layers: further keys of the row's layers, {key: a value for each layer}.
+        more: further keys of the row.
+        Raises Broken if the masks and the weights disagree.
+        """
+        processes.agree(f"the masks after iteration {self.iteration}", self.masks.flat)
+        for name in update.rescued:
+            self.say(f"  note: {name} would have lost all weights; its largest one is "
+                     f"kept")
+        counts = self.masks.record_update(update.pruned, update.regenerated)
+        row = dict(update=len(self.updates) + 1, iteration=self.iteration,
+                   target=target, before=update.before, **counts, **more)
+        for key, values in (layers or {}).items():
+            for layer, value in zip(row["layers"], values):
+                layer[key] = value
+        self.updates.append(row)
+        write_lines(self.folder / "updates.jsonl", self.updates)
+        self.say(f"  update {row['update']:>3}  pruned {row['pruned']:,}  regenerated "
+                 f"{row['regenerated']:,}  sparse {100 * row['sparsity']:.1f} %")
+        if masks_hold:
+            self.verify(keep, may_be_empty)
+
+    def end_epoch(self, sparsity=None, masks_hold=True):
+        """Evaluate, print the epoch, write it to metrics.jsonl, save a checkpoint.
+
+        sparsity: of the network, 0..1; None: of the masks. masks_hold: whether dead
+        weights are 0 already, which is then checked.
+        """
+        lr = self.optimizer.param_groups[0]["lr"]
+        test = self.evaluate()
+        if sparsity is None:
+            sparsity = self.masks.sparsity
+        stage, within, count = self.stages.place(self.epoch)
+        self.check()
+        if masks_hold:
+            self.verify()
+        if not math.isfinite(test["loss"]):
+            raise FloatingPointError(
+                f"the test loss is not finite after iteration {self.iteration}. A "
+                f"checkpoint saved before is kept; try a lower --lr")
+        loss, accuracy = self.meter.means()
+        state = self.net.state_dict()
+        weights = [state[name] for name, _ in self.net.named_parameters()]
+        processes.agree(f"the weights after iteration {self.iteration}", *weights)
+
+        now = time.monotonic()
+        seconds = self.seconds + now - self.began
+        self.seconds, self.began = 0.0, now
+        self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.device)
+        self.rows.append(dict(
+            stage=stage, epoch=self.epoch, iteration=self.iteration, lr=lr,
+            train_loss=loss, train_accuracy=accuracy, test_loss=test["loss"],
+            test_accuracy=test["accuracy"], sparsity=sparsity,
+            firing_rate=test["rate"], seconds=seconds))
+        write_lines(self.folder / "metrics.jsonl", self.rows)
+        self.save()
+
+        steps_done = max(1, self.iteration - self.first_iteration)
+        steps_left = self.total_steps - self.iteration
+        left = steps_left * (now - self.started) / steps_done
+        self.say(
+            f"{stage:<9}{within + 1:>4}/{count:<4} lr {lr:.4f}  loss {loss:.3f}  train "
+            f"{100 * accuracy:.1f} %  test {100 * test['accuracy']:.1f} %  sparse "
+            f"{100 * sparsity:.1f} %  firing {test['rate']:.3f}  {seconds:.0f} s  left "
+            f"{duration(left)}")
+        if test["silent"]:
+            self.say(f"  note: no neuron of {', '.join(test['silent'])} fired on the "
+                     f"whole test set")
+        _, is_stopped = self._due(now=True)
+        if is_stopped:
+            raise Stopped
+
+    def last_accuracy(self, stage):
+        """Return the test accuracy, 0..1, after the last epoch of a stage."""
+        return [row["test_accuracy"] for row in self.rows if row["stage"] == stage][-1]
+
+    def say(self, line):
+        """Print a line, above the progress bar, once for all processes."""
+        if processes.rank() == 0:
+            tqdm.write(line)
+            sys.stdout.flush()
+
+    # ---- the results -----------------------------------------------------------------
+
+    def is_alone(self):
+        """End the work that processes share. Return whether this process writes."""
+        if self.last_rank is None:
+            self.last_rank = processes.end()
+        return self.last_rank == 0
+
+    def finish(self, script, method, counts=None, **own):
+        """Write model.pt, compact.pt, curves.png and, last, summary.json.
+
+        script, method: names for the summary. counts: the result of metrics.count();
+        None: it is called here. own: keys of the summary that only the script knows.
+        Keys without a value are null.
+        Returns the summary, a dict; None in a process that does not write.
+        """
+        if not self.is_alone():
+            return None
+        args, rows, net, masks = self.args, self.rows, self.net, self.masks
+        alive = None if masks is None else masks.alive
+        if counts is None:
+            inputs = self.images.inputs("test", args.batch_size)
+            with training.autocast(args):
+                counts = metrics.count(net, inputs, alive)
+        # an epoch starts at the density at which the one before it has ended
+        densities = [1.0] + [1 - row["sparsity"] for row in rows[:-1]]
+        known = dict(
+            script=script, method=method, dataset=args.dataset, model=args.model,
+            seed=args.seed, time_steps=args.time_steps, train_limit=args.train_limit,
+            widths=net.config["widths"], epochs=len(rows),
+            test_accuracy=rows[-1]["test_accuracy"], macs_dense=counts["macs"],
+            dense_accuracy=self.notes.get("dense_accuracy"),
+            training_cost=sum(densities) / len(densities),
+            seconds=sum(row["seconds"] for row in rows))
+        if masks is not None and counts["sparsity"] > 0:
+            known |= self._compact()
+        known = counts | known | own
+        summary = {key: known.get(key) for key in SUMMARY_KEYS}
+        summary["peak_memory_mib"] = peak_memory_mib(self.device)
+
+        save_tensors(self.folder / "model.pt", models.pack(net, alive))
+        n_alive, n_zeros = recount(self.folder / "model.pt", summary["layers"])
+        from harness import plots  # not at the top: matplotlib is slow to import
+        plots.draw_curves(rows, self.folder / "curves.png")
+        write_json(self.folder / "summary.json", summary)
+        self.say_summary(summary, n_alive, n_zeros)
+        return summary
+
+    def _compact(self):
+        """Write compact.pt, the network without the channels that change nothing.
+
+        Returns how many times as fast it predicts, a dict for summary.json. Without
+        such channels nothing is written, and the dict is empty.
+        """
+        small, alive, text = compact.make(self.net, self.masks.alive)
+        if small is None:
+            self.say(f"  {text}")
+            return {}
+        save_tensors(self.folder / "compact.pt", models.pack(small, alive))
+        speed = {}  # {batch size: factor}
+        with training.autocast(self.args):
+            for size in (1, 32):
+                speed[size] = metrics.speedup(
+                    self.net, small, self.images.copies(size), seconds=0.05)
+        self.say(f"  compact.pt: {text}; {speed[1]:.2f} times as fast at batch 1, "
+                 f"{speed[32]:.2f} at batch 32")
+        return dict(speedup_batch1=speed[1], speedup_batch32=speed[32])
+
+    # ---- what must hold --------------------------------------------------------------
+
+    def check(self):
+        """Raise FloatingPointError, with iteration and layer, if a loss or a number of
+        the network is not finite."""
+        self.watch.look(self.iteration)
+        self.watch.check(self.meter)
+
+    def verify(self, keep=None, may_be_empty=False):
+        """Raise Broken unless the masks hold.
+
+        They hold if exactly `keep` weights are alive (None: as many as the last update
+        has left), dead weights and their momentum are 0, and, without may_be_empty, no
+        layer is empty. Without masks nothing is checked.
+        """
+        if self.masks is None:
+            return
+        if keep is None and self.updates:
+            keep = sum(layer["alive"] for layer in self.updates[-1]["layers"])
+        wrong = self.masks.violation(self.optimizer, keep, may_be_empty)
+        if wrong:
+            self.check()  # a number that is not finite is not 0 either
+            raise Broken(f"after iteration {self.iteration} {wrong}. This is a mistake "
+                         f"in the code or in the memory; a checkpoint saved before is "
+                         f"kept")
+
+    # ---- the folder ------------------------------------------------------------------
 
     def _open(self):
-        """Make the folder, or go on in it, or say why not."""
-        folder, args = self.folder, self.args
-        taken = self._taken()
-        self.lock = processes.first(
-            lambda: files.acquire(folder) if processes.rank() == 0 else None)
+        """Make the folder and write config.json, or restore the run that it holds."""
+        taken = self._is_taken()
+        self.lock = processes.rank_0_first(
+            lambda: files.acquire(self.folder) if processes.rank() == 0 else None)
         try:
-            taken = self._taken()  # another process may have been faster
-            if taken and args.resume:
-                return self._restore()
-            config = {key: value for key, value in vars(args).items()
-                      if key not in ("resume", "overwrite")}
-            config |= versions() | dict(script=Path(sys.argv[0]).stem,
-                                        device_name=device_name(self.device),
-                                        threads=torch.get_num_threads(), processes=processes.size())
-            processes.largest(0)  # all ranks have looked, before one of them writes
-            write_json(folder / "config.json", config, before=self._clear)
+            taken = self._is_taken()  # another process may have been faster
+            if taken and self.args.resume:
+                self._restore()
+            else:
+                config = self._config()
+                processes.largest(0)  # all ranks have looked before one of them writes
+                write_json(self.folder / "config.json", config, before=self._clear)
         except BaseException:
             files.release(self.lock)
             if not taken and processes.rank() == 0:
-                with suppress(OSError):  # it is not empty
-                    folder.rmdir()
+                with suppress(OSError):  # the folder is not empty
+                    self.folder.rmdir()
             raise
 
+    def _is_taken(self):
+        """Return whether the folder holds a run, which the flags allow to resume or to
+        replace. Raise ValueError if they do not, or if it holds anything else."""
+        folder, args = self.folder, self.args
+        for path in (folder, *folder.parents):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"{path} is a file, expected a folder (or nothing "
+                                 f"yet) there. Name another --run-dir")
+        taken = False
+        if folder.is_dir():
+            taken = any(path.suffix != ".tmp" and path.name != ".lock"
+                        for path in folder.iterdir())
+        if taken and not (folder / "config.json").exists():
+            raise ValueError(f"{folder} is not empty and holds no run, expected a new "
+                             f"folder or one with a config.json. Name another "
+                             f"--run-dir")
+        if taken and not args.resume and not args.overwrite:
+            raise ValueError(f"{folder} holds a run already. Go on with it by "
+                             f"--resume, replace it by --overwrite, or name another "
+                             f"--run-dir")
+        return taken
+
+    def _config(self):
+        """Return what config.json holds: the flags, and what the run depends on."""
+        config = {flag: value for flag, value in vars(self.args).items()
+                  if flag not in ("resume", "overwrite")}
+        return config | versions() | dict(
+            script=Path(sys.argv[0]).stem, device_name=device_name(self.device),
+            threads=torch.get_num_threads(), processes=processes.size())
+
     def _clear(self):
-        """Remove what a run has left; its summary first, so that it is finished no more."""
+        """Remove the files of an earlier run."""
         for name in FILES[1:]:
             (self.folder / name).unlink(missing_ok=True)
 
+    # ---- checkpoints -----------------------------------------------------------------
+
+    def save(self):
+        """Write checkpoint.pt, which holds all that a resumed run needs.
+
+        Raises FloatingPointError if a number is not finite, and OSError if the folder
+        is gone or the file cannot be written. Then the last good checkpoint stays.
+        """
+        if self.watch.net is not self.net:  # a method has replaced it by a smaller one
+            self.watch = Watch(self.net, self.device)
+        self.check()
+        if not files.holds(self.lock):
+            raise OSError(f"{self.folder} was deleted or replaced under the run, "
+                          f"expected it to stay. Nothing more is saved; start again")
+        # some methods train dead weights too, for a while
+        masks_hold = self.masks is not None and not self.masks.violation(self.optimizer)
+        save_tensors(self.folder / "checkpoint.pt", {
+            "format": files.CHECKPOINT_FORMAT,
+            "position": [self.epoch, self.step, self.iteration],
+            "flags": self._flags(),
+            "widths": self.net.config["widths"],
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "masks_hold": masks_hold,
+            "metrics": len(self.rows),
+            "updates": len(self.updates),
+            "notes": self.notes,
+            "meter": self.meter.state(),
+            "statistics": processes.statistics(self.net),
+            "seconds": self.seconds + time.monotonic() - self.began})
+        self.unsaved, self.saved_at = False, time.monotonic()
+
     def _flags(self):
-        """Return the flags that a run that goes on must share with its beginning."""
+        """Return the flags that a resumed run must share with its checkpoint."""
         free = flags.MAY_DIFFER | {"resume", "overwrite", "run_dir"}
-        return {flag: value for flag, value in vars(self.args).items() if flag not in free}
+        return {flag: value for flag, value in vars(self.args).items()
+                if flag not in free}
 
     def _restore(self):
+        """Take all state from checkpoint.pt, if there is one. Raise ValueError if it
+        does not fit."""
         state = read_checkpoint(self.folder)
         if state is None:
             return
         with fits(self.folder / "checkpoint.pt"):
             for flag, value in self._flags().items():
-                if state["flags"].get(flag) != value:
-                    raise ValueError(f"it was made with {flag} {state['flags'].get(flag)}, not "
-                                     f"{value}")
-            epoch, step, iteration = self.epoch, self.step, self.iteration = state["position"]
-            per_epoch = self.stages.steps_per_epoch
-            if not (0 <= epoch <= self.stages.epochs and 0 <= step <= per_epoch
-                    and iteration == epoch * per_epoch + step and state["metrics"] == epoch):
-                raise ValueError(f"its position is {state['position']}, which is none of this run")
-            for name, part in self.parts.items():
-                if name != "optimizer":
-                    files.require_alike(name, state["parts"].get(name), part.state_dict())
-                part.load_state_dict(state["parts"][name])
-            for parameter, own in self.parts["optimizer"].state.items():
-                for key, value in own.items():
-                    if value.dim() and value.shape != parameter.shape:
-                        raise ValueError(f"{key} of its optimizer is {list(value.shape)}, expected "
-                                         f"{list(parameter.shape)}")
-            if state["masks_hold"] and (found := self.parts["masks"].violation(
-                    self.parts["optimizer"])):
-                raise ValueError(f"its masks disagree with its weights: {found}")
-            self.rows, self.updates = (self._read_lines(name, state[name])
-                                       for name in ("metrics", "updates"))
+                saved = state["flags"].get(flag)
+                if saved != value:
+                    raise ValueError(f"it was made with {flag} {saved}, not {value}")
+            self._restore_position(state)
+            self._restore_parts(state)
+            self.rows = self._read_lines("metrics", state["metrics"])
+            self.updates = self._read_lines("updates", state["updates"])
             self.seconds, self.notes = state["seconds"], state["notes"]
             self.meter.restore(state["meter"])
-            processes.restore_statistics(self.parts["net"], state["statistics"])
+            processes.restore_statistics(self.net, state["statistics"])
+
+    def _restore_position(self, state):
+        epoch, step, iteration = state["position"]
+        per_epoch = self.stages.steps_per_epoch
+        is_inside = 0 <= epoch <= self.stages.epochs and 0 <= step <= per_epoch
+        adds_up = iteration == epoch * per_epoch + step and state["metrics"] == epoch
+        if not (is_inside and adds_up):
+            raise ValueError(f"its position is {state['position']}, which does not fit "
+                             f"the epochs and steps of this run")
+        self.epoch, self.step, self.iteration = epoch, step, iteration
+
+    def _restore_parts(self, state):
+        for name, part in self.parts.items():
+            if name != "optimizer":
+                files.require_alike(name, state["parts"].get(name), part.state_dict())
+            part.load_state_dict(state["parts"][name])
+        for parameter, own in self.optimizer.state.items():
+            for key, value in own.items():
+                if value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"{key} of its optimizer is {list(value.shape)}, "
+                                     f"expected {list(parameter.shape)}")
+        if state["masks_hold"]:
+            wrong = self.masks.violation(self.optimizer)
+            if wrong:
+                raise ValueError(f"its masks disagree with its weights: {wrong}")
 
     def _read_lines(self, name, count):
-        """Read the first `count` rows of a log: later ones are of work that is done again."""
+        """Return the first `count` rows of a log, a list of dicts.
+
+        Later rows are of steps after the checkpoint, which are done again.
+        """
         if count == 0:
             return []
         lines = (self.folder / f"{name}.jsonl").read_text().splitlines()
@@ -198,251 +600,139 @@ class Run:
         except ValueError:
             raise ValueError(f"{name}.jsonl is damaged") from None
 
-    def save(self):
-        """Write checkpoint.pt: all that is needed to go on bit by bit. Nothing that is not finite
-        replaces the last good one."""
-        if self.watch.net is not self.parts["net"]:  # prune_structured.py has replaced it
-            self.watch = Watch(self.parts["net"], self.device)
-        self.parts["net"].state_dict()  # what compact.py trains in its place comes home
-        self.check()
-        if not files.holds(self.lock):
-            raise OSError(f"{self.folder} was deleted or replaced under the run, expected it to "
-                          f"stay. Nothing more is saved; start again")
-        masks = self.parts.get("masks")  # SD-SNN and Grad R train dead weights too, for a while
-        save_tensors(self.folder / "checkpoint.pt", {
-            "format": files.CHECKPOINT_FORMAT, "position": [self.epoch, self.step, self.iteration],
-            "flags": self._flags(), "widths": self.parts["net"].config["widths"],
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "masks_hold": masks is not None and not masks.violation(self.parts["optimizer"]),
-            "metrics": len(self.rows), "updates": len(self.updates), "notes": self.notes,
-            "meter": self.meter.state(),
-            "statistics": processes.statistics(self.parts["net"]),
-            "seconds": self.seconds + time.monotonic() - self.began})
-        self.unsaved, self.saved_at = False, time.monotonic()
-
-    # ---- what must hold --------------------------------------------------------------------------
-
-    def check(self):
-        """Raise FloatingPointError, with iteration and layer, if a loss or a number of the network
-        is not finite."""
-        self.watch.look(self.iteration)
-        self.watch.check(self.meter)
-
-    def verify(self, keep=None, may_be_empty=False):
-        """Stop the run unless exactly `keep` weights are alive (None: as many as the last update
-        has left), dead ones and their momentum are 0, and no layer is empty."""
-        masks = self.parts.get("masks")
-        if masks is None:  # prune_structured.py removes what goes
-            return
-        if keep is None and self.updates:
-            keep = sum(layer["alive"] for layer in self.updates[-1]["layers"])
-        if found := masks.violation(self.parts["optimizer"], keep, may_be_empty):
-            raise Broken(f"after iteration {self.iteration} {found}. This is a mistake in the code "
-                         f"or in the memory; a checkpoint saved before is kept")
-
-    # ---- under way -------------------------------------------------------------------------------
-
-    def say(self, line):
-        if processes.rank() == 0:
-            tqdm.write(line)
-            sys.stdout.flush()
-
-    @contextmanager
-    def under_way(self):
-        """What goes wrong inside is one line and exit code 1; Ctrl-C and SIGTERM end the run at the
-        next step, saved. After it the folder is free for other processes."""
-        size, half = self.args.batch_size, max(1, self.args.batch_size // 2)
-        try:
-            with (flags.exits(1, FloatingPointError, OSError, Broken, no_memory=(
-                    f"Try --batch-size {half} instead of {size}" + " or --precision bf16" * (
-                        self.args.precision == "fp32") + ", in another --run-dir")),
-                  self._catching_signals()):
-                try:
-                    yield
-                except FloatingPointError as error:
-                    when = f"after iteration {self.iteration}: " * ("iteration" not in str(error))
-                    raise FloatingPointError(f"{when}{error}") from None
-        finally:
-            files.release(self.lock)
+    # ---- signals ---------------------------------------------------------------------
 
     @contextmanager
     def _catching_signals(self):
-        """Let Ctrl-C, SIGTERM and SIGHUP end the run at the next step, saved, and at once where
-        nothing is unsaved: while it counts, say. A second one ends it at once."""
+        """Let Ctrl-C, SIGTERM and SIGHUP end the run after the current step, saved.
+
+        It ends at once if all steps are saved already, as while it writes the results,
+        and at a second signal.
+        """
         def stop(number, _):
             self.stopped_by = number
-            if processes.size() == 1:  # torchrun passes on each of them
+            # torchrun passes signals on, so that a second one need not be the user's
+            if processes.size() == 1:
                 signal.signal(number, previous[number])
             if not self.unsaved and not processes.together():
                 raise Stopped
 
-        previous = {number: signal.signal(number, stop) for number in {
-            signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}}
+        numbers = {signal.SIGINT, signal.SIGTERM}
+        if hasattr(signal, "SIGHUP"):  # not on Windows
+            numbers.add(signal.SIGHUP)
+        previous = {number: signal.signal(number, stop) for number in numbers}
         try:
             yield
         except Stopped:
             self.bar.close()
-            self.say(f"stopped after iteration {self.iteration}, saved. Go on with: python "
-                     f"{shlex.join([sys.argv[0], '--resume', '--run-dir', self.args.run_dir])}")
+            resume = [sys.argv[0], "--resume", "--run-dir", self.args.run_dir]
+            self.say(f"stopped after iteration {self.iteration}, saved. Go on with: "
+                     f"python {shlex.join(resume)}")
             raise SystemExit(128 + self.stopped_by) from None
         finally:
             self.bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def epochs_of(self, stage):
-        """Yield the epochs of a stage that are still to be done, counted over all stages."""
-        while self.epoch < self.stages.epochs and self.stages.place(self.epoch)[0] == stage:
-            yield self.epoch
-
-    def track(self, images, epoch):
-        """Yield the batches of an epoch that are still to be done, and keep count of them; save a
-        checkpoint every so many minutes, and stop, saved, when a signal came.
-
-        At a batch's body `iteration` counts it, from 1, and `step` does not yet. Loss and weights
-        are checked at each step on a CPU, now and then on a GPU, where looking means waiting.
-        """
-        args = self.args
-        for batch in data.batches(images.x_train, images.y_train, args.batch_size, args.seed, epoch,
-                                  self.step, args.crop, args.flip, args.cutout, args.rotate,
-                                  processes.rank(), processes.size()):
-            self.weight = processes.weight(min(
-                args.batch_size, len(images.x_train) - self.step * args.batch_size))
-            self.meter.counts = self.weight > 0
-            self.unsaved = True
-            self.iteration += 1
-            # what rate coding and dropout draw in this step depends on nothing before it
-            torch.manual_seed(seeded(args.seed, self.iteration, 1 + processes.rank()).initial_seed())
-            yield batch
-            self.step += 1
-            self.bar.update()
-            if self.device.type == "cpu" or self.step % 50 == 0:
-                self.check()
-            else:
-                self.watch.look(self.iteration)
-            save, stop = self._due()
-            if save or stop:
-                self.save()
-            if stop:
-                raise Stopped
-
     def _due(self, now=False):
-        """Return (whether minutes have passed since the last checkpoint, whether a signal came).
-        Ranks agree, after each step on CPUs, now and then on GPUs, so that all do the same."""
-        late = time.monotonic() - self.saved_at >= 60 * self.args.save_every
+        """Return (whether a checkpoint is due, whether a signal has come), two bools.
+
+        All processes return the same. To agree they wait for each other: after each
+        step on CPUs, after each tenth on GPUs, and whenever `now` is given.
+        """
+        minutes = (time.monotonic() - self.saved_at) / 60
+        is_late = minutes >= self.args.save_every
         if processes.size() > 1:
             if not (now or self.device.type == "cpu" or self.step % 10 == 0):
                 return False, False
-            rows = processes.gather(torch.tensor([late, self.stopped_by or 0]))
-            late, self.stopped_by = rows[:, 0].any().item(), rows[:, 1].max().item() or None
-        return late, self.stopped_by is not None
+            rows = processes.gather(torch.tensor([is_late, self.stopped_by or 0]))
+            is_late = rows[:, 0].any().item()
+            self.stopped_by = rows[:, 1].max().item() or None
+        return is_late, self.stopped_by is not None
 
-    def header(self, images, net, plan):
-        """Say what runs, on what, where; plan: what the script does, in a line."""
-        sizes = metrics.parameters(net)
+    # ---- what is printed -------------------------------------------------------------
+
+    def _say_header(self, plan):
+        args, images = self.args, self.images
+        sizes = metrics.parameters(self.net)
         prunable = sum(layer["weights"] for layer in sizes["layers"])
-        stages = ", ".join(f"{name} {epochs}" for name, epochs in self.stages.by_name.items())
+        stages = ", ".join(f"{name} {epochs}"
+                           for name, epochs in self.stages.by_name.items())
         self.say(
-            f"{Path(sys.argv[0]).stem}  torch {torch.__version__}  {self.args.device}  "
-            f"{self.args.precision}  seed {self.args.seed}  ->  {self.folder}\n"
-            f"data {images.name}: {len(images.x_train):,} train, {len(images.x_test):,} test, "
-            f"{images.num_classes} classes   model {self.args.model}, T = {self.args.time_steps}, "
-            f"{sizes['parameters']:,} parameters, {prunable:,} prunable\n"
+            f"{Path(sys.argv[0]).stem}  torch {torch.__version__}  {args.device}  "
+            f"{args.precision}  seed {args.seed}  ->  {self.folder}\n"
+            f"data {images.name}: {len(images.x_train):,} train, "
+            f"{len(images.x_test):,} test, {images.num_classes} classes   "
+            f"model {args.model}, T = {args.time_steps}, {sizes['parameters']:,} "
+            f"parameters, {prunable:,} prunable\n"
             f"epochs: {stages}, {self.stages.steps_per_epoch} steps each   {plan}")
         if self.iteration:
             self.say(f"resumed after iteration {self.iteration} of {self.total_steps}")
 
-    def add_update(self, row):
-        """Log one mask update, on the screen and in updates.jsonl."""
-        self.updates.append(row)
-        write_lines(self.folder / "updates.jsonl", self.updates)
-        self.say(f"  update {row['update']:>3}  pruned {row['pruned']:,}  regenerated "
-                 f"{row['regenerated']:,}  sparse {100 * row['sparsity']:.1f} %")
-
-    def end_epoch(self, lr, test, sparsity, masks_hold=True):
-        """Log an epoch, on the screen and in metrics.jsonl, and save a checkpoint.
-
-        lr: of the last step. test: what evaluate() returned. masks_hold: whether the weights are
-        masked already, as they are but in Grad R's structure epochs.
-        """
-        stage, within, count = self.stages.place(self.epoch)
-        self.check()
-        if masks_hold:
-            self.verify()
-        if not math.isfinite(test["loss"]):
-            raise FloatingPointError(f"the test loss is not finite after iteration "
-                                     f"{self.iteration}. A checkpoint saved before is kept; "
-                                     f"try a lower --lr")
-        loss, accuracy = self.meter.means()
-        state = self.parts["net"].state_dict()
-        processes.agree(f"the weights after iteration {self.iteration}",
-                       *(state[name] for name, _ in self.parts["net"].named_parameters()))
-        now = time.monotonic()
-        seconds, self.seconds, self.began = self.seconds + now - self.began, 0.0, now
-        self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.device)
-        self.rows.append(dict(
-            stage=stage, epoch=self.epoch, iteration=self.iteration, lr=lr, train_loss=loss,
-            train_accuracy=accuracy, test_loss=test["loss"], test_accuracy=test["accuracy"],
-            sparsity=sparsity, firing_rate=test["rate"], seconds=seconds))
-        write_lines(self.folder / "metrics.jsonl", self.rows)
-        self.save()
-        left = ((self.total_steps - self.iteration) * (now - self.started)
-                / max(1, self.iteration - self.first_iteration))
-        self.say(f"{stage:<9}{within + 1:>4}/{count:<4} lr {lr:.4f}  loss {loss:.3f}  train "
-                 f"{100 * accuracy:.1f} %  test {100 * test['accuracy']:.1f} %  sparse "
-                 f"{100 * sparsity:.1f} %  firing {test['rate']:.3f}  {seconds:.0f} s  left "
-                 f"{duration(left)}")
-        if test["silent"]:
-            self.say(f"  note: no neuron of {', '.join(test['silent'])} fired on the whole test "
-                     f"set")
-        if self._due(now=True)[1]:
-            raise Stopped
-
-    def finish(self, net, alive, counts, **summary):
-        """Write model.pt, curves.png and, last, summary.json; return the summary.
-
-        counts: what metrics.count() returned. summary: the keys that only the script knows; what it
-        leaves out is null.
-        """
-        args, rows = self.args, self.rows
-        densities = [1.0] + [1 - row["sparsity"] for row in rows[:-1]]  # at the start of each epoch
-        known = dict(
-            dataset=args.dataset, model=args.model, seed=args.seed, time_steps=args.time_steps,
-            train_limit=args.train_limit, widths=net.config["widths"], epochs=len(rows),
-            test_accuracy=rows[-1]["test_accuracy"], training_cost=sum(densities) / len(densities),
-            seconds=sum(row["seconds"] for row in rows),
-            peak_memory_mib=peak_memory_mib(self.device))
-        values = dict.fromkeys(SUMMARY_KEYS) | {
-            key: value for key, value in (counts | known | summary).items() if key in SUMMARY_KEYS}
-        save_tensors(self.folder / "model.pt", models.pack(net, alive))
-        counted = recount(self.folder / "model.pt", values["layers"])
-        from harness import plots  # here, since matplotlib takes its time
-        plots.draw_curves(rows, self.folder / "curves.png")
-        write_json(self.folder / "summary.json", values)
-        self.say_summary(values, *counted)
-        return values
-
     def say_summary(self, values, alive, zeros):
-        """Print the result: accuracies by stage, then what the final network costs. alive, zeros:
-        weights of model.pt."""
-        for stage in ("dense", "pruned", "test"):
-            if values[f"{stage}_accuracy"] is not None:
-                name = {"test": "final", "pruned": "pruned, not fine-tuned"}.get(stage, stage)
-                self.say(f"  {name:<24}{100 * values[f'{stage}_accuracy']:6.2f} % test accuracy")
+        """Print the result: accuracies by stage, then the costs of the final network.
+
+        values: the summary. alive, zeros: how many weights of model.pt are so.
+        """
+        accuracies = {"dense": values["dense_accuracy"],
+                      "pruned, not fine-tuned": values["pruned_accuracy"],
+                      "final": values["test_accuracy"]}
+        for name, accuracy in accuracies.items():
+            if accuracy is not None:
+                self.say(f"  {name:<24}{100 * accuracy:6.2f} % test accuracy")
+        n_alive = sum(layer["alive"] for layer in values["layers"])
+        n_weights = sum(layer["weights"] for layer in values["layers"])
         self.say(
-            f"  weights alive           {sum(layer['alive'] for layer in values['layers']):,} of "
-            f"{sum(layer['weights'] for layer in values['layers']):,} prunable: "
-            f"{100 * values['sparsity']:.2f} % sparse ({100 * values['sparsity_all']:.2f} % of all "
-            f"parameters)\n"
+            f"  weights alive           {n_alive:,} of {n_weights:,} prunable: "
+            f"{100 * values['sparsity']:.2f} % sparse "
+            f"({100 * values['sparsity_all']:.2f} % of all parameters)\n"
             f"  counted in model.pt     {alive:,} alive, {zeros:,} zeros\n"
-            f"  an image costs          {values['sops']:,.0f} synaptic operations, about "
-            f"{1e3 * values['energy_mj']:.3g} uJ; firing rate {values['firing_rate']:.3f}; "
-            f"{values['macs']:,} MACs a step as stored")
+            f"  an image costs          {values['sops']:,.0f} synaptic operations, "
+            f"about {1e3 * values['energy_mj']:.3g} uJ; firing rate "
+            f"{values['firing_rate']:.3f}; {values['macs']:,} MACs a step as stored")
         if values["macs"] == values["macs_dense"] and values["sparsity"] > 0:
             self.say("  masked weights are stored dense: fewer synaptic operations, "
                      "not a faster GPU")
         if values["peak_memory_mib"] is not None:
-            self.say(f"  peak memory             {values['peak_memory_mib']:,.0f} MiB of "
-                     f"{'the GPU' if self.device.type == 'cuda' else 'the process'}")
-        self.say(f"done in {duration(values['seconds'])}: {100 * values['test_accuracy']:.2f} % "
-                 f"test accuracy at {100 * values['sparsity']:.1f} % sparsity -> {self.folder}")
+            where = "the GPU" if self.device.type == "cuda" else "the process"
+            peak = values["peak_memory_mib"]
+            self.say(f"  peak memory             {peak:,.0f} MiB of {where}")
+        self.say(
+            f"done in {duration(values['seconds'])}: "
+            f"{100 * values['test_accuracy']:.2f} % test accuracy at "
+            f"{100 * values['sparsity']:.1f} % sparsity -> {self.folder}")
+
+
+# ---- functions -----------------------------------------------------------------------
+
+
+def recount(path, layers):
+    """Read a model.pt back from the disk, and return (alive, zeros) over its weights.
+
+    layers: the rows of summary.json, each with name and alive. Raises Broken if the
+    file disagrees with them, or its masks with its weights.
+    """
+    try:
+        packed = models.read(path)
+        models.unpack(packed, path)  # it raises if a dead weight is not 0
+    except ValueError as error:
+        raise Broken(str(error)) from None
+    alive = zeros = 0
+    for layer in layers:
+        name, expected = layer["name"], layer["alive"]
+        found = int(packed["masks"][name].count_nonzero())
+        if found != expected:
+            raise Broken(f"{path} has {found:,} weights of {name} alive, expected "
+                         f"{expected:,}. Go on with --resume, which writes it again")
+        alive += found
+        zeros += int((packed["state_dict"][name] == 0).count_nonzero())
+    return alive, zeros
+
+
+def duration(seconds):
+    """Return a time in words: "1:05" for 65 seconds, "1:00:00" for an hour."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{seconds:02d}"
+    return f"{minutes}:{seconds:02d}"

@@ -1,21 +1,14 @@
-"""What the tests share. They run on one thread: their networks are tiny, and a busy machine then
-slows them far less."""
+"""Settings and fixtures of all tests; what else they share is in helpers.py. Tests run on one
+thread: their networks are tiny, and a busy machine then slows them far less."""
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; scripts that tests start inherit it
 
-import json
-import signal
-from pathlib import Path
+import urllib.error
 
-import numpy as np
 import pytest
-import torch
 
-import models
-import training
-
-TIMES = {"seconds", "peak_memory_mib", "speedup_batch1", "speedup_batch32"}
+pytest.register_assert_rewrite("helpers")
 
 
 @pytest.fixture(autouse=True)
@@ -23,49 +16,40 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def lines(folder, name):
-    return [json.loads(line) for line in Path(folder, f"{name}.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="session")
+def drawn():
+    """The pictures that were drawn in this process, by the name of the file."""
+    return {}
 
 
-def assert_same_run(one, other):
-    """All that two runs left agrees bit by bit; times, memory and paths apart."""
-    one, other = Path(one), Path(other)
-    assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
-    a, b = (models.read(folder / "model.pt") for folder in (one, other))
-    for part in ("state_dict", "masks"):
-        assert a[part].keys() == b[part].keys()
-        for name in a[part]:
-            assert torch.equal(a[part][name], b[part][name]), name
-    for row, same in zip(lines(one, "metrics"), lines(other, "metrics"), strict=True):
-        assert {k: row[k] for k in row.keys() - TIMES} == {k: same[k] for k in same.keys() - TIMES}
-    a, b = (json.loads((folder / "summary.json").read_text()) for folder in (one, other))
-    assert {k: a[k] for k in a.keys() - TIMES} == {k: b[k] for k in b.keys() - TIMES}
-    for name in ("updates.jsonl", "channels.json"):
-        if (one / name).exists():
-            assert (one / name).read_text() == (other / name).read_text()
-    if (one / "gamma.npz").exists():
-        a, b = np.load(one / "gamma.npz"), np.load(other / "gamma.npz")
-        assert a.files == b.files and all(np.array_equal(a[name], b[name]) for name in a.files)
+@pytest.fixture(autouse=True)
+def curves_are_drawn_once(drawn, monkeypatch):
+    """Each run leaves curves.png, which takes longer than a tiny run: draw it once, and let other
+    runs write the same bytes. Scripts that tests start as processes draw their own."""
+    from harness import files, plots
+
+    draw_curves = plots.draw_curves
+
+    def draw(rows, path):
+        if path.name in drawn:
+            files.write_whole(path, lambda file: file.write(drawn[path.name]), "wb")
+        else:
+            draw_curves(rows, path)
+            drawn[path.name] = path.read_bytes()
+
+    monkeypatch.setattr(plots, "draw_curves", draw)
 
 
-def one_line(capsys):
-    """Return what stands on stderr: one line, and no traceback."""
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "Traceback" not in error, error
-    return error
+@pytest.fixture
+def offline(monkeypatch):
+    """Make each try to download fail, and return the list of addresses."""
+    import torchvision
 
+    tried = []
 
-def stop_after(iteration, monkeypatch, run, *given):
-    """Run until an iteration, and get SIGTERM there."""
-    add = training.Meter.add
+    def fail(request, *args, **kwargs):
+        tried.append(getattr(request, "full_url", request))
+        raise urllib.error.URLError("no network in tests")
 
-    def stop(self, loss, logits, labels, at=0):
-        add(self, loss, logits, labels, at)
-        if at == iteration:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(training.Meter, "add", stop)
-    with pytest.raises(SystemExit) as stopped:
-        run(*given)
-    assert stopped.value.code == 143
-    monkeypatch.setattr(training.Meter, "add", add)
+    monkeypatch.setattr(torchvision.datasets.utils.urllib.request, "urlopen", fail)
+    return tried

@@ -21,8 +21,10 @@ import analyze
 import metrics
 import models
 import prune_unstructured
+from harness import plots
 from harness import records
-from conftest import one_line
+from harness import runfolder
+from helpers import one_line
 from neurons import LIF
 
 ROOT = Path(__file__).parent.parent
@@ -99,9 +101,9 @@ def test_spike_counts_are_those_of_a_plain_count():
             share = np.bincount(neuron, minlength=5) / 30
             expected -= sum(p * np.log2(p) for p in share if p) / 4
         assert bits[c] == pytest.approx(expected) and expected > 0.5
-    net.lif.record = "max"
+    net.lif.start_recording("max")
     net(x)
-    assert score.tolist() == pytest.approx(net.lif.score.tolist())
+    assert score.tolist() == pytest.approx(net.lif.stop_recording().tolist())
 
 
 def test_a_neuron_that_takes_all_counts_alike_has_the_greatest_entropy():
@@ -125,9 +127,10 @@ def test_spearman():
 
 
 def fake(method, seed=0, regen=0.0, accuracy=0.5, script="prune_unstructured", **config):
-    base = dict.fromkeys(records.SAME[script]) | dict(dataset="d", model="m", sparsity=0.9)
+    base = dict.fromkeys(records.SAME["weights"]) | dict(dataset="d", model="m", sparsity=0.9)
     return SimpleNamespace(folder=Path(f"{method}{seed}"), files={}, method=method, seed=seed,
-                           regen=regen, script=script, config=base | config | dict(seed=seed),
+                           regen=regen, script=script, pruned="weights",
+                           config=base | config | dict(seed=seed),
                            summary=dict(test_accuracy=accuracy, method=method))
 
 
@@ -136,12 +139,12 @@ def test_runs_are_compared_at_equal_settings_and_shared_seeds():
             fake("dense", 1, sparsity=0.0, interval=7),
             fake("criticality", 1, 0.5), fake("criticality", 2, 0.5)]
     assert records.compared(runs, "criticality", "baseline") == {
-        "prune_unstructured": dict(gmp=[runs[1]], criticality=[runs[4]])}
+        "weights": dict(gmp=[runs[1]], criticality=[runs[4]])}
     assert records.compared(runs, "dense", "criticality") == {
-        "prune_unstructured": dict(dense=[runs[3]], criticality=[runs[4]])}
+        "weights": dict(dense=[runs[3]], criticality=[runs[4]])}
     assert records.compared(runs[:4], "criticality") == {}
     assert records.compared(runs, "greg1") == {}
-    (script, methods), = records.compared(runs).items()  # none named: all of the group
+    (_, methods), = records.compared(runs).items()  # none named: all of the group
     assert {name: len(mine) for name, mine in methods.items()} == dict(
         dense=1, gmp=2, criticality=2)
 
@@ -150,18 +153,144 @@ def test_another_target_or_schedule_is_another_group():
     runs = [fake("gmp"), fake("criticality", 0, 0.5, sparsity=0.95),
             fake("criticality", 0, 0.5, epochs_prune=3)]
     assert records.compared(runs, "criticality", "baseline") == {}
-    assert len(records.groups(runs, "prune_unstructured")) == 2
-    free, = (group for group in records.groups(runs, "prune_unstructured", ["epochs_prune"])
+    assert len(records.comparable_groups(runs, "weights")) == 2
+    free, = (group for group in records.comparable_groups(runs, "weights", ["epochs_prune"])
              if runs[2] in group)
     assert runs[0] in free and runs[1] not in free
 
 
 def test_the_rate_with_the_most_seeds_counts_then_the_usual_one_and_never_the_best():
     rates = [fake("criticality", 0, r, a) for r, a in ((0.1, 0.9), (0.4, 0.1), (0.9, 0.95))]
-    assert records.of(rates, "criticality") == [rates[1]]
+    assert records.runs_of(rates, "criticality") == [rates[1]]
     more = [*rates, fake("criticality", 1, 0.9)]
-    assert [run.seed for run in records.of(more, "criticality")] == [0, 1]
-    assert records.of(rates, "gmp") == []
+    assert [run.seed for run in records.runs_of(more, "criticality")] == [0, 1]
+    assert records.runs_of(rates, "gmp") == []
+
+
+def saved(folder, method, script="prune_unstructured", regen=0.5, seed=0, accuracy=0.8,
+          without=(), **config):
+    """Write a finished run of weights with the usual keys, but those `without`."""
+    config = dict(dataset="fashion-mini", model="small", time_steps=4, batch_size=64, lr=0.1,
+                  sparsity=0.9, regen=regen, metric=method, aggregate="max", candidates="all",
+                  interval=25, epochs_prune=8, epochs_finetune=4, seed=seed) | config
+    for flag in without:
+        del config[flag]
+    layers = [dict(name=name, alive=10, weights=100) for name in ("convs.0.conv.weight", "fc")]
+    summary = dict.fromkeys(runfolder.SUMMARY_KEYS, 1) | dict(
+        script=script, method=method, seed=seed, regen=regen, test_accuracy=accuracy,
+        layers=layers, sparsity=0.9, survived_by_regeneration=None)
+    folder = Path(folder)
+    folder.mkdir(parents=True)
+    for name, value in dict(config=config, summary=summary).items():
+        (folder / f"{name}.json").write_text(json.dumps(value))
+    return folder
+
+
+def test_runs_are_found_at_any_depth_in_the_order_of_their_paths():
+    for name in ("b/study/x", "b/a", "b/study/deep/er/y", "c"):
+        saved(f"all/{name}", "gmp")
+    Path("all/b/empty").mkdir()
+    found = ["all/b/a", "all/b/study/deep/er/y", "all/b/study/x", "all/c"]
+    assert records.find_runs("all") == [Path(name) for name in found]
+    assert records.find_runs("all/c") == [Path("all/c")]
+    assert records.find_runs("absent") == []
+    named = ["all/c", "all/b/study", "all/b"]  # in the order named, each once
+    assert list(map(str, analyze.folders_of(named))) == [
+        "all/c", "all/b/study/deep/er/y", "all/b/study/x", "all/b/a"]
+
+
+# GraNet's flags and GReg's, as they were written before they had scripts of their own
+OLD_GRANET = dict(metric="granet", compact=False)
+NO_GRANET = ("regen", "metric", "aggregate", "candidates")
+
+
+def test_old_and_new_runs_of_granet_are_alike(capsys):
+    for rate in (0.3, 0.5):
+        saved(f"runs/c{rate}", "criticality", regen=rate)
+        saved(f"runs/old{rate}", "granet", regen=rate, accuracy=0.6, **OLD_GRANET)
+        new = saved(f"runs/new{rate}", "granet", script="prune_granet", regen=None, seed=1,
+                    accuracy=0.7, without=NO_GRANET, death_rate=rate)
+    old, new = records.read_run("runs/old0.5"), records.read_run(new)
+    assert old.script == new.script == "prune_granet" and old.regen == new.regen == 0.5
+    assert {**old.config, "seed": 1, "script": None} == {**new.config, "script": None}
+    assert records.command_of(old) == ("python prune_granet.py --sparsity 0.9 --interval 25 "
+                                       "--epochs-prune 8 --epochs-finetune 4 --death-rate 0.5")
+    analyze.main(["ratio"])
+    _, rows = table("figures/ratio.csv")
+    drawn = {(row["method"], row["regen"]): row for row in rows}
+    for rate in ("0.3", "0.5"):
+        row = drawn["granet", rate]
+        assert (float(row["accuracy"]), row["seeds"]) == (pytest.approx(65), "2")
+
+
+def test_old_and_new_runs_of_greg_are_alike():
+    shared = dict(target_macs=0.7, prune_ratio=None, epochs_pretrain=8)
+    saved("old", "greg1", "prune_structured", 0.0, regen_base="kept", l1=0.0,
+          finetune_l1=False, **shared)
+    saved("new", "greg1", "prune_greg", None, without=("regen", "metric"), **shared)
+    saved("slimming", "slimming", "prune_structured", 0.0, regen_base="kept", l1=0.003,
+          finetune_l1=False, **shared)
+    runs = [records.read_run(name) for name in ("old", "new", "slimming")]
+    assert {run.script for run in runs[:2]} == {"prune_greg"}
+    assert {run.pruned for run in runs} == {"channels"}
+    old, new = ({**run.config, "script": None} for run in runs[:2])
+    assert old == new
+    for some in (runs, runs[::2], runs[1:]):  # of the two alike the first counts
+        group = records.comparable_groups(some, "channels")[0]
+        assert group == [some[0], runs[2]]
+
+
+def with_strangers(folder):
+    """Runs of Algorithm 1 beside a metric and a script that no table here names."""
+    for seed in (0, 1):
+        saved(f"{folder}/gmp{seed}", "gmp", regen=0.0, seed=seed)
+        for rate in (0.2, 0.5):
+            for method in ("criticality", "random", "magnitude"):
+                saved(f"{folder}/{method}{rate}{seed}", method, regen=rate, seed=seed)
+        saved(f"{folder}/foo{seed}", "foo", "prune_foo", None, seed, 0.9, rounds=3,
+              without=("regen", "metric", "aggregate", "candidates"))
+
+
+def test_a_metric_and_a_method_of_ones_own_are_drawn_without_an_edit():
+    with_strangers("runs/mine")
+    drawn = analyze.main([])
+    assert {"ratio", "layers"} <= set(drawn)
+    _, rows = table("figures/ratio.csv")
+    assert list(dict.fromkeys(row["method"] for row in rows)) == [
+        "criticality", "random", "magnitude", "gmp"]
+    assert [row["regen"] for row in rows if row["method"] == "magnitude"] == ["0.2", "0.5"]
+    _, rows = table("figures/layers.csv")  # all methods, those of nobody's table last
+    assert list(dict.fromkeys(row["method"] for row in rows)) == [
+        "gmp", "criticality", "random", "foo", "magnitude"]
+    runs = [records.read_run(folder) for folder in records.find_runs("runs")]
+    assert records.rankings(runs) == ["criticality", "random", "magnitude"]
+    panels = records.compared(runs, "criticality", "baseline")
+    assert list(records.with_controls(runs, panels)["weights"]) == [
+        "gmp", "criticality", "random", "magnitude"]
+
+
+def test_methods_that_no_table_names_have_looks_of_their_own(monkeypatch):
+    monkeypatch.setattr(plots, "given", {})
+    names = [f"method{i}" for i in range(10)]
+    plots.give_styles([*names[::-1], "gmp"])
+    looks = [plots.style_of(name) for name in names]
+    assert looks == plots.SPARE[:10] and "gmp" not in plots.given  # in the order of names
+    assert len({*looks, *plots.STYLE.values()}) == 10 + len({*plots.STYLE.values()})
+    assert looks == [plots.style_of(name) for name in names]
+    for i in range(len(plots.SPARE)):
+        plots.style_of(f"more{i}")  # more than there are: they begin again
+
+
+def test_what_a_figure_says_names_its_rates(capsys):
+    with_strangers("runs")
+    analyze.main(["layers"])
+    assert "figures/layers.png  of 10 runs, r = 0.5: " in capsys.readouterr().out
+    notes, _ = table("figures/layers.csv")
+    assert "; 90 % of the weights pruned; r = 0.5; seeds 0, 1; 10 runs" in notes[0]
+    runs = [fake("criticality", 0, 0.5), fake("gmp"), fake("criticality", 0, 0.2)]
+    assert records.rates_of(runs) == "r = 0.2, 0.5" and records.rates_of(runs[1:2]) == ""
+    runs[2].pruned = "channels"
+    assert records.rates_of(runs) == "r = 0.5 (weights), 0.2 (channels)"
 
 
 # ---- the demo's runs, shrunk, and their figures --------------------------------------------------
@@ -304,7 +433,7 @@ def test_variance_and_similarity_of_a_run_are_those_of_numpy(shop, monkeypatch):
         found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
         classes = [found[images[f"y_{part}"] == k] for k in range(4)]
         means[part] = [rows.mean(0) for rows in classes]
-    look = records.look(records.read_run(folder))
+    look = records.analysis_of(records.read_run(folder))
     assert look["variance"] == pytest.approx(
         [((rows - rows.mean(0)) ** 2).sum(1).mean() for rows in classes])
     assert (look["variance"] > 0).all() and (look["similarity"] > 0).all()
@@ -318,7 +447,7 @@ def test_variance_and_similarity_of_a_run_are_those_of_numpy(shop, monkeypatch):
     for pruned, methods in (("weights", {"gmp", "criticality", "gradient", "random"}),
                             ("channels", {"slimming", "criticality"})):
         assert {row["method"] for row in rows if row["pruned"] == pruned} == methods
-    control = records.look(records.read_run("runs/demo/random-r0.5"))["variance"]
+    control = records.analysis_of(records.read_run("runs/demo/random-r0.5"))["variance"]
     assert {int(row["label"]): float(row["mean"]) for row in rows if row["method"] == "random"} == {
         k: pytest.approx(v) for k, v in enumerate(control)}
 
@@ -326,8 +455,8 @@ def test_variance_and_similarity_of_a_run_are_those_of_numpy(shop, monkeypatch):
 def test_controls_are_of_the_same_runs_and_rate(there):
     def panels():
         runs = [records.read_run(folder) for folder in sorted(Path("runs/demo").iterdir())]
-        found = records.controls(runs, records.compared(runs, "criticality", "baseline"))
-        return {script: list(methods) for script, methods in found.items()}
+        found = records.with_controls(runs, records.compared(runs, "criticality", "baseline"))
+        return {pruned: list(methods) for pruned, methods in found.items()}
 
     channels = {records.CHANNELS: ["slimming", "criticality"]}
     assert panels() == channels | {
@@ -507,13 +636,13 @@ def test_the_report_is_one_file_with_all_figures(shop):
 # ---- commands ------------------------------------------------------------------------------------
 
 
-def runs_of(folder):
-    return [records.read_run(path.parent) for path in sorted(folder.glob("**/config.json"))]
+def runs_below(folder):
+    return [records.read_run(path) for path in records.find_runs(folder)]
 
 
 def assert_made_again(run):
     """The command of a run asks for the flags that its config.json holds."""
-    words = records.command(run).split()
+    words = records.command_of(run).split()
     args = vars(importlib.import_module(run.script).parse_args(words[2:]))
     own = {"run_dir", "resume", "overwrite", "device"}
     assert words[0] == "python" and words[1] == f"{run.script}.py"
@@ -523,7 +652,7 @@ def assert_made_again(run):
 
 
 def test_the_commands_of_the_runs_make_them_again(shop):
-    for run in runs_of(shop) + runs_of(ROOT / "results"):
+    for run in runs_below(shop) + runs_below(ROOT / "results"):
         assert_made_again(run)
 
 
@@ -533,15 +662,20 @@ def test_the_commands_hold_what_differs_from_the_defaults(tmp_path):
     prune_unstructured.main(given.split())
     run = records.read_run("a")
     assert_made_again(run)
-    assert "--no-flip" in records.command(run) and "--smoke" in records.command(run)
-    assert "--lr" not in records.command(run)
+    assert "--no-flip" in records.command_of(run) and "--smoke" in records.command_of(run)
+    assert "--lr" not in records.command_of(run)
+
+
+STUDIES = "methods readings regen-rate fashion-mnist cifar100".split()
 
 
 def test_the_figures_in_the_readme_are_those_of_the_logs():
-    folders = sorted((ROOT / "results").iterdir())
+    folders = [str(ROOT / "results" / "runs" / study) for study in STUDIES]
+    text = (ROOT / "results" / "README.md").read_text()
+    assert f"results/figures --runs results/runs/{{{','.join(STUDIES)}}}" in text
     for name in ("ratio", "survival", "variance"):
-        analyze.main([name, "--runs", *map(str, folders), "--out", "out"])
+        analyze.main([name, "--runs", *folders, "--out", "out"])
         (_, drawn), (_, shipped) = (table(folder / f"{name}.csv") for folder in (
             Path("out"), ROOT / "results" / "figures"))
         assert drawn == shipped
-        assert f"results/figures/{name}.png" in (ROOT / "README.md").read_text()
+        assert f"results/figures/{name}.png" in (ROOT / "docs/results.md").read_text()

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import benchmark
+import models
 from harness import frameworks
+from kernels import FastLIF
+from masks import Masks
 from neurons import LIF
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +24,7 @@ def installed(*names):
 
 
 def neurons_at_hand():
-    return [frameworks.Plain] + [neuron for neuron, name in (
+    return [LIF] + [neuron for neuron, name in (
         (frameworks.SpikingJelly, "spikingjelly"), (frameworks.SnnTorch, "snntorch"))
         if installed(name)]
 
@@ -32,7 +35,7 @@ def test_other_neurons_do_the_same_work(neuron, repeated):
     shape = (1 if repeated else 4, 3, 2, 5, 5)
     x = (2 * torch.randn(shape, generator=torch.Generator().manual_seed(0))).double()
     results = []
-    for lif in (LIF(), neuron().double()):
+    for lif in (FastLIF(), neuron().double()):
         leaf = x.clone().requires_grad_()
         spikes = lif(leaf, 4 if repeated else None)
         if neuron is not frameworks.SnnTorch:  # its reset is not detached: another gradient
@@ -43,6 +46,17 @@ def test_other_neurons_do_the_same_work(neuron, repeated):
     (ours, grad), (theirs, their_grad) = results
     assert 0 < ours.mean() < 1 and torch.equal(ours, theirs)
     assert torch.allclose(grad, their_grad, rtol=1e-9)
+
+
+@pytest.fixture
+def narrow(monkeypatch):
+    """Networks of a tenth of the width: this is about the rows, and not about the times."""
+    build = models.build
+
+    def narrower(name, classes, channels, side, time_steps, widths=None):
+        return build(name, classes, channels, side, time_steps, models.default_widths(name, 0.1))
+
+    monkeypatch.setattr(models, "build", narrower)
 
 
 def test_rows_share_weights_and_images(monkeypatch):
@@ -70,21 +84,21 @@ def test_rounds_are_interleaved_and_ratios_paired():
                                  0, CPU, at_least=3)
     assert "".join(order) == "abababab" and [len(t) for t in times.values()] == [3, 3]
     assert benchmark.ratio([2, 8, 9], [1, 2, 3]) == 3
-    assert benchmark.summary([0.001, 0.002, 0.003], "step") == pytest.approx(
+    assert benchmark.median_and_middle_half([0.001, 0.002, 0.003], "step") == pytest.approx(
         dict(step_ms=2, step_low_ms=1, step_high_ms=3))
 
 
 def test_an_update_ends_at_the_target():
-    net = benchmark.models.build("small", 5, 1, 8, 2)
-    masks = benchmark.masks_file.Masks(net)
+    net = models.build("small", 5, 1, 8, 2)
+    masks = Masks(net)
     scores = {name: torch.rand(net.get_submodule(name.replace("lifs", "convs")).conv.out_channels)
-              for name in benchmark.models.lifs(net)}
-    benchmark.update(masks, scores)
+              for name in models.lifs(net)}
+    benchmark.update_masks(masks, scores)
     assert masks.n_alive == masks.keep_at(0.5) and masks.share_regenerated > 0.2
-    benchmark.updating(net)()
+    benchmark.mask_update_of(net)()
 
 
-def test_quick_writes_every_row_and_ratio(monkeypatch, tmp_path, capsys):
+def test_quick_writes_every_row_and_ratio(monkeypatch, narrow, tmp_path, capsys):
     monkeypatch.setattr(benchmark, "SIZES", TINY)
     monkeypatch.setattr(benchmark, "SECONDS", {"quick": 0, "full": 0})
     monkeypatch.setattr(benchmark, "peak_memory", lambda *_: 100.0)
@@ -112,7 +126,7 @@ def test_scaling_is_drawn(monkeypatch, tmp_path):
             for key in ("batch", "time_steps", "processes") for n in (1, 2)]
     rows += [dict(scaling="weights", row="mask update", weights=n, seconds=n / 1e9)
              for n in (10**5, 10**6)]
-    benchmark.draw(rows, tmp_path)
+    benchmark.draw_scaling(rows, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {
         "scaling.png", "scaling.pdf", "scaling.csv"}
 
@@ -143,7 +157,7 @@ RATIOS = (  # of the README's table: the text, the key, the unit
 def ratio_rows():
     """The rows of the README's table of ratios, from the logs in results/."""
     full, small, *quick = (
-        json.loads((ROOT / f"results/benchmark{name}.json").read_text())["ratios"]
+        json.loads((ROOT / f"results/speed/benchmark{name}.json").read_text())["ratios"]
         for name in ("", "-small", "-quick1", "-quick2", "-quick3"))
 
     def cell(value, unit):
@@ -157,6 +171,6 @@ def ratio_rows():
 
 
 def test_the_ratios_in_the_readme_are_those_of_the_logs():
-    text = (ROOT / "README.md").read_text().splitlines()
+    text = (ROOT / "docs/speed.md").read_text().splitlines()
     for row in ratio_rows():
         assert row in text

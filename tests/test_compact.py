@@ -1,9 +1,7 @@
 """Channels that need not be computed: which they are, that nothing changes without them,
-fine-tuning without them, compact.pt."""
-import json
+compact.pt after a run, compact.py on a file."""
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +14,8 @@ import metrics
 import models
 import prune_unstructured
 import training
-from conftest import assert_same_run, lines, stop_after
+from helpers import NETS, assert_same_run, one_line, random_net, real_images, rng, stop_after
 from masks import Masks
-from test_structured import NETS, random_net, real_images, rng
 
 SHORT = ["--dataset", "mine.npz", "--epochs-prune", "2", "--epochs-finetune", "2",
          "--interval", "6", "--width", "0.25", "--batch-size", "25", "--sparsity", "0.96"]
@@ -119,7 +116,7 @@ def test_nothing_changes_without_the_unread(name, factor):
         assert found["logits_differ_by"] <= 1e-10 and found["spikes_that_differ"] == 0
     for one in (net, small):
         training.loss_over_time(one(images), torch.arange(len(images)) % 10).backward()
-    places = channels.places(net, kept)
+    places = channels.kept_indices(net, kept)
     for weight, parameter in small.named_parameters():
         full = net.get_parameter(weight).grad
         assert (full[places[weight]] - parameter.grad).abs().max() <= 1e-10
@@ -142,7 +139,8 @@ def test_nothing_changes_without_the_silent_in_eval_mode(name, factor):
         small(real_images(8))
     assert all(rate > 0 for rate in metrics.rates(counts)[1].values())
     for layer in kept:  # some constants fire, and those channels are here
-        fires = unfed(net, masks.alive, layer) & (compact.constant(net, layer) >= 1) & read[layer]
+        current = compact.constant_current(net, layer)
+        fires = unfed(net, masks.alive, layer) & (current >= 1) & read[layer]
         assert not (fires & ~compact.drop_silent(net, masks.alive, read)[layer]).any()
     assert any((unfed(net, masks.alive, layer) & kept[layer]).any() for layer in kept)
     assert all(keep.all() for keep in compact.needed(small, alive).values())  # no more to be found
@@ -206,7 +204,8 @@ def test_a_worked_chain():
     bn.bias.data[2] = 1.0  # on the threshold, which is reached
     assert left(compact.needed(net, alive)) == [first_and_third] * 4
     bn.bias.data[2], bn.running_mean[2], bn.running_var[2] = 1.5, 1.2, 4 - bn.eps
-    assert torch.allclose(compact.constant(net, "convs.0"), torch.tensor([0, 0, 1.5 - 1.2 / 2]))
+    assert torch.allclose(compact.constant_current(net, "convs.0"),
+                          torch.tensor([0, 0, 1.5 - 1.2 / 2]))
     assert left(compact.needed(net, alive)) == [first] * 4
 
     bn.bias.data[2] = 9  # fires, but nothing reads it any more; what begins in layer 1 is silent
@@ -233,92 +232,17 @@ def test_a_layer_keeps_a_channel():
     assert total(compact.needed(net, Masks(net).alive)) == sum(net.config["widths"])
 
 
-# ---- fine-tuning ---------------------------------------------------------------------------------
+# ---- after a run ---------------------------------------------------------------------------------
 
 
-def steps(net, optimizer, masks, count):
-    for step in range(count):
-        images = real_images(8, offset=8 * step)
-        loss = training.loss_over_time(net(images), (torch.arange(8) + step) % 10)
-        optimizer.zero_grad()
-        loss.backward()
-        training.set_lr(optimizer, 0.05 / (1 + step))
-        optimizer.step()
-        masks.apply(optimizer)
-
-
-@pytest.mark.parametrize("name, factor", NETS)
-def test_each_remaining_weight_moves_as_in_the_full_network(name, factor):
-    twins = []
-    for _ in range(2):
-        net, masks = masked_net(name, factor)
-        optimizer = torch.optim.SGD(net.train().parameters(), 0.05, 0.9, weight_decay=5e-4)
-        masks.apply(optimizer)
-        steps(net, optimizer, masks, 2)  # so that there is momentum
-        twins.append((net, optimizer, masks))
-    (net, optimizer, masks), (full, full_optimizer, _) = twins
-    before = {name: tensor.clone() for name, tensor in full.state_dict().items()}
-    small, small_optimizer, small_masks = compact.for_finetuning(full, full_optimizer,
-                                                                 twins[1][2])
-    assert sum(small.config["widths"]) < sum(full.config["widths"])
-    assert small_optimizer.param_groups[0]["lr"] == full_optimizer.param_groups[0]["lr"] == 0.025
-    steps(net, optimizer, masks, 5)
-    steps(small, small_optimizer, small_masks, 5)
-
-    places = channels.places(full, compact.drop_unread(full, masks.alive))
-    momentum = full_optimizer.state_dict()["state"]  # asking for it is what brings it up
-    mine, theirs = full.state_dict(), net.state_dict()
-    for name, tensor in mine.items():
-        assert torch.equal(tensor[places[name]], small.state_dict()[name])
-        assert (tensor[places[name]] - theirs[name][places[name]]).abs().max() <= 1e-10
-        moved = (tensor != before[name]).to(torch.uint8)
-        moved[places[name]] = 0
-        assert moved.count_nonzero() == 0, name  # what is left out keeps its values
-    weights = {name: mine[name] for name, _ in full.named_parameters()}
-    for i, (name, weight) in enumerate(net.named_parameters()):
-        difference = optimizer.state[weight]["momentum_buffer"] - momentum[i]["momentum_buffer"]
-        assert difference[places[name]].abs().max() <= 1e-10
-        assert not torch.equal(weights[name], before[name]), name  # all of them were trained
-    for name, mask in masks.alive.items():
-        assert mine[name][~mask].count_nonzero() == 0
-    assert small_optimizer.param_groups[0]["lr"] == full_optimizer.param_groups[0]["lr"] == 0.01
-    with torch.inference_mode():
-        assert (net.eval()(real_images()) - full.eval()(real_images())).abs().max() <= 1e-10
-
-
-def test_without_momentum_there_is_none_to_slice():
-    net, masks = masked_net("small", 0.5)
-    optimizer = torch.optim.SGD(net.train().parameters(), 0.05)
-    steps(net, optimizer, masks, 1)
-    small, small_optimizer, small_masks = compact.for_finetuning(net, optimizer, masks)
-    steps(small, small_optimizer, small_masks, 1)
-    assert optimizer.state_dict()["state"].keys() == {}.keys()
-    assert torch.equal(net.state_dict()["fc.bias"], small.fc.bias)
-
-
-# ---- the script ----------------------------------------------------------------------------------
-
-
-def test_a_compact_run_and_its_folder(capsys):
-    full = run("--run-dir", "full")
-    assert "fine-tuning on" not in capsys.readouterr().out
-    summary = run("--compact", "--run-dir", "r")
+def test_a_run_leaves_the_smaller_network(capsys):
+    summary = run("--run-dir", "r")
     text = capsys.readouterr().out
     assert {path.name for path in Path("r").iterdir()} == {
         "config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt", "compact.pt",
         "summary.json", "curves.png"}
-    # the same up to the end of the pruning stage, and the same meaning of what follows
-    assert Path("r/updates.jsonl").read_text() == Path("full/updates.jsonl").read_text()
-    for row, other in zip(lines("r", "metrics"), lines("full", "metrics")):
-        assert row["sparsity"] == other["sparsity"]
-        assert row["test_loss"] == other["test_loss"] or row["stage"] == "finetune"
-    for key in ("sparsity", "sparsity_all", "layers", "widths", "parameters", "parameters_alive",
-                "macs", "macs_dense", "pruned_accuracy", "training_cost"):
-        assert summary[key] == full[key], key
     assert summary["speedup_batch1"] > 0 and summary["speedup_batch32"] > 0
-
-    packed, other = models.read("r/model.pt"), models.read("full/model.pt")
-    assert all(torch.equal(mask, other["masks"][name]) for name, mask in packed["masks"].items())
+    packed = models.read("r/model.pt")
     net, small = models.load("r/model.pt"), models.load("r/compact.pt")
     assert net.config["widths"] == summary["widths"]
     kept = compact.needed(net, packed["masks"])
@@ -329,45 +253,22 @@ def test_a_compact_run_and_its_folder(capsys):
     counts = metrics.count(small, [images], models.read("r/compact.pt")["masks"])
     before = metrics.count(net, [images], packed["masks"])
     assert f"MACs a step {before['macs']:,} -> {counts['macs']:,} " in text
-    assert text.count("fine-tuning on channels 44 -> ") == 1
     assert text.count(f"compact.pt: channels 44 -> {total(kept)}, ") == 1
     assert counts["sops"] < before["sops"] and counts["macs"] < before["macs"]
 
 
-def test_the_file_does_without_the_silent(capsys):
-    net, masks = masked_net("small", 0.5)
-    end = SimpleNamespace(args=SimpleNamespace(precision="fp32", device="cpu"), folder=Path("."),
-                          parts=dict(net=net, masks=masks), say=print)
-    images, labels = real_images(2), torch.zeros(2, dtype=torch.int64)
-    faster = prune_unstructured.deploy(end, data.Dataset(
-        "fashion-mini", images, labels, images, labels, 10, [0.0], [1.0]))
-    widths = channels.kept_widths(net, compact.needed(net, masks.alive))
-    assert models.load("compact.pt").config["widths"] == widths
-    assert sum(widths) < total(compact.drop_unread(net, masks.alive))
-    assert faster.keys() == {"speedup_batch1", "speedup_batch32"}
-    assert f"channels 88 -> {sum(widths)}, " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("step", [24, 30, 48])
-def test_resume_from_within_fine_tuning(step, monkeypatch):
-    """At its beginning, in the middle of its first epoch, and at its end."""
-    run("--compact", "--run-dir", "whole")
-    stop_after(step, monkeypatch, run, "--compact", "--run-dir", "r")
+def test_a_run_that_was_stopped_leaves_the_same(monkeypatch):
+    run("--run-dir", "whole")
+    stop_after(30, monkeypatch, run, "--run-dir", "r")
     run("--resume", "--run-dir", "r")
     assert_same_run("whole", "r")
-    a, b = (torch.load(Path(folder, "checkpoint.pt"), weights_only=True)["parts"]
-            for folder in ("whole", "r"))
-    for name, tensor in a["net"].items():
-        assert torch.equal(tensor, b["net"][name])
-    for i, state in a["optimizer"]["state"].items():
-        assert torch.equal(state["momentum_buffer"], b["optimizer"]["state"][i]["momentum_buffer"])
     a, b = (models.read(Path(folder, "compact.pt"))["state_dict"] for folder in ("whole", "r"))
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 def test_nothing_to_leave_out(capsys):
-    for given in (["--sparsity", 0, "--compact"], ["--sparsity", 0.1]):
-        summary = run(*given, "--run-dir", "r", "--overwrite")
+    for sparsity in (0, 0.1):
+        summary = run("--sparsity", sparsity, "--run-dir", "r", "--overwrite")
         assert summary["speedup_batch1"] is summary["speedup_batch32"] is None
         assert not Path("r/compact.pt").exists()
     assert "no channel can be left out" in capsys.readouterr().out
@@ -380,8 +281,68 @@ def test_a_compact_file_of_an_older_run_goes():
     assert not Path("r/compact.pt").exists()
 
 
-def test_names_of_runs():
-    name = prune_unstructured.run_name
-    args = prune_unstructured.parse_args(["--compact", "--regen", "0"])
-    assert name(args) == "fashion-mini-small-gmp-0.9-compact-seed0"
-    assert json.loads(json.dumps(vars(args)))["compact"] is True
+# ---- compact.py ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    speedup = metrics.speedup
+    monkeypatch.setattr(metrics, "speedup", lambda *nets: speedup(*nets, seconds=0))
+    monkeypatch.setattr(sys, "argv", ["compact.py"])
+
+
+def write_masked(path, name="small", factor=0.5):
+    net, masks = masked_net(name, factor)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(models.pack(net.float(), masks.alive), path)
+    return net, masks
+
+
+@pytest.mark.parametrize("given, written", [
+    (["runs/a/model.pt"], "runs/a/compact.pt"), (["runs/a/model.pt", "--out", "b.pt"], "b.pt")])
+@pytest.mark.parametrize("name, factor", NETS)
+def test_the_script_writes_the_same_function(name, factor, given, written, no_waiting, capsys):
+    net, masks = write_masked("runs/a/model.pt", name, factor)
+    compact.main(given)
+    assert {path for path in Path().rglob("*.pt")} == {Path("runs/a/model.pt"), Path(written)}
+    small, kept = models.load(written), compact.needed(net, masks.alive)
+    widths = channels.kept_widths(net, kept)
+    assert small.config["widths"] == widths
+    assert total(kept) < total(compact.drop_unread(net, masks.alive))  # the silent are gone too
+    found = channels.differences(net.double(), small.double(), kept, real_images())
+    assert found["logits_differ_by"] <= 1e-10 and found["spikes_that_differ"] == 0
+    alive = models.read(written)["masks"]
+    assert all((small.get_parameter(weight)[~mask] == 0).all() for weight, mask in alive.items())
+    assert sum(int(mask.sum()) for mask in alive.values()) < masks.n_alive
+    text = capsys.readouterr().out
+    everybody = sum(len(keep) for keep in kept.values())
+    assert f"{written}: channels {everybody} -> {total(kept)}, MACs a step " in text
+    assert "times as fast at batch 1, " in text and "at batch 32\n" in text
+
+
+def test_the_script_has_nothing_to_leave_out(no_waiting, capsys):
+    torch.save(models.pack(random_net("small", 0.5, dtype=torch.float32)), "model.pt")
+    compact.main(["model.pt"])  # no SystemExit: exit code 0
+    assert capsys.readouterr().out == (
+        "model.pt: no channel can be left out: alive weights read each one, and each may fire. "
+        "Nothing is written\n")
+    assert [path.name for path in Path().iterdir()] == ["model.pt"]
+
+
+@pytest.mark.parametrize("given, words", [
+    (["absent.pt"], "there is no file absent.pt, expected the model.pt of a run"),
+    (["damaged.pt"], "damaged.pt cannot be read"), (["text.pt"], "text.pt cannot be read"),
+    (["model.pt", "--out", "no/such/folder.pt"], "no/such/folder.pt cannot be written"),
+    (["model.pt", "--out", "model.pt"], "model.pt is the file that is read, expected another"),
+    ([], "the following arguments are required: MODEL.pt")])
+def test_the_script_refuses_in_one_line(given, words, no_waiting, capsys):
+    write_masked("model.pt")
+    content = Path("model.pt").read_bytes()
+    Path("damaged.pt").write_bytes(content[:-500])
+    Path("text.pt").write_text("no network")
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(SystemExit) as stop:
+        compact.main(given)
+    assert stop.value.code == 2 and words in one_line(capsys)
+    assert sorted(Path().rglob("*")) == before and Path("model.pt").read_bytes() == content

@@ -3,7 +3,6 @@ import csv
 import importlib
 import json
 import re
-import shutil
 import statistics
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import pytest
 import compare
 from harness import records
 from harness import runfolder
-from conftest import one_line
+from helpers import one_line
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--dataset few.npz --width 0.25 --time-steps 2 --batch-size 16 --epochs-prune 1 "
@@ -48,7 +47,8 @@ def test_the_commands_are_those_of_the_scripts():
         parsed = script.parse_args(words[2:])
         assert parsed.run_dir == str(folder) and parsed.resume and parsed.dataset == "few.npz"
         assert folder.name.endswith(f"-seed{parsed.seed}") and parsed.time_steps == 4
-        if words[1].endswith("prune_structured.py"):
+        if folder.name.startswith("channels-"):
+            assert Path(words[1]).stem in ("prune_structured", "prune_greg")
             assert parsed.target_macs == (None if "dense" in folder.name else 0.7)
             assert parsed.epochs_pretrain == parsed.epochs_finetune == 4
         else:
@@ -118,6 +118,9 @@ def test_a_run_that_fails_is_a_row_and_the_rest_goes_on(few, two_methods, monkey
     assert "failed with exit code 2: out/random-0.9-seed0, see" in "".join(capfd.readouterr())
 
 
+OF_CHANNELS = ("prune_structured", "prune_greg", "prune_bar")
+
+
 def written(folder, method="gmp", seed=0, accuracy=0.8, script="prune_unstructured", cost=1,
             **config):
     """Write a finished run's config.json and summary.json."""
@@ -125,8 +128,8 @@ def written(folder, method="gmp", seed=0, accuracy=0.8, script="prune_unstructur
     folder.mkdir(parents=True)
     usual = dict(dataset="fashion-mini", model="small", time_steps=4, batch_size=64, lr=0.1,
                  sparsity=0.9, regen=None, seed=seed, aggregate="max", commit=folder.name)
-    usual |= (dict(epochs_prune=8) if script == "prune_unstructured" else
-              dict(epochs_pretrain=8, target_macs=0.7, prune_ratio=None))
+    usual |= (dict(epochs_pretrain=8, target_macs=0.7, prune_ratio=None)
+              if script in OF_CHANNELS else dict(epochs_prune=8))
     config = usual | dict(epochs_finetune=4) | config
     summary = dict.fromkeys(runfolder.SUMMARY_KEYS, 1) | dict(
         script=script, method=method, seed=seed, test_accuracy=accuracy, regen=config["regen"],
@@ -166,6 +169,63 @@ def test_what_differs_is_in_the_name():
                                    "criticality, regen 0.3, aggregate mean"), [0, 1])
     (rows,) = compare.tabulate(found).values()
     assert [row["accuracy"] for row in rows if row["method"] == "gmp"] == [pytest.approx(80)]
+
+
+def test_runs_are_found_at_any_depth_and_in_several_folders():
+    for seed in (0, 1):
+        written(f"study/one/g{seed}", seed=seed, accuracy=0.8)
+        written(f"again/g{seed}", seed=seed, accuracy=0.7)
+        written(f"deep/er/r{seed}", "random", seed, regen=0.5)
+    Path("logs/deep/er/stopped.log").write_text("")
+    found, notes = compare.gather(Path("logs/study"), Path("logs/deep"), Path("logs/again"))
+    assert {name: sorted(runs) for (_, _, name), runs in found.items()} == dict(
+        gmp=[0, 1], random=[0, 1])
+    (gmp,) = (runs for (_, _, name), runs in found.items() if name == "gmp")
+    assert gmp[0].folder == Path("logs/study/one/g0")  # of two alike that of the first folder
+    assert notes == {"er/stopped": "not finished: it is no run: it has no config.json; see "
+                                   "logs/deep/er/stopped.log"}
+    compare.main(["--runs", "logs/study", "logs/deep"])
+    made = Path("logs/study/compare.csv").read_text()
+    assert not Path("logs/deep/compare.csv").exists()
+    compare.main(["--runs", "logs/study", "logs/deep", "--out", "out"])
+    assert Path("out/compare.csv").read_text() == made
+
+
+def test_runs_of_before_and_after_a_flag_are_one_row():
+    """A flag that is off is as one that was not there; GraNet's and GReg's old runs are alike."""
+    for seed, more in ((0, dict(compact=False, metric="granet", candidates="all", regen=0.5)),
+                       (1, dict(script="prune_granet", death_rate=0.5))):
+        written(f"n{seed}", "granet", seed, **more)
+    for seed, more in ((0, dict(script="prune_structured", metric="criticality", l1=0.0,
+                                regen=0.0, regen_base="kept", finetune_l1=False)),
+                       (1, dict(script="prune_greg"))):
+        written(f"c{seed}", "greg1", seed, epochs_prune=4, **more)
+    for seed, more in ((0, {}), (1, dict(looks_new=False))):
+        written(f"g{seed}", seed=seed, **more)
+    found, _ = compare.gather(Path("logs"))
+    assert {name: sorted(runs) for (_, _, name), runs in found.items()} == dict.fromkeys(
+        ("granet", "greg1", "gmp"), [0, 1])
+    (granet,) = (runs for (_, _, name), runs in found.items() if name == "granet")
+    assert {run.regen for run in granet.values()} == {0.5}
+
+
+def test_methods_that_no_table_names_are_rows_and_points_without_an_edit():
+    for seed in (0, 1):
+        written(f"g{seed}", seed=seed, accuracy=0.8)
+        written(f"m{seed}", "magnitude", seed, 0.85, regen=0.5)  # a metric of one's own
+        written(f"f{seed}", "foo", seed, 0.9, script="prune_foo", rounds=3)
+        written(f"b{seed}", "bar", seed, script="prune_bar")
+    tables = compare.main(["--runs", "logs"])
+    weights, channels = tables.values()
+    assert [row["method"] for row in weights] == ["foo", "magnitude", "gmp"]
+    assert [row["method"] for row in channels] == ["bar"] and channels[0]["faster"] == 3
+    figure = compare.plot_tables(tables)
+    for axis, names in zip((figure.axes[1], figure.axes[3]), (["foo", "magnitude", "gmp"],
+                                                              ["bar"])):
+        assert [bars.get_label() for bars in axis.containers] == names
+        looks = {(bars.lines[0].get_color(), bars.lines[0].get_marker())
+                 for bars in axis.containers}
+        assert len(looks) == len(names)
 
 
 @pytest.mark.parametrize("accuracies, word", [
@@ -271,7 +331,7 @@ def test_the_plot_shows_targets_that_compare_and_no_collapse_sets_its_scale():
                     script="prune_gradr", epochs_prune=8)
         written(f"s{seed}", "sdsnn", seed, 0.85, sparsity=0, script="prune_sdsnn", epochs_prune=8,
                 cost=0.5)
-    figure = compare.draw(compare.tabulate(compare.gather(Path("logs"))[0]))
+    figure = compare.plot_tables(compare.tabulate(compare.gather(Path("logs"))[0]))
     left, right = figure.axes
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["5 % sparse", "10 % sparse"]
     bars = [(bars.get_label(), *bars.lines[0].get_xydata()[0]) for bars in left.containers]
@@ -345,29 +405,25 @@ def beside_the_paper(tables):
     return lines
 
 
-@pytest.fixture(scope="module")
-def shipped(tmp_path_factory):
-    """The finished runs of results/, in a folder of their own."""
-    logs = tmp_path_factory.mktemp("shipped")
-    for folder in (ROOT / "results").iterdir():
-        if (folder / "config.json").exists():
-            shutil.copytree(folder, logs / folder.name)
-    return logs
-
-
-def test_the_tables_in_the_text_are_those_of_the_logs(shipped):
+def test_the_tables_in_the_text_are_those_of_the_logs():
     """compare.py makes them again from the logs in results/, line by line."""
-    tables = compare.main(["--runs", str(shipped)])
-    made = (shipped / "compare.md").read_text()
-    assert made == (ROOT / "results/compare.md").read_text()
     text = (ROOT / "results/README.md").read_text()
+    (studies,) = re.findall(  # the command in the text, its braces as bash reads them
+        r"^    python compare.py --out results/figures --runs results/runs/\{(.*)\}$", text, re.M)
+    logs = [str(ROOT / "results/runs" / study) for study in studies.split(",")]
+    tables = compare.main(["--out", "out", "--runs", *logs])
+    made = Path("out/compare.md").read_text()
+    for kind in ("md", "csv"):
+        shipped = (ROOT / f"results/figures/compare.{kind}").read_text()
+        assert Path(f"out/compare.{kind}").read_text() == shipped
     assert made.strip() in text
     for line in beside_the_paper(tables):
         assert line in text
-    compare.main(["--runs", str(shipped), "--baseline", "criticality"])
+    compare.main(["--out", "out", "--runs", *logs, "--baseline", "criticality"])
     known = [set(table.splitlines()) for text in (
-        made, (shipped / "compare-criticality.md").read_text()) for table in text.split("**\n\n")]
-    text, header = (ROOT / "README.md").read_text(), f"| {' | '.join(compare.COLUMNS)} |"
+        made, Path("out/compare-criticality.md").read_text()) for table in text.split("**\n\n")]
+    text = "\n".join((ROOT / name).read_text() for name in ("README.md", "docs/results.md"))
+    header = f"| {' | '.join(compare.COLUMNS)} |"
     blocks = re.findall(rf"^\*\*(.*)\*\*\n\n({re.escape(header)}\n(?:\|.*\n)+)", text, re.M)
     assert len(blocks) == text.count(header) >= 6
     for title, block in blocks:  # a part of the rows of a table
@@ -379,12 +435,21 @@ def test_the_tables_in_the_text_are_those_of_the_logs(shipped):
     assert {row["method"] for row in tables[MINI_CHANNELS]} == set(compare.CHANNELS)
 
 
-def test_the_logs_are_whole_and_report_the_last_epoch(shipped):
+def test_the_logs_are_whole_and_report_the_last_epoch():
     """No best epoch; no weights, no path of a machine."""
-    for folder in shipped.iterdir():
-        if folder.is_dir():
-            run = records.read_run(folder)
-            last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
-            assert run.summary["test_accuracy"] == last["test_accuracy"]
-            assert run.config["run_dir"].startswith("runs/") and "/" not in run.config["data_dir"]
-            assert not list(folder.glob("*.pt")) or folder.name == "start"
+    folders = records.find_runs(ROOT / "results")
+    assert len(folders) == 239
+    for folder in folders:
+        assert folder.parent.parent == ROOT / "results/runs"
+        run = records.read_run(folder)
+        last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        assert run.summary["test_accuracy"] == last["test_accuracy"]
+        assert run.config["run_dir"].startswith("runs/") and "/" not in run.config["data_dir"]
+        assert not list(folder.glob("*.pt")) or folder.name == "default"
+
+
+def test_the_table_of_studies_counts_their_runs():
+    text = (ROOT / "results/README.md").read_text()
+    counts = dict(re.findall(r"^\| `([\w-]+)` \| (\d+) \|", text, re.M))
+    assert counts == {study.name: str(len(records.find_runs(study)))
+                      for study in (ROOT / "results/runs").iterdir()}

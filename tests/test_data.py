@@ -1,16 +1,12 @@
 """Tests of data.py: formats, mistakes, augmentation. No network; each test writes its own files.
 
-    pytest test_data.py
+    python -m pytest -q tests/test_data.py
 """
 import gzip
 import hashlib
 import http.client
-import io
 import os
 import pickle
-import struct
-import tarfile
-import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -19,31 +15,14 @@ import torch
 from PIL import Image
 
 import data
-
-RNG = np.random.default_rng(0)
-
-
-def images(n, side=8, channels=3):
-    return RNG.integers(0, 256, (n, side, side, channels), dtype=np.uint8)
-
-
-def good_arrays():
-    return {"x_train": images(6), "y_train": np.array([0, 1, 2, 0, 1, 2]),
-            "x_test": images(3), "y_test": np.array([2, 1, 0])}
+from helpers import (BAD_ARRAYS, BAD_FILES, BAD_FOLDERS, BAD_IDX, BAD_TINY, NUMPY_RNG, TINY,
+                     everything_in, good_arrays, make_cifar, make_folder, make_mnist,
+                     make_tiny_imagenet, random_images, save_image)
 
 
 def save(path, **arrays):
     np.savez(path, **arrays)
     return str(path)
-
-
-def save_image(path, pixels):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def everything_in(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 def message_of(kind, *args, **kwargs):
@@ -74,7 +53,7 @@ def test_embedded_set():
 def test_npz(tmp_path, shape):
     arrays = good_arrays()
     for key in ("x_train", "x_test"):
-        arrays[key] = RNG.integers(0, 256, (len(arrays[key]), 9, 9, *shape), dtype=np.uint8)
+        arrays[key] = NUMPY_RNG.integers(0, 256, (len(arrays[key]), 9, 9, *shape), dtype=np.uint8)
     arrays["y_train"] = arrays["y_train"].astype(np.uint8)
     dataset = data.load(save(tmp_path / "mine.npz", **arrays))
     for key in ("x_train", "x_test"):
@@ -96,7 +75,7 @@ def test_to_device_moves_the_four_tensors(tmp_path):
 
 def test_mean_and_std_are_those_of_the_training_images(tmp_path):
     arrays = good_arrays()
-    arrays["x_train"] = images(2500)  # more than one part of the histogram
+    arrays["x_train"] = random_images(2500)  # more than one part of the histogram
     arrays["y_train"] = np.arange(2500) % 3
     arrays["x_train"][..., 1] = 77
     dataset = data.load(save(tmp_path / "mine.npz", **arrays))
@@ -105,45 +84,6 @@ def test_mean_and_std_are_those_of_the_training_images(tmp_path):
     np.testing.assert_allclose(dataset.std[::2], x.std((0, 1, 2))[::2], rtol=1e-10)
     assert dataset.std[1] == 1  # constant: 0 would divide by 0
     assert all(type(value) is float for value in dataset.mean + dataset.std)
-
-
-def without(key):
-    return lambda a: a.pop(key)
-
-
-def replaced(key, change):
-    return lambda a: a.update({key: change(a[key])})
-
-
-BAD_ARRAYS = {
-    "no x_test": (without("x_test"), "x_test"),
-    "no y_train": (without("y_train"), "y_train"),
-    "float images": (replaced("x_train", lambda x: x / 255), "x_train is float64"),
-    "signed images": (replaced("x_test", lambda x: x.astype(np.int8)), "x_test is int8"),
-    "object images": (replaced("x_train", lambda x: x.astype(object)), "cannot be read"),
-    "object labels": (replaced("y_train", lambda y: y.astype(object)), "cannot be read"),
-    "flat images": (replaced("x_train", lambda x: x.reshape(6, -1)), "[6, 192]"),
-    "5 dimensions": (replaced("x_train", lambda x: x[None]), "[1, 6, 8, 8, 3]"),
-    "a number": (replaced("x_train", lambda x: np.uint8(3)), "x_train is uint8 []"),
-    "not square": (replaced("x_test", lambda x: np.repeat(x, 2, 1)), "[3, 16, 8, 3]"),
-    "channels first": (replaced("x_train", lambda x: x.transpose(0, 3, 1, 2)), "[6, 3, 8, 8]"),
-    "no channels": (replaced("x_train", lambda x: x[..., :0]), "[6, 8, 8, 0]"),
-    "too small": (lambda a: a.update(x_train=images(6, 7), x_test=images(3, 7)), "[6, 7, 7, 3]"),
-    "no images": (replaced("x_test", lambda x: x[:0]), "[0, 8, 8, 3]"),
-    "other size": (replaced("x_test", lambda x: images(3, 9)), "[9, 9, 3] in x_test"),
-    "other channels": (replaced("x_test", lambda x: x[..., :1]), "[8, 8, 1] in x_test"),
-    "float labels": (replaced("y_train", lambda y: y / 1), "y_train is float64"),
-    "boolean labels": (replaced("y_test", lambda y: y > 0), "y_test is bool"),
-    "text labels": (replaced("y_test", lambda y: y.astype(str)), "y_test is <U"),
-    "label columns": (replaced("y_train", lambda y: y[:, None]), "y_train is int64 [6, 1]"),
-    "too few labels": (replaced("y_test", lambda y: y[:2]), "y_test is int64 [2]"),
-    "negative label": (replaced("y_train", lambda y: y - 1), "from -1 to 1"),
-    "negative test label": (replaced("y_test", lambda y: y - 1), "y_test holds labels from -1"),
-    "empty class": (replaced("y_train", lambda y: y * 2), "3 different labels from 0 to 4"),
-    "huge label": (replaced("y_train", lambda y: y * 10 ** 15), "to 2000000000000000"),
-    "overflowing label": (replaced("y_train", lambda y: y.astype(np.uint64) + 2 ** 63), "labels"),
-    "test class unknown to training": (replaced("y_test", lambda y: y + 1), "y_test holds labels"),
-}
 
 
 @pytest.mark.parametrize("damage, text", BAD_ARRAYS.values(), ids=BAD_ARRAYS)
@@ -155,22 +95,6 @@ def test_bad_arrays(tmp_path, damage, text):
     message = message_of(ValueError, path)
     assert path in message and text in message
     assert everything_in(tmp_path) == before
-
-
-def flipped(content):  # one bit of a pixel: only the checksum tells
-    return content[:700] + bytes([content[700] ^ 1]) + content[701:]
-
-
-def npy(content):
-    file = io.BytesIO()
-    np.save(file, np.zeros(3))
-    return file.getvalue()
-
-
-BAD_FILES = {"empty": lambda c: b"", "truncated": lambda c: c[:-100], "a bit": flipped,
-             "garbage": lambda c: c[:61] + b"\xff" * 9 + c[70:],  # after the first header
-             "text": lambda c: b"not an archive\n" * 9, "npy": npy,
-             "pickle": lambda c: pickle.dumps({"x_train": 1})}
 
 
 @pytest.mark.parametrize("damage", BAD_FILES.values(), ids=BAD_FILES)
@@ -237,18 +161,6 @@ def test_limits_are_balanced_and_in_file_order(tmp_path):
 # ---- image folders ------------------------------------------------------------------------------
 
 
-def make_folder(root, test="test", side=8):
-    """Write classes b, a with 3 RGB PNGs each, and return the pixels by path."""
-    pixels = {}
-    for split in ("train", test):
-        for name in ("b", "a"):
-            for i in range(3):
-                path = root / split / name / f"{i}.png"
-                pixels[path] = images(1, side)[0]
-                save_image(path, pixels[path])
-    return pixels
-
-
 @pytest.mark.parametrize("test", ["test", "val"])
 def test_folder(tmp_path, test):
     pixels = make_folder(tmp_path, test)
@@ -289,45 +201,6 @@ def test_png_with_a_palette_and_transparency(tmp_path):
     assert data.load(str(tmp_path)).x_train[0, :, 0, 0].tolist() == [1, 2, 3]
 
 
-def empty_class(root):
-    for path in (root / "train" / "b").iterdir():
-        path.unlink()
-
-
-def rename(old, new):
-    return lambda root: (root / old).rename(root / new)
-
-
-def write(path, content):
-    return lambda root: (root / path).write_bytes(content)
-
-
-def cut(path):
-    return lambda root: (root / path).write_bytes((root / path).read_bytes()[:-40])
-
-
-def deep(root):
-    Image.fromarray(np.full((8, 8), 40000, np.uint16)).save(root / "train/b/1.png")
-
-
-BAD_FOLDERS = {
-    "no train": (rename("train", "training"), FileNotFoundError, "train "),
-    "no test": (rename("test", "testing"), FileNotFoundError, "val "),
-    "train is a file": (lambda r: (rename("train", "x")(r), write("train", b"")(r)), ValueError,
-                        "train "),
-    "empty class": (empty_class, FileNotFoundError, "train/b holds no images"),
-    "class only in test": (rename("test/b", "test/c"), ValueError, "test/c"),
-    "text": (write("train/b/1.png", b"hello"), ValueError, "train/b/1.png"),
-    "no bytes": (write("train/a/0.png", b""), ValueError, "train/a/0.png"),
-    "truncated": (cut("test/b/2.png"), ValueError, "test/b/2.png"),
-    "another size": (lambda r: save_image(r / "test/a/1.png", images(1, 9)[0]), ValueError,
-                     "test/a/1.png cannot be read (9 x 9 pixels)"),
-    "not square": (lambda r: save_image(r / "train/a/0.png", images(1, 8)[0][:, :5]), ValueError,
-                   "train/a/0.png cannot be read (5 x 8 pixels)"),
-    "16 bits": (deep, ValueError, "train/b/1.png cannot be read (pixels of kind I;16)"),
-}
-
-
 @pytest.mark.parametrize("damage, kind, text", BAD_FOLDERS.values(), ids=BAD_FOLDERS)
 def test_bad_folders(tmp_path, damage, kind, text):
     make_folder(tmp_path)
@@ -355,27 +228,6 @@ def test_a_damaged_image_stops_the_decoding(tmp_path, monkeypatch):
 
 
 # ---- Tiny-ImageNet ------------------------------------------------------------------------------
-
-
-def make_tiny_imagenet(data_dir, side=64):
-    """Write the official layout with two classes, whose order in wnids.txt is not sorted."""
-    root = data_dir / "tiny-imagenet-200"
-    wnids = ["n02", "n01"]
-    for wnid in wnids:
-        for i in range(3):
-            color = (200, 30, 30) if wnid == "n02" else (30, 30, 200)
-            image = np.full((side, side, 3), color, np.uint8)
-            save_image(root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG", image)
-        (root / "train" / wnid / f"{wnid}_boxes.txt").write_text(f"{wnid}_0.JPEG\t0\t0\t9\t9\n")
-    save_image(root / "train" / "n01" / "images" / "n01_1.JPEG",
-               np.full((side, side), 90, np.uint8))  # grey
-    for i in range(2):
-        image = np.full((side, side, 3), 60, np.uint8)
-        save_image(root / "val" / "images" / f"val_{i}.JPEG", image)
-    (root / "wnids.txt").write_text("n02\nn01\n")
-    (root / "val" / "val_annotations.txt").write_text(
-        "val_1.JPEG\tn01\t0\t0\t63\t63\nval_0.JPEG\tn02\t1\t2\t3\t4\n")
-    return root
 
 
 def same(a, b):
@@ -428,27 +280,6 @@ def test_tiny_imagenet_interrupted_while_saving(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["tiny-imagenet-200"]
 
 
-TINY = "tiny-imagenet-200"
-BAD_TINY = {
-    "missing": (rename(TINY, "elsewhere"), FileNotFoundError, "CS231n"),
-    "no wnids": (rename(f"{TINY}/wnids.txt", "w"), FileNotFoundError, "wnids.txt"),
-    "empty wnids": (write(f"{TINY}/wnids.txt", b""), ValueError, "val_annotations.txt"),
-    "binary wnids": (write(f"{TINY}/wnids.txt", b"\xff\xfe\xff"), ValueError, "wnids.txt"),
-    "class twice": (write(f"{TINY}/wnids.txt", b"n02\nn01\nn01\n"), ValueError, TINY),
-    "no annotations": (rename(f"{TINY}/val/val_annotations.txt", "v"), FileNotFoundError,
-                       "val_annotations.txt"),
-    "empty annotations": (write(f"{TINY}/val/val_annotations.txt", b""), ValueError, "no test"),
-    "unknown class": (write(f"{TINY}/val/val_annotations.txt", b"val_0.JPEG\tn03\t0\t0\t1\t1"),
-                      ValueError, "n03"),
-    "line without class": (write(f"{TINY}/val/val_annotations.txt", b"val_0.JPEG"), ValueError,
-                           "'val_0.JPEG'"),
-    "no class folder": (rename(f"{TINY}/train/n01", "n"), FileNotFoundError, "train/n01/images"),
-    "no val image": (rename(f"{TINY}/val/images/val_0.JPEG", "v"), FileNotFoundError,
-                     "val/images/val_0.JPEG"),
-    "truncated": (cut(f"{TINY}/val/images/val_1.JPEG"), ValueError, "val/images/val_1.JPEG"),
-}
-
-
 @pytest.mark.parametrize("damage, kind, text", BAD_TINY.values(), ids=BAD_TINY)
 def test_bad_tiny_imagenet(tmp_path, damage, kind, text):
     make_tiny_imagenet(tmp_path)
@@ -462,23 +293,6 @@ def test_bad_tiny_imagenet(tmp_path, damage, kind, text):
 # ---- the sets that torchvision reads ------------------------------------------------------------
 
 
-def idx(array, magic):
-    return struct.pack(f">{1 + array.ndim}i", magic, *array.shape) + array.tobytes()
-
-
-def make_mnist(data_dir, folder="MNIST"):
-    """Write the four idx files with 12 + 5 images; return their arrays."""
-    raw = data_dir / folder / "raw"
-    raw.mkdir(parents=True)
-    arrays = []
-    for split, n in (("train", 12), ("t10k", 5)):
-        x, y = images(n, 28, 1)[..., 0], (np.arange(n) % 3).astype(np.uint8)
-        (raw / f"{split}-images-idx3-ubyte").write_bytes(idx(x, 2051))
-        (raw / f"{split}-labels-idx1-ubyte").write_bytes(idx(y, 2049))
-        arrays += [x, y]
-    return arrays
-
-
 def zip_files(monkeypatch, raw, name):
     """Turn raw's files into .gz archives whose md5 are expected."""
     import torchvision
@@ -490,21 +304,6 @@ def zip_files(monkeypatch, raw, name):
         path.unlink()
         resources.append((archive.name, hashlib.md5(archive.read_bytes()).hexdigest()))
     monkeypatch.setattr(getattr(torchvision.datasets, name), "resources", resources)
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    """Make each try to download fail, and return the list of addresses."""
-    import torchvision
-
-    tried = []
-
-    def fail(request, *args, **kwargs):
-        tried.append(getattr(request, "full_url", request))
-        raise urllib.error.URLError("no network in tests")
-
-    monkeypatch.setattr(torchvision.datasets.utils.urllib.request, "urlopen", fail)
-    return tried
 
 
 @pytest.mark.parametrize("name, folder", [("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")])
@@ -542,19 +341,6 @@ def test_mnist_of_old_versions_is_not_read(tmp_path, offline):
     assert not (tmp_path / "owned").exists()
 
 
-IMAGES = "train-images-idx3-ubyte"
-BAD_IDX = {
-    "truncated images": (IMAGES, lambda c: c[:-7]),
-    "truncated header": (IMAGES, lambda c: c[:9]),
-    "no bytes": (IMAGES, lambda c: b""),
-    "not idx": (IMAGES, lambda c: b"<html>" * 99),
-    "floats": (IMAGES, lambda c: struct.pack(">i", 0x0D03) + c[4:]),
-    "labels for images": (IMAGES, lambda c: idx(np.zeros(12, np.uint8), 2049)),
-    "too few labels": ("t10k-labels-idx1-ubyte", lambda c: idx(np.zeros(4, np.uint8), 2049)),
-    "truncated labels": ("train-labels-idx1-ubyte", lambda c: c[:-1]),
-}
-
-
 @pytest.mark.parametrize("file, damage", BAD_IDX.values(), ids=BAD_IDX)
 def test_bad_idx_files(tmp_path, offline, file, damage):
     make_mnist(tmp_path)
@@ -563,33 +349,6 @@ def test_bad_idx_files(tmp_path, offline, file, damage):
     before = everything_in(tmp_path)
     assert str(path.parent) in message_of(ValueError, "mnist", tmp_path)
     assert everything_in(tmp_path) == before and offline == []
-
-
-def make_cifar(monkeypatch, data_dir, name):
-    """Write an archive whose md5 are expected; return it, its folder, and train and test pixels."""
-    import torchvision
-
-    cls = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
-    key = "labels" if name == "cifar10" else "fine_labels"
-    pixels, files = {}, {}
-    for file in [file for file, _ in cls.train_list + cls.test_list]:
-        pixels[file] = RNG.integers(0, 256, (4, 3072), dtype=np.uint8)
-        files[file] = pickle.dumps({"data": pixels[file], key: [0, 1, 1, 0]})
-    files[cls.meta["filename"]] = pickle.dumps({cls.meta["key"]: ["cat", "dog"]})
-    md5s = {file: hashlib.md5(content).hexdigest() for file, content in files.items()}
-    archive = data_dir / cls.filename
-    data_dir.mkdir(exist_ok=True)
-    with tarfile.open(archive, "w:gz") as tar:
-        for file, content in files.items():
-            member = tarfile.TarInfo(f"{cls.base_folder}/{file}")
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    monkeypatch.setattr(cls, "train_list", [[file, md5s[file]] for file, _ in cls.train_list])
-    monkeypatch.setattr(cls, "test_list", [[file, md5s[file]] for file, _ in cls.test_list])
-    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": md5s[cls.meta["filename"]]})
-    monkeypatch.setattr(cls, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
-    return archive, data_dir / cls.base_folder, [np.concatenate([pixels[f] for f, _ in part])
-                                                 for part in (cls.train_list, cls.test_list)]
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -711,7 +470,7 @@ def test_torchvision_that_does_not_fit(tmp_path, monkeypatch, error):
 
 def numbered(n, side=8, channels=2):
     """n random images and the labels 0..n-1, so that a label tells the image."""
-    x = torch.from_numpy(images(n, side, channels)).permute(0, 3, 1, 2)
+    x = torch.from_numpy(random_images(n, side, channels)).permute(0, 3, 1, 2)
     return x, torch.arange(n)
 
 

@@ -21,7 +21,7 @@ import prune_pq
 import prune_sdsnn
 import prune_structured
 import prune_unstructured
-from conftest import assert_same_run, one_line, stop_after
+from helpers import assert_same_run, one_line, stop_after, write_frames
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -117,19 +117,6 @@ def make_cifar10_dvs(folder, count=10):
 
 
 MAKE = {"n-mnist": make_n_mnist, "dvs-gesture": make_gesture, "cifar10-dvs": make_cifar10_dvs}
-
-
-def write_frames(name, time_steps, classes=10, each=(2, 1), folder=Path("data")):
-    """The cache that events.py makes, as if it had read recordings: no tonic is needed."""
-    rng, side = np.random.default_rng(0), events.KINDS[name].side
-    cache = folder / f"{name}-T{time_steps}"
-    cache.mkdir(parents=True)
-    for split, count in zip(("train", "test"), each):
-        labels = np.arange(count * classes) % classes
-        x = rng.poisson(0.1 + 0.1 * labels[:, None, None, None, None],
-                        (len(labels), time_steps, 2, side, side)).astype(np.uint8)
-        np.save(cache / f"x_{split}.npy", x)
-        np.save(cache / f"y_{split}.npy", labels)
 
 
 def message(kind, name="n-mnist", time_steps=4):

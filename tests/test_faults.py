@@ -1,9 +1,10 @@
 """Kills, full disks, locks, damaged files, wrong input: nothing is lost and nothing silently wrong.
 
-    pytest test_faults.py                            # three kills a script, all other faults
-    python test_faults.py --kills 20                 # kills at random moments, of the main scripts
+    pytest tests/test_faults.py               # three kills a script, all other faults
+    python tests/test_faults.py --kills 20    # kills at random moments, of the main scripts
 """
 import argparse
+import fcntl
 import importlib
 import json
 import math
@@ -26,21 +27,22 @@ import torch
 
 import channels
 import data
-from harness import files
+import helpers
 import masks
 import metrics
 import models
 import neurons
-from harness import runfolder
-import test_data
 import training
-from conftest import assert_same_run, lines, one_line
+from harness import files, meters, runfolder
+from helpers import assert_same_run, lines, one_line
 
 ROOT = Path(__file__).parent.parent
 TINY = "--dataset tiny.npz --width 0.25 --batch-size 10 --lr 0.05".split()  # 6 steps an epoch
 SHORT = {  # the scripts, on tiny budgets
     "prune_unstructured": "--epochs-prune 2 --epochs-finetune 1 --interval 3 --regen 0.5",
+    "prune_granet": "--epochs-prune 2 --epochs-finetune 1 --interval 3",
     "prune_structured": "--epochs-pretrain 2 --epochs-finetune 2 --l1 0.001",
+    "prune_greg": "--epochs-pretrain 2 --epochs-prune 1 --epochs-finetune 2",
     "prune_lottery": "--epochs-prune 3 --epochs-finetune 2 --rounds 2",
     "prune_gradr": "--epochs-prune 2 --epochs-finetune 1 --interval 4 --method deepr",
     "prune_sdsnn": "--epochs-prune 5 --epochs-finetune 1 --rate-conv 0.3",
@@ -134,9 +136,9 @@ def kill_at(place, n):
         for optimizer in (torch.optim.SGD, torch.optim.Adam):
             nth_call(optimizer, "step", n, die, after=True)
     elif place == "update":  # the masks have changed; weights, momentum and log do not know yet
-        nth_call(masks.Masks, "account", n, die)
+        nth_call(masks.Masks, "record_update", n, die)
     elif place == "removal":
-        nth_call(channels, "account", n, die)
+        nth_call(channels, "choice_record", n, die)
     elif place == "scoring":
         nth_call(training, "score_channels", n, die)
     elif place == "writing":
@@ -179,7 +181,9 @@ def start(script, given, prepare, *how):
 
 KILLS = {  # place, its n-th moment, minutes between checkpoints (0: after each step)
     "prune_unstructured": [("step", 9, 0), ("update", 3, 10), ("writing", 14, 0)],
+    "prune_granet": [("step", 9, 0), ("update", 3, 10), ("writing", 14, 0)],
     "prune_structured": [("step", 16, 0), ("removal", 1, 10), ("scoring", 1, 10)],
+    "prune_greg": [("step", 16, 0), ("removal", 1, 10), ("writing", 12, 0)],
     "prune_lottery": [("step", 21, 0), ("update", 2, 0), ("writing", 26, 0)],
     "prune_gradr": [("step", 10, 0), ("update", 3, 0), ("counting", 1, 10)],
     "prune_sdsnn": [("step", 27, 0), ("update", 1, 10), ("written", 22, 0)],
@@ -254,11 +258,11 @@ def test_checkpoints_inside_an_epoch(monkeypatch, unbroken):
     assert saved == [(1, 0), (2, 0), (3, 0)]
     saved.clear()
 
-    def look(self, iteration, look=training.Watch.look):  # a minute passes at each step
+    def look(self, iteration, look=meters.Watch.look):  # a minute passes at each step
         now[0] = max(now[0], 60.0 * iteration)
         look(self, iteration)
 
-    monkeypatch.setattr(training.Watch, "look", look)
+    monkeypatch.setattr(meters.Watch, "look", look)
     monkeypatch.setattr(runfolder.time, "monotonic", lambda: now[0])
     run(MAIN, "--run-dir", "sometimes", "--save-every", 4)
     assert saved == [(0, 4), (1, 0), (1, 4), (2, 0), (2, 4), (3, 0)]
@@ -285,7 +289,7 @@ def test_a_signal_between_the_stages(monkeypatch, unbroken):
     whole = unbroken("prune_structured")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "score_channels",
-                      lambda *_: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))
+                      lambda *_, **__: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))
         with pytest.raises(SystemExit) as stop:
             run("prune_structured", "--run-dir", "r")
     assert stop.value.code == 143
@@ -362,12 +366,12 @@ def test_a_disk_that_is_read_only(disk, capsys):
     disk("size=9m")
     run(MAIN, "--run-dir", "disk/r")
     Path("disk/r/summary.json").unlink()
-    before = test_data.everything_in(Path("disk"))
+    before = helpers.everything_in(Path("disk"))
     disk("ro")
     for given in (["disk/r", "--resume"], ["disk/r", "--overwrite"], ["disk/new"]):
         error = fails(capsys, 2, run, MAIN, "--run-dir", *given)
         assert "cannot be written to (Read-only file system), expected" in error
-    assert test_data.everything_in(Path("disk")) == before
+    assert helpers.everything_in(Path("disk")) == before
     disk("rw")
 
 
@@ -409,11 +413,11 @@ def test_one_process_at_a_time(capsys, unbroken):
         while "T (stopped)" not in Path(f"/proc/{process.pid}/status").read_text():
             assert time.monotonic() < end and process.is_alive()
             time.sleep(0.02)
-        before = test_data.everything_in(Path("r"))
+        before = helpers.everything_in(Path("r"))
         for given in ("--resume", "--overwrite"):
             error = fails(capsys, 2, run, MAIN, "--run-dir", "r", given)
             assert "r is in use by another process, expected one at a time. Wait for it" in error
-        assert test_data.everything_in(Path("r")) == before
+        assert helpers.everything_in(Path("r")) == before
     finally:
         process.kill()
         process.join()
@@ -423,17 +427,19 @@ def test_one_process_at_a_time(capsys, unbroken):
 
 def test_a_lock_whose_file_was_just_removed(monkeypatch):
     """Between opening and locking the file its owner removes it: the lock would guard nothing."""
-    flock, calls = files.fcntl.flock, []
+    flock, locked = fcntl.flock, []
 
     def late(file, how):
-        if not calls:
-            os.unlink(file.name)
-        calls.append(None)
+        if not locked:
+            os.unlink("r/.lock")
         flock(file, how)
+        if how != fcntl.LOCK_UN:
+            locked.append(os.fstat(file))
 
-    monkeypatch.setattr(files.fcntl, "flock", late)
+    monkeypatch.setattr(fcntl, "flock", late)
     lock = files.acquire(Path("r"))
-    assert len(calls) == 2 and files.holds(lock)
+    assert len(locked) == 2 and files.holds(lock)
+    assert os.path.samestat(locked[1], os.stat("r/.lock"))
     with pytest.raises(ValueError, match="in use by another process"):
         files.acquire(Path("r"))
     files.release(lock)
@@ -444,7 +450,7 @@ def test_a_file_system_without_locks(monkeypatch, capsys):
     def refuse(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     run(MAIN, "--run-dir", "r")
     assert "note: r cannot be locked (Function not implemented)" in capsys.readouterr().out
 
@@ -510,20 +516,20 @@ def finished_run(unbroken):
 def test_bad_checkpoints(change, words, finished_run, capsys):
     shutil.copytree(finished_run, "r")
     Path("r/summary.json").unlink()
-    state = files.read_tensors("r/checkpoint.pt")
+    state = models.read_tensors("r/checkpoint.pt")
     torch.save(change(state), "r/checkpoint.pt")
-    before = test_data.everything_in(Path("r"))
+    before = helpers.everything_in(Path("r"))
     error = fails(capsys, 2, resume, MAIN)
     assert "r/checkpoint.pt does not fit this run or is damaged" in error and words in error
     assert "--overwrite" in error and not Path("was_run").exists()
-    assert test_data.everything_in(Path("r")) == before
+    assert helpers.everything_in(Path("r")) == before
 
 
 def test_damaged_checkpoints(finished_run, capsys):
     shutil.copytree(finished_run, "r")
     Path("r/summary.json").unlink()
     good = Path("r/checkpoint.pt").read_bytes()
-    state = files.read_tensors("r/checkpoint.pt")
+    state = models.read_tensors("r/checkpoint.pt")
     weight = state["parts"]["net"]["fc.weight"].numpy().tobytes()
     at = good.index(weight) + 9
     turned = bytearray(good)
@@ -563,7 +569,7 @@ def same_content(one, other):
 def test_no_turned_bit_goes_unseen(name, finished_run):
     """Of the bits of a file, each is either seen or of no effect (padding, dates)."""
     good = (finished_run / name).read_bytes()
-    expected, rng, refused = files.read_tensors(finished_run / name), random.Random(0), 0
+    expected, rng, refused = models.read_tensors(finished_run / name), random.Random(0), 0
     for _ in range(150):
         bad = bytearray(good)
         bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
@@ -604,10 +610,10 @@ def test_bad_networks(change, words, capsys):
         torch.save(change(packed), "start.pt")
     else:
         Path("start.pt").write_bytes(change(good, packed))
-    before = test_data.everything_in(Path("."))
+    before = helpers.everything_in(Path("."))
     error = fails(capsys, 2, run, MAIN, "--init", "start.pt", "--run-dir", "r")
     assert "start.pt" in error and words in error and not Path("was_run").exists()
-    assert test_data.everything_in(Path(".")) == before
+    assert helpers.everything_in(Path(".")) == before
 
 
 # ---- what is not finite, what must hold, memory --------------------------------------------------
@@ -618,24 +624,24 @@ def test_bad_networks(change, words, capsys):
                                          ("convs.2.bn.running_var", math.inf)])
 def test_numbers_that_are_not_finite(script, name, value, monkeypatch, capsys):
     """At the 8th step; convs.1 is the second layer, whose neurons then only fall silent."""
-    look = training.Watch.look
+    look = meters.Watch.look
 
     def spoil(self, iteration):
         if iteration == 8:
             self.numbers[name][(0,) * self.numbers[name].dim()] = value
         look(self, iteration)
 
-    monkeypatch.setattr(training.Watch, "look", spoil)
+    monkeypatch.setattr(meters.Watch, "look", spoil)
     error = fails(capsys, 1, run, script, "--run-dir", "r")
     assert f"{name} is not finite after iteration 8" in error and "checkpoint" in error
     assert files.read_checkpoint("r")["position"] == [1, 0, 6]
-    monkeypatch.setattr(training.Watch, "look", look)
+    monkeypatch.setattr(meters.Watch, "look", look)
     resume(script)
 
 
 def test_scores_that_are_not_finite(monkeypatch, capsys):
-    score = neurons._per_channel
-    monkeypatch.setattr(neurons, "_per_channel", lambda near, how: score(near, how) * (
+    score = neurons.per_channel
+    monkeypatch.setattr(neurons, "per_channel", lambda near, how: score(near, how) * (
         math.nan if near.shape[1] == 8 else 1))  # of the second layer alone
     error = fails(capsys, 1, run, MAIN, "--run-dir", "r")
     assert "after iteration 3: the scores of convs.1.conv.weight are not finite" in error
@@ -675,12 +681,12 @@ def regenerate_one_less(monkeypatch):
 
 
 def empty_a_layer(monkeypatch):
-    def guard(self, *_):
+    def rescue(self, *_):
         self.flat[:self.sizes[0]], self.flat[-self.sizes[0]:] = False, True
         extra = self.n_alive - self.keep_at(0.28125)
         self.flat[self.flat.nonzero()[:max(0, extra), 0]] = False
         return []
-    monkeypatch.setattr(masks.Masks, "guard", guard)
+    monkeypatch.setattr(masks.Masks, "rescue_empty_layers", rescue)
 
 
 @pytest.mark.parametrize("fault, words", [
@@ -693,7 +699,8 @@ def test_what_must_hold_is_looked_at(fault, words, monkeypatch, capsys):
     assert not Path("r/model.pt").exists()
 
 
-@pytest.mark.parametrize("script", [s for s in SHORT if s not in ("prune_structured",)])
+@pytest.mark.parametrize("script", [
+    script for script in SHORT if script not in ("prune_structured", "prune_greg")])
 def test_each_script_looks(script, monkeypatch, capsys):
     """Something brings a dead weight back after the last update: the end of the epoch tells."""
     test = training.evaluate
@@ -802,55 +809,52 @@ def test_200_updates_do_not_grow_the_process(monkeypatch):
 
 def refused(capsys, *given):
     """Return the one line of a command that must be refused, with nothing written."""
-    before = test_data.everything_in(Path("."))
+    before = helpers.everything_in(Path("."))
     error = fails(capsys, 2, importlib.import_module(MAIN).main, list(given))
-    assert test_data.everything_in(Path(".")) == before
+    assert helpers.everything_in(Path(".")) == before
     assert error.startswith("prune.py: error: ") and ", expected " in error
     return error
 
 
-offline = test_data.offline  # a fixture
-
-
-@pytest.mark.parametrize("damage, text", test_data.BAD_ARRAYS.values(), ids=test_data.BAD_ARRAYS)
+@pytest.mark.parametrize("damage, text", helpers.BAD_ARRAYS.values(), ids=helpers.BAD_ARRAYS)
 def test_bad_arrays(damage, text, capsys):
-    arrays = test_data.good_arrays()
+    arrays = helpers.good_arrays()
     damage(arrays)
     np.savez("bad.npz", **arrays)
     assert text in refused(capsys, "--dataset", "bad.npz")
 
 
-@pytest.mark.parametrize("damage", test_data.BAD_FILES.values(), ids=test_data.BAD_FILES)
+@pytest.mark.parametrize("damage", helpers.BAD_FILES.values(), ids=helpers.BAD_FILES)
 def test_bad_npz_files(damage, capsys):
-    np.savez("bad.npz", **test_data.good_arrays())
+    np.savez("bad.npz", **helpers.good_arrays())
     Path("bad.npz").write_bytes(damage(Path("bad.npz").read_bytes()))
     assert "bad.npz cannot be read" in refused(capsys, "--dataset", "bad.npz")
 
 
 def test_objects_in_an_npz_file_are_not_unpickled(capsys):
-    np.savez("bad.npz", **test_data.good_arrays() | dict(y_test=np.array([Code()], object)))
+    np.savez("bad.npz", **helpers.good_arrays() | dict(y_test=np.array([Code()], object)))
     refused(capsys, "--dataset", "bad.npz")
     assert not Path("was_run").exists()
 
 
-@pytest.mark.parametrize("damage, _, text", test_data.BAD_FOLDERS.values(),
-                         ids=test_data.BAD_FOLDERS)
+@pytest.mark.parametrize("damage, _, text", helpers.BAD_FOLDERS.values(),
+                         ids=helpers.BAD_FOLDERS)
 def test_bad_folders(damage, _, text, capsys):
-    test_data.make_folder(Path("images"))
+    helpers.make_folder(Path("images"))
     damage(Path("images"))
     assert f"images/{text}" in refused(capsys, "--dataset", "images")
 
 
-@pytest.mark.parametrize("damage, _, text", test_data.BAD_TINY.values(), ids=test_data.BAD_TINY)
+@pytest.mark.parametrize("damage, _, text", helpers.BAD_TINY.values(), ids=helpers.BAD_TINY)
 def test_bad_tiny_imagenet(damage, _, text, capsys):
-    test_data.make_tiny_imagenet(Path("data"))
+    helpers.make_tiny_imagenet(Path("data"))
     damage(Path("data"))
     assert text in refused(capsys, "--dataset", "tiny-imagenet")
 
 
-@pytest.mark.parametrize("file, damage", test_data.BAD_IDX.values(), ids=test_data.BAD_IDX)
+@pytest.mark.parametrize("file, damage", helpers.BAD_IDX.values(), ids=helpers.BAD_IDX)
 def test_bad_idx_files(file, damage, capsys, offline):
-    test_data.make_mnist(Path("data"))
+    helpers.make_mnist(Path("data"))
     path = Path("data/MNIST/raw", file)
     path.write_bytes(damage(path.read_bytes()))
     assert "data/MNIST/raw" in refused(capsys, "--dataset", "mnist")
@@ -860,7 +864,7 @@ def test_bad_idx_files(file, damage, capsys, offline):
                                         ("cifar100", "train"), ("cifar100", "meta")])
 def test_cifar_files_with_code_in_them(name, file, capsys, offline, monkeypatch):
     """Nothing is unpickled before its official md5 has matched."""
-    _, folder, _ = test_data.make_cifar(monkeypatch, Path("data"), name)
+    _, folder, _ = helpers.make_cifar(monkeypatch, Path("data"), name)
     data.load(name, "data")
     (folder / file).write_bytes(pickle.dumps(Code()))
     loaded, load = [], pickle.load
@@ -872,7 +876,7 @@ def test_cifar_files_with_code_in_them(name, file, capsys, offline, monkeypatch)
 
 @pytest.mark.parametrize("damage", [lambda c: c[:-9], lambda c: b"", lambda c: c[:99] + c[98:]])
 def test_bad_cifar_archives(damage, capsys, offline, monkeypatch):
-    archive, folder, _ = test_data.make_cifar(monkeypatch, Path("data"), "cifar10")
+    archive, folder, _ = helpers.make_cifar(monkeypatch, Path("data"), "cifar10")
     archive.write_bytes(damage(archive.read_bytes()))
     assert "is not complete and could not be downloaded" in refused(capsys, "--dataset", "cifar10")
 
@@ -904,7 +908,7 @@ def test_the_real_commands():
     """As typed: exit code 2, one line, no traceback, nothing written."""
     Path("bad.pt").write_bytes(pickle.dumps(Code()))
     np.savez("bad.npz", x_train=np.zeros((3, 8, 8)))
-    before = test_data.everything_in(Path("."))
+    before = helpers.everything_in(Path("."))
     commands = {"prune_structured": "--dataset bad.npz", "prune_lottery": "--init bad.pt",
                 "prune_sdsnn": "--save-every never", "prune_pq": "--dataset absent"}
     started = {script: subprocess.Popen(
@@ -914,7 +918,7 @@ def test_the_real_commands():
         out, error = process.communicate(timeout=120)
         assert process.returncode == 2 and not out and error.count("\n") == 1, error
         assert error.startswith(f"{script}.py: error: ") and "expected" in error
-    assert test_data.everything_in(Path(".")) == before
+    assert helpers.everything_in(Path(".")) == before
 
 
 def test_runs_of_other_sizes_have_folders_of_their_own():

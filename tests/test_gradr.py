@@ -15,10 +15,10 @@ import models
 import prune_gradr
 from harness import runfolder
 import training
-from conftest import assert_same_run, lines, one_line, stop_after
-from masks import Masks
-from prune_gradr import (REVIVED, Connections, centre, deep_r_step, default_prior, draw, fix_mask,
-                         fixed_mask_step, grad_r_step, sum_of_rates)
+from helpers import assert_same_run, lines, one_line, stop_after
+from masks import Masks, seeded
+from prune_gradr import (REVIVED, Connections, centre, choose_at_random, deep_r_step, default_prior,
+                         ending, fix_mask, fixed_mask_step, follow, grad_r_step, sum_of_rates)
 
 ROOT = Path(prune_gradr.__file__).parent
 SHORT = ["--dataset", "mine.npz", "--epochs-prune", "2", "--epochs-finetune", "1", "--interval",
@@ -55,16 +55,14 @@ class Weights(Namespace):
 
 
 def settings(**changed):
-    return Namespace(**dict(optimizer="adam", prior=1e-3, sparsity=0.95, temperature=0.0,
-                            momentum=0.9, method="deepr", mode="matched",
-                            seed=0, lr=1e-3) | changed)
+    return Namespace(**dict(optimizer="adam", sparsity=0.95, lr=1e-3) | changed)
 
 
-def drive(w, gradients, step=grad_r_step, lr=1e-3, **changed):
-    """Return theta after each step, from weights w and a list of gradients."""
-    wires, thetas = Connections(Weights(w)), []
+def drive(w, gradients, lr=1e-3, prior=1e-3, sparsity=0.95, **optimizer):
+    """Return theta after each step of Grad R, from weights w and a list of gradients."""
+    wires, thetas = Connections(Weights(w), **dict(momentum=0.9) | optimizer), []
     for g in gradients:
-        step(wires, torch.tensor(g), lr, settings(**changed))
+        grad_r_step(wires, torch.tensor(g), lr, prior, sparsity)
         thetas.append(wires.theta.tolist())
     return wires, thetas
 
@@ -153,7 +151,7 @@ def test_without_prior_strengths_above_0_follow_torch_s_adam():
     for _ in range(50):
         parameter.grad = torch.tensor(rng.normal(0, 1, 30), dtype=torch.float32)
         adam.step()
-        grad_r_step(wires, parameter.grad, 1e-3, settings(prior=0.0))
+        grad_r_step(wires, parameter.grad, 1e-3, prior=0.0, target=0.95)
     wires.write()
     assert torch.allclose(wires.weights[0], parameter, atol=1e-6)
 
@@ -176,9 +174,9 @@ def test_the_direction_is_less_than_90_degrees_off_the_true_gradient():
     w = sign * theta.clamp(min=0)
     g, = torch.autograd.grad(((w @ torch.randn(100, 5)) ** 2).sum(), w, retain_graph=True)
     true, = torch.autograd.grad((w * g).sum(), theta)
-    wires = Connections(Weights([1.0] * 100))
+    wires = Connections(Weights([1.0] * 100), "sgd")
     wires.sign, wires.theta = sign, theta.detach().clone()
-    grad_r_step(wires, g, 1.0, settings(optimizer="sgd", momentum=0.0, prior=0.0))
+    grad_r_step(wires, g, 1.0, prior=0.0, target=0.95)
     moved = theta.detach() - wires.theta
     assert torch.allclose(moved, g * sign, atol=1e-4) and (moved[theta <= 0] != 0).any()
     assert (moved @ true) / (moved.norm() * true.norm()) > 0
@@ -218,9 +216,9 @@ def test_writing_keeps_the_storage_and_the_memory_format():
 # ---- Deep R --------------------------------------------------------------------------------------
 
 
-def some_wires(n=200, keep=40, seed=0):
-    torch.manual_seed(seed)
-    wires = Connections(Weights(torch.randn(n).mul(0.02).tolist()))
+def some_wires(n=200, keep=40, optimizer="adam", momentum=0.9):
+    torch.manual_seed(0)
+    wires = Connections(Weights(torch.randn(n).mul(0.02).tolist()), optimizer, momentum)
     alive = torch.zeros(n, dtype=torch.bool)
     alive[torch.randperm(n)[:keep]] = True
     wires.fix(alive)
@@ -229,11 +227,10 @@ def some_wires(n=200, keep=40, seed=0):
 
 @pytest.mark.parametrize("optimizer, temperature", [("adam", 0.0), ("adam", 1e-4), ("sgd", 1e-3)])
 def test_as_many_connections_after_every_step(optimizer, temperature):
-    wires, changed = some_wires(), 0
-    args = settings(optimizer=optimizer, temperature=temperature, prior=0.1)
+    wires, changed = some_wires(optimizer=optimizer), 0
     for _ in range(200):
         before = wires.active.clone()
-        deep_r_step(wires, torch.randn(200), 0.01, args)
+        deep_r_step(wires, torch.randn(200), 0.01, 0.1, temperature)
         changed += int((before ^ wires.active).sum())
         assert wires.active.sum() == 40
         assert (wires.theta[~wires.active] == 0).all() and (wires.theta[wires.active] >= 0).all()
@@ -243,8 +240,7 @@ def test_as_many_connections_after_every_step(optimizer, temperature):
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_deep_r_equals_a_plain_loop(optimizer):
-    wires, lr, l1, temperature = some_wires(60, 20), 0.01, 0.2, 1e-3
-    args = settings(optimizer=optimizer, prior=l1, temperature=temperature)
+    wires, lr, l1, temperature = some_wires(60, 20, optimizer), 0.01, 0.2, 1e-3
     theta, active = wires.theta.tolist(), wires.active.tolist()
     u, v, reborn = [0.0] * 60, [0.0] * 60, 0
     for t in range(1, 31):
@@ -252,7 +248,7 @@ def test_deep_r_equals_a_plain_loop(optimizer):
         state = torch.get_rng_state()
         noise, order = torch.randn(60).tolist(), torch.randperm(60).tolist()
         torch.set_rng_state(state)
-        deep_r_step(wires, g, lr, args)
+        deep_r_step(wires, g, lr, l1, temperature)
         died = []
         for i in range(60):
             if not active[i]:
@@ -282,13 +278,13 @@ def test_deep_r_equals_a_plain_loop(optimizer):
 
 def test_a_new_connection_starts_after_l1_noise_and_pruning_and_then_grows():
     """With rewiring before any of them it would be pushed below 0, or pruned at once."""
-    wires = some_wires()
+    wires = some_wires(optimizer="sgd", momentum=0.0)
     loser = int(wires.active.nonzero()[0])
     wires.first.fill_(0.5)
     wires.theta[loser] = 1e-6  # the L1 takes it below 0
     before = wires.active.clone()
     zero = torch.zeros(200)
-    deep_r_step(wires, zero, 0.01, settings(optimizer="sgd", momentum=0.0, prior=0.01))
+    deep_r_step(wires, zero, 0.01, 0.01, 0.0)
     born = wires.theta == torch.tensor(REVIVED)
     assert born.sum() == 1 and wires.active[born].all()
     assert (wires.first[born] == 0).all()
@@ -297,7 +293,8 @@ def test_a_new_connection_starts_after_l1_noise_and_pruning_and_then_grows():
     w = wires.weights[0][born]
     assert w != 0 and w.sign() == wires.sign[born]  # the sign of the start, not +
     g = torch.where(born, -wires.sign, 0.0)  # along its sign
-    deep_r_step(wires, g, 0.01, settings(prior=0.01))
+    wires.optimizer = "adam"
+    deep_r_step(wires, g, 0.01, 0.01, 0.0)
     wires.write()
     assert wires.active[born].all()
     assert wires.weights[0][born] * wires.sign[born] > 0.005
@@ -308,7 +305,7 @@ def test_without_noise_and_learning_rate_only_rewiring_moves():
     dead = wires.active.nonzero()[:3].flatten()
     wires.theta[dead] = -0.1
     theta, active = wires.theta.clone(), wires.active.clone()
-    deep_r_step(wires, torch.randn(200), 0.0, settings(temperature=0.0))
+    deep_r_step(wires, torch.randn(200), 0.0, 1e-3, 0.0)
     stayed = active.clone()
     stayed[dead] = False
     assert torch.equal(wires.theta[stayed], theta[stayed]) and wires.active[stayed].all()
@@ -319,7 +316,7 @@ def test_without_noise_and_learning_rate_only_rewiring_moves():
 
 def test_noise_has_the_size_that_temperature_gives():
     wires = Connections(Weights([5.0] * 40_000))
-    deep_r_step(wires, torch.zeros(40_000), 0.1, settings(prior=0.0, temperature=0.02))
+    deep_r_step(wires, torch.zeros(40_000), 0.1, 0.0, 0.02)
     moved = wires.theta - 5
     assert moved.std().item() == pytest.approx(math.sqrt(2 * 0.1 * 0.02), rel=0.02)
     assert abs(moved.mean().item()) < 0.002
@@ -331,23 +328,15 @@ def test_draws_are_exact_and_uniform():
     candidates[[1, 3, 4, 8, 10]] = True
     hits = torch.zeros(12)
     for _ in range(3000):
-        chosen = draw(candidates, torch.tensor(2))
+        chosen = choose_at_random(candidates, torch.tensor(2))
         assert chosen.sum() == 2 and not (chosen & ~candidates).any()
         hits += chosen
     assert np.allclose(hits[candidates] / 3000, 2 / 5, atol=0.04)
-    assert draw(candidates, torch.tensor(0)).sum() == 0
-    assert torch.equal(draw(candidates, torch.tensor(5)), candidates)
+    assert choose_at_random(candidates, torch.tensor(0)).sum() == 0
+    assert torch.equal(choose_at_random(candidates, torch.tensor(5)), candidates)
 
 
 # ---- the end of the structure epochs -------------------------------------------------------------
-
-
-def a_run(masks, **changed):
-    said = []
-    log = Namespace(args=settings(**changed), iteration=7, updates=[], say=said.append, said=said,
-                    verify=lambda *_, **__: None)
-    log.add_update = log.updates.append
-    return log
 
 
 def small_net():
@@ -367,12 +356,15 @@ def test_exactly_k_largest_strengths_stay(shift):
     keep = masks.keep_at(0.9)
     expected[wires.theta.argsort(descending=True)[:keep]] = True
     theta = wires.theta.clone()
-    log = a_run(masks, method="gradr", sparsity=0.9)
-    fix_mask(log, masks, wires, keep)
+    before = wires.active.clone()
+    assert "20 % off" in ending(masks.n_alive, keep)
+    change = fix_mask(keep, masks, wires, seeded(0))
     assert torch.equal(masks.flat, expected) and torch.equal(wires.active, expected)
     assert torch.equal(wires.theta, torch.where(expected, theta.clamp(min=0), 0))
-    assert log.updates[-1]["target"] == 0.9 and "20 % off" in log.said[0]
-    assert sum(layer["alive"] for layer in log.updates[-1]["layers"]) == keep
+    assert masks.n_alive == keep and not change.rescued
+    assert torch.equal(change.pruned, before & ~expected)
+    assert torch.equal(change.regenerated, expected & ~before)
+    assert change.before == pytest.approx(1 - int((before & expected).sum()) / masks.total)
     for name, weight in masks.weights.items():
         assert weight[~masks.alive[name]].count_nonzero() == 0
 
@@ -386,10 +378,9 @@ def test_a_layer_that_is_all_dormant_keeps_its_largest_strength():
     wires.active = wires.theta > 0
     wires.write()
     masks.flat.copy_(wires.active)
-    log = a_run(masks, method="gradr", sparsity=0.9)
-    fix_mask(log, masks, wires, masks.keep_at(0.9))
+    change = fix_mask(masks.keep_at(0.9), masks, wires, seeded(0))
     assert masks.flat[best] and masks.n_alive == masks.keep_at(0.9)
-    assert masks.per_layer(masks.flat)[-1] == 1 and "fc.weight would have lost" in log.said[1]
+    assert masks.per_layer(masks.flat)[-1] == 1 and change.rescued == ["fc.weight"]
 
 
 def test_deep_r_s_connections_stay_as_they_are():
@@ -401,44 +392,54 @@ def test_deep_r_s_connections_stay_as_they_are():
     wires.theta[alive.nonzero()[:9]] = 0.0
     masks.flat.copy_(alive)
     wires.fix(alive)
-    log = a_run(masks, sparsity=0.9)
-    fix_mask(log, masks, wires, keep)
-    assert torch.equal(masks.flat, alive) and log.updates == []
-    assert "20 % off" not in log.said[0]
+    assert ending(masks.n_alive, keep).endswith(f"ended with {keep:,} connections")
+    assert fix_mask(keep, masks, wires, seeded(0)) is None
+    assert torch.equal(masks.flat, alive) and torch.equal(wires.active, alive)
+
+
+def test_the_masks_follow_the_connections():
+    net, masks = small_net()
+    wires = Connections(masks)
+    wires.active = torch.rand(masks.total) < 0.5
+    first, before = follow(masks, wires), wires.active.clone()
+    assert torch.equal(first.pruned, ~before) and not first.regenerated.any()
+    wires.active = torch.rand(masks.total) < 0.5
+    change = follow(masks, wires)
+    assert torch.equal(masks.flat, wires.active)
+    assert torch.equal(change.pruned, before & ~wires.active)
+    assert torch.equal(change.regenerated, wires.active & ~before)
+    assert change.before == pytest.approx(1 - int((before & wires.active).sum()) / masks.total)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_with_the_mask_fixed(optimizer):
     """theta >= 0, the dead stay dead and without momentum, and no prior pulls."""
-    wires = some_wires()
+    wires = some_wires(optimizer=optimizer)
     wires.first.fill_(0.3), wires.second.fill_(0.3)
     wires.fix(wires.active)
-    alive, ends = wires.active.clone(), []
+    alive = wires.active.clone()
     assert (wires.first[~alive] == 0).all() and (wires.second[~alive] == 0).all()
-    start = {name: value.clone() if name != "steps" else value
-             for name, value in wires.state_dict().items()}
-    for prior in (0.0, 5.0):
-        torch.manual_seed(1)
-        wires.load_state_dict(start)
-        for _ in range(60):
-            fixed_mask_step(wires, torch.randn(200), 0.01,
-                            settings(optimizer=optimizer, prior=prior, temperature=1.0))
-            wires.write()
-            assert torch.equal(wires.active, alive) and (wires.theta >= 0).all()
-            assert wires.weights[0][~alive].count_nonzero() == 0
-            assert (wires.first[~alive] == 0).all()
-        ends.append(wires.theta)
-    assert torch.equal(*ends) and (ends[0][alive] == 0).any()
+    for _ in range(60):
+        fixed_mask_step(wires, torch.randn(200), 0.01)
+        wires.write()
+        assert torch.equal(wires.active, alive) and (wires.theta >= 0).all()
+        assert wires.weights[0][~alive].count_nonzero() == 0
+        assert (wires.first[~alive] == 0).all()
+    assert (wires.theta[alive] == 0).any()
+    wires.first.zero_()
+    theta = wires.theta.clone()
+    fixed_mask_step(wires, torch.zeros(200), 0.01)  # neither prior, nor L1, nor noise
+    assert torch.equal(wires.theta, theta)
 
 
 def test_the_sum_of_the_rates_is_what_the_prior_moves():
     steps = 400
     for optimizer in ("adam", "sgd"):
-        args, wires = settings(optimizer=optimizer, prior=0.5), Connections(Weights([1.0]))
+        wires, lr = Connections(Weights([1.0]), optimizer, 0.9), 1e-3
         for step in range(steps):
-            grad_r_step(wires, torch.zeros(1), training.cosine(args.lr, step, steps), args)
+            grad_r_step(wires, torch.zeros(1), training.cosine(lr, step, steps), 0.5, 0.95)
         moved = 1 - wires.theta.item()
-        assert moved == pytest.approx(0.5 * sum_of_rates(optimizer, args.lr, steps), rel=0.01)
+        assert moved == pytest.approx(0.5 * sum_of_rates(optimizer, lr, steps), rel=0.01)
     assert sum(0.9 ** t / (1 - 0.9 ** t) for t in range(1, 999)) == pytest.approx(27, abs=0.1)
 
 
@@ -460,7 +461,7 @@ def test_a_run_of_grad_r_and_its_folder(capsys):
     summary = run("--run-dir", "r", "--sparsity", 0.8, "--prior", 0.3, "--lr", 0.01)
     assert {path.name for path in Path("r").iterdir()} == {
         "config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt",
-        "summary.json", "curves.png"}
+        "compact.pt", "summary.json", "curves.png"}
     assert list(summary) == runfolder.SUMMARY_KEYS and summary["method"] == "gradr"
     assert summary["script"] == "prune_gradr" and summary["regen"] is None
     total = sum(layer["weights"] for layer in summary["layers"])
@@ -612,7 +613,7 @@ def test_deep_r_from_a_dense_network_goes_on_bit_by_bit(monkeypatch):
     summary = run("--run-dir", "unbroken", *given)
     args = Namespace(batch_size=10, device="cpu", precision="bf16", loss="ce")
     assert summary["dense_accuracy"] == pytest.approx(
-        training.evaluate(net, net, images, args)["accuracy"])
+        training.evaluate(net, net, images.pairs("test", 40), args)["accuracy"])
     stop_after(5, monkeypatch, run, "--run-dir", "r", *given)
     run("--run-dir", "r", "--resume", short=False)
     assert_same_run("unbroken", "r")
@@ -625,7 +626,8 @@ def test_smoke_and_the_settings_of_cifar100():
     np.savez("data/cifar100.npz", x_train=x, y_train=y, x_test=x[:100], y_test=y[:100])
     summary = run("--dataset", "cifar100", "--smoke", "--width", 0.125, short=False)
     assert summary["model"] == "vgg16" and summary["epochs"] == 2
-    config = json.loads(next(Path("runs").glob("smoke-cifar100-vgg16-gradr-0.9-*seed0/config.json")).read_text())
+    folder = next(Path("runs").glob("smoke-cifar100-vgg16-gradr-0.9-*seed0"))
+    config = json.loads((folder / "config.json").read_text())
     assert config["lr"] == 1e-4 and config["time_steps"] == 5
     assert all(layer["alive"] > 0 for layer in summary["layers"])
     assert run("--smoke", "--method", "deepr", short=False)["method"] == "deepr"
@@ -655,7 +657,8 @@ def test_defaults_and_names(capsys):
     ("--sparsity 0", "expected a number above 0"), ("--sparsity 90", "For 90 % write 0.9"),
     ("--sparsity 0.9999", "expected at least one for each of the 5 layers"),
     ("--temperature 1", "--temperature is 1, which --method gradr does not use"),
-    ("--momentum 0.5", "--momentum is 0.5, which --optimizer adam does not use"),
+    ("--momentum 0.5", "--momentum is 0.5, which --optimizer adam does not use. Leave it out, or "
+                       "take --optimizer sgd"),
     ("--prior -1", "--prior is -1"), ("--prior nan", "--prior is nan"),
     ("--method deepr --temperature inf", "--temperature is inf"),
     ("--method granet", "invalid choice"), ("--optimizer lion", "invalid choice"),
@@ -685,3 +688,20 @@ def test_a_loss_that_is_not_finite_stops_the_run(capsys, monkeypatch):
         run("--run-dir", "r")
     assert stop.value.code == 1 and "iteration 21" in one_line(capsys)
     assert torch.load("r/checkpoint.pt", weights_only=True)["position"] == [1, 0, 16]
+
+
+@pytest.mark.parametrize("method", ["gradr", "deepr"])
+def test_so_does_one_at_a_mask_update(method, capsys, monkeypatch):
+    """There the masks are checked first: NaN is a dead weight that is not 0."""
+    loss_over_time, seen = training.loss_over_time, []
+
+    def explode(logits, labels, kind):
+        seen.extend([None] * logits.requires_grad)
+        return loss_over_time(logits, labels, kind) * (math.nan if len(seen) == 6 else 1)
+
+    monkeypatch.setattr(training, "loss_over_time", explode)
+    with pytest.raises(SystemExit) as stop:
+        run("--run-dir", "r", "--method", method)
+    error = one_line(capsys)
+    assert stop.value.code == 1 and "iteration 6" in error and "not finite" in error, error
+    assert not Path("r/checkpoint.pt").exists()

@@ -14,11 +14,11 @@ import torch
 
 import data
 import models
-from harness import plots
 import prune_lottery as lottery
-from harness import runfolder
 import training
-from conftest import assert_same_run, lines, one_line, stop_after
+from harness import plots, runfolder, setup
+from harness.meters import Meter
+from helpers import assert_same_run, lines, one_line, stop_after
 from masks import Masks
 
 TINY = ["--dataset", "mine.npz", "--width", "0.25", "--batch-size", "25"]  # 8 steps an epoch
@@ -217,15 +217,15 @@ def test_measuring_in_eval_mode_changes_nothing():
     args = parse("--method et --width 0.25 --batch-size 64 --device cpu")
     images = data.load("fashion-mini")
     torch.manual_seed(0)
-    net = training.build(args, images)
+    net = setup.build(args, images)
     for bn in (m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
         bn.running_mean += 0.1  # not what a batch has
     before, seen = lottery.snapshot(net), []
     net.register_forward_hook(lambda module, x, y: seen.append((module.training, x[0], y)))
-    run_ = SimpleNamespace(args=args, parts=dict(net=net), iteration=188, say=lambda line: None,
-                           device=torch.device("cpu"))
-    found = lottery.measure_time(run_, images)
-    assert found == lottery.measure_time(run_, images)
+    run_ = SimpleNamespace(args=args, net=net, images=images, iteration=188,
+                           say=lambda line: None, device=torch.device("cpu"))
+    found = lottery.measure_time(run_)
+    assert found == lottery.measure_time(run_)
     assert net.training and not any(training for training, _, _ in seen)
     assert all(torch.equal(before[name], t) for name, t in net.state_dict().items())
     half = len(seen) // 2
@@ -425,13 +425,13 @@ def test_each_rewind_is_the_stored_state_times_the_mask(monkeypatch):
     def watch(run_, chosen, target):
         stored.append({n: t.clone() for n, t in run_.notes["rewind"].items()})
         take(run_, chosen, target)
-        net, masks = run_.parts["net"], run_.parts["masks"]
+        net, masks = run_.net, run_.masks
         taken.append({n: t.clone() for n, t in net.state_dict().items()})
         for name, tensor in run_.notes["rewind"].items():
             assert tensor.data_ptr() != net.state_dict()[name].data_ptr()
             alive = masks.alive.get(name, torch.ones_like(tensor, dtype=torch.bool))
             assert torch.equal(taken[-1][name], tensor * alive), name
-        assert not run_.parts["optimizer"].state  # fresh
+        assert not run_.optimizer.state  # fresh
         assert masks.n_alive == int(chosen.sum())
 
     monkeypatch.setattr(lottery, "take_ticket", watch)
@@ -447,21 +447,21 @@ def test_each_rewind_is_the_stored_state_times_the_mask(monkeypatch):
 def test_a_layer_is_never_emptied():
     torch.manual_seed(0)
     net = models.build("small", 10, 1, 28, 4, [4, 8, 16, 16])
-    masks, sgd, said, rows = Masks(net), torch.optim.SGD(net.parameters(), 0.1), [], []
+    masks, sgd, logged = Masks(net), torch.optim.SGD(net.parameters(), 0.1), []
     largest = net.convs[0].conv.weight.detach().abs().argmax()
     stored = {n: torch.randn_like(t) if t.is_floating_point() else t.clone()
               for n, t in net.state_dict().items()}
     chosen = masks.flat.clone()
     chosen[:masks.sizes[0]] = False
-    run_ = SimpleNamespace(parts=dict(net=net, masks=masks, optimizer=sgd), say=said.append,
-                           notes=dict(rewind=stored), updates=[], iteration=7,
-                           add_update=rows.append)
+    run_ = SimpleNamespace(net=net, masks=masks, optimizer=sgd, notes=dict(rewind=stored),
+                           log_update=lambda target, change, keep: logged.append((change, keep)))
     lottery.take_ticket(run_, chosen, 0.1)
     assert masks.n_alive == int(chosen.sum())
     assert masks.alive["convs.0.conv.weight"].flatten().nonzero().item() == largest  # as trained
-    assert len(said) == 1 and "convs.0" in said[0]
-    assert set(rows[0]) == {"update", "iteration", "target", "before", "sparsity", "pruned",
-                            "regenerated", "survived", "layers"}
+    (change, keep), = logged
+    assert change.rescued == ["convs.0.conv.weight"] and keep == int(chosen.sum())
+    assert torch.equal(change.pruned, ~chosen) and not change.regenerated.any()
+    assert change.before == masks.sparsity
 
 
 # ---- the command line ----------------------------------------------------------------------------
@@ -470,7 +470,7 @@ def test_a_layer_is_never_emptied():
 def test_a_run_and_its_folder(capsys):
     summary = run(*SHORT, "--sparsity", 0.8, "--run-dir", "r")
     assert {path.name for path in Path("r").iterdir()} == {
-        "config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt",
+        "config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt", "compact.pt",
         "summary.json", "curves.png"}
     assert list(summary) == runfolder.SUMMARY_KEYS
     assert (summary["script"], summary["method"], summary["epochs"]) == ("prune_lottery", "imp", 5)
@@ -487,6 +487,8 @@ def test_a_run_and_its_folder(capsys):
     assert [row["pruned"] for row in updates] == [by_round[0] - by_round[1], by_round[1] - alive]
     assert [row["target"] for row in updates] == pytest.approx([1 - 0.2**0.5, 0.8])
     assert [row["iteration"] for row in updates] == [8, 24]
+    assert all(set(row) == {"update", "iteration", "target", "before", "sparsity", "pruned",
+                            "regenerated", "survived", "layers"} for row in updates)
     densities = [1 - row["sparsity"] for row in rows]
     assert densities == [1] + [by_round[1] / total] * 2 + [1 - (1 - alive / total)] * 2
     assert summary["training_cost"] == pytest.approx(sum(densities) / 5)
@@ -545,7 +547,8 @@ def test_smoke_of_the_paper_s_schedule():
              y_test=np.arange(20))
     summary = run("--dataset", "cifar100", "--smoke", "--width", 0.1)
     assert summary["model"] == "vgg16" and summary["epochs"] == 4 + 2 * 4
-    assert len(lines(next(Path("runs").glob("smoke-cifar100-vgg16-imp-0.9-k2-full-*seed0")), "updates")) == 2
+    folder = next(Path("runs").glob("smoke-cifar100-vgg16-imp-0.9-k2-full-*seed0"))
+    assert len(lines(folder, "updates")) == 2
 
 
 def test_from_a_trained_network():
@@ -586,16 +589,16 @@ def test_a_cut_after_the_last_checkpoint_is_done_again(given, at, monkeypatch, c
     """Die in the first epoch of a ticket, whose cut no checkpoint knows, without saving."""
     given = [*given, "--epochs-prune", "5" if "eb" in given else "3", "--run-dir"]
     run(*given, "unbroken")
-    add = training.Meter.add
+    add = Meter.add
 
     def die(self, loss, logits, labels, iteration=0):
         add(self, loss, logits, labels, iteration)
         if iteration == at:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(training.Meter, "add", die)
+    monkeypatch.setattr(Meter, "add", die)
     assert "interrupted" in wrong(capsys, *given, "r", code=130)
-    monkeypatch.setattr(training.Meter, "add", add)
+    monkeypatch.setattr(Meter, "add", add)
     logged = lines("r", "updates")
     run("--run-dir", "r", "--resume")
     assert_same_run("unbroken", "r")

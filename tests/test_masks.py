@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from masks import Broken, Masks, prune_further, recount, seeded
+from harness.runfolder import Broken, recount
+from masks import Masks, prune_further, seeded
 from models import Scored
 
 
@@ -78,14 +79,14 @@ def test_masks_through_two_updates(data, shapes, ties, first, second, regen, see
         assert same(masks.flat, (before & ~pruned) | back)
         assert not masks.regenerate(0, ~masks.flat, [], None).any() and masks.n_alive == keep
 
-        # the guard: no layer is empty, the count holds, twice is once
-        masks.guard()
+        # a rescue: no layer is empty, the count holds, twice is once
+        masks.rescue_empty_layers()
         assert masks.n_alive == keep and all(masks.per_layer(masks.flat))
-        guarded = masks.flat.clone()
-        assert masks.guard() == [] and same(masks.flat, guarded)
+        rescued = masks.flat.clone()
+        assert masks.rescue_empty_layers() == [] and same(masks.flat, rescued)
 
-        # the account adds up, and what is applied holds
-        row = masks.account(pruned, back)
+        # the record adds up, and what is applied holds
+        row = masks.record_update(pruned, back)
         assert sum(layer["alive"] for layer in row["layers"]) == keep
         assert row["pruned"] == int(pruned.count_nonzero())
         assert row["regenerated"] == int((back & masks.flat).count_nonzero())
@@ -116,7 +117,7 @@ def test_each_violation_is_found(data, shapes, seed):
         optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
     keep = data.draw(st.integers(len(masks.sizes), masks.total))
     masks.prune(keep, masks.magnitudes(), seeded(seed))
-    masks.guard()
+    masks.rescue_empty_layers()
     masks.apply(optimizer)
     assert masks.violation(optimizer, keep) is None
     assert "weights are alive, expected" in masks.violation(optimizer, keep + 1)

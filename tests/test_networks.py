@@ -23,10 +23,11 @@ import prune_pq
 import prune_sdsnn
 import prune_structured
 import prune_unstructured
-from harness import records
+from harness import presets, records
 import training
-from conftest import assert_same_run, lines, one_line, stop_after
+from helpers import assert_same_run, lines, one_line, stop_after
 from masks import Masks, momenta
+from kernels import FastLIF
 from neurons import LIF
 
 NEW = [name for name in models.NAMES if name not in ("vgg16", "resnet19", "small")]
@@ -47,7 +48,7 @@ def small(name, size=16, in_channels=2, factor=0.05, classes=3, time_steps=3, **
         for module in net.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.bias.fill_(0.8)
-        for layer in (*getattr(net, "hidden", ()), net.fc):
+        for layer in (*getattr(net, "hidden", ()), *([net.fc] if hasattr(net, "fc") else ())):
             layer.weight.abs_()
     return net
 
@@ -118,7 +119,7 @@ def test_other_neurons_are_their_formulas(surrogate, derivative, reset, decay_in
 
 def test_sd_snn_by_hand():
     """h = 0.2 v (1 - s) + x, a spike where h > 0.5."""
-    lif = LIF(**plans.NEURONS["sdsnn-small"]).double()
+    lif = LIF(**plans.NETWORKS["sdsnn-small"].neuron).double()
     x = torch.tensor([0.5, 0.4, 0.1, 0.6, 0.3]).double().view(5, 1, 1)
     # h: .5 (not above), .5 (0.1 + 0.4: not above, up to rounding), .2, .64 (fires), .3
     assert lif(x).flatten().tolist()[2:] == [0, 1, 0] and lif(x[:1]).item() == 0
@@ -136,9 +137,10 @@ def test_the_soft_reset_by_hand():
 
 
 def test_the_usual_neuron_takes_the_usual_path(monkeypatch):
-    monkeypatch.setattr(neurons._AnyLIF, "apply", lambda *_: pytest.fail("the slow path"))
-    LIF()(torch.rand(3, 2, 4))
-    LIF(2.0, 0.5, alpha=3.0)(torch.rand(3, 2, 4))
+    usual, other = FastLIF(), FastLIF(tau=2.0, v_threshold=0.5, alpha=3.0)
+    monkeypatch.setattr(LIF, "forward", lambda *_: pytest.fail("the slow path"))
+    usual(torch.rand(3, 2, 4))
+    other(torch.rand(3, 2, 4))
 
 
 @pytest.mark.parametrize("wrong", [dict(surrogate="tent"), dict(reset="none"),
@@ -161,10 +163,25 @@ def test_other_neurons_keep_the_memory_format(layout):
 def test_criticality_of_a_rectangular_surrogate():
     """The share of the steps at which a neuron is near its threshold."""
     lif = LIF(1.25, 0.5, surrogate="rectangular", decay_input=False)
-    lif.record = "max"
+    lif.start_recording("max")
     x = torch.tensor([[0.3, 2.0], [0.0, 2.0]]).view(2, 1, 2)  # h: .3, .06 | 2, 2
     lif(x)
-    assert lif.score.tolist() == [1.0, 0.0]  # |.3 - .5| and |.06 - .5| are below .5
+    assert lif.stop_recording().tolist() == [1.0, 0.0]  # |.3 - .5| and |.06 - .5| are below .5
+
+
+def test_a_network_under_compile_equals_eager():
+    net = models.build("small", 4, 1, 8, 3, widths=[3, 4, 5, 4]).double()
+    x, y = torch.randn(6, 1, 8, 8, generator=generator()).double(), torch.arange(6) % 4
+    results = []
+    for forward in (net, torch.compile(net, fullgraph=True)):
+        net.zero_grad()
+        with models.recording(net, "max") as scores:
+            logits = forward(x)
+        training.loss_over_time(logits, y).backward()
+        results.append([p.grad.clone() for p in net.parameters()] + [*scores.values()])
+        assert len(scores) == 4
+    for eager, compiled in zip(*results):
+        assert torch.allclose(eager, compiled, atol=1e-6)
 
 
 # ---- networks ------------------------------------------------------------------------------------
@@ -197,12 +214,25 @@ def test_sd_snn_on_gestures_has_the_published_layer():
     assert net.hidden[0].weight.shape == (300, 40_960)
 
 
+def test_a_new_network_is_one_row(monkeypatch):
+    plan = plans.Plan([4, "P", 6, "A", "F", 5], norm=False, votes=2, pad_to=4, neuron=dict(tau=3.0))
+    monkeypatch.setitem(plans.NETWORKS, "own", plan)
+    assert plans.default_widths("own", 0.5) == [2, 3, 2]
+    net = models.build("own", 3, 1, 10, 2)
+    assert net(torch.rand(5, 1, 10, 10)).shape == (2, 5, 3)
+    shapes = [list(net.get_parameter(name).shape) for name in models.scored_by(net)]
+    assert shapes == [[4, 1, 3, 3], [6, 4, 3, 3], [5, 54], [6, 5]]
+    assert {lif.tau for lif in models.lifs(net).values()} == {3.0}
+    # 12x12 after padding, then 6x6
+    assert list(metrics.macs(net.config).values()) == [36 * 144, 216 * 36, 270, 30]
+
+
 @pytest.mark.parametrize("name", NEW)
 def test_shapes_and_round_trip(name, tmp_path):
     net = small(name, 16, encoding="events", neuron=dict(reset="soft"))
     masks = Masks(net)
     masks.prune(masks.total // 2, masks.magnitudes(), generator())
-    masks.guard()
+    masks.rescue_empty_layers()
     masks.apply(torch.optim.SGD(net.parameters(), 0.1))
     torch.save(models.pack(net, masks.alive), tmp_path / "model.pt")
     x = torch.poisson(torch.full((3, 4, 2, 16, 16), 2.0)).to(torch.uint8)
@@ -313,6 +343,20 @@ def sops_by_brute_force(net, images, alive):
     return total
 
 
+@pytest.mark.parametrize("size", [16, 31, 48])
+@pytest.mark.parametrize("name", models.NAMES)
+def test_macs_are_weights_times_output_positions(name, size):
+    """The FLOPs that torch counts against the formula: each weight works at each position."""
+    net = small(name, size, factor=0.1).to("meta")
+    positions = {}
+    with metrics.hooks(metrics.prunable_layers(net),
+                       after=lambda layer, y: positions.update({layer: y.shape[2:].numel()})):
+        net(torch.zeros(1, 2, size, size, device="meta"))
+    want = {layer: net.get_parameter(f"{layer}.weight").numel() * count
+            for layer, count in positions.items()}
+    assert metrics.macs(net.config) == want and len(want) == len(models.scored_by(net))
+
+
 @pytest.mark.parametrize("name", NEW)
 @pytest.mark.parametrize("encoding", plans.ENCODINGS)
 def test_synaptic_operations(name, encoding):
@@ -339,9 +383,8 @@ def test_synaptic_operations(name, encoding):
 def test_criticality_of_every_weight(name):
     net = small(name, 16, encoding="rate")
     masks = Masks(net)
-    models.record(net, "max")
-    net(torch.randint(0, 256, (4, 2, 16, 16), dtype=torch.uint8))
-    scores = {lif: module.score for lif, module in models.lifs(net).items()}
+    with models.recording(net, "max") as scores:
+        net(torch.randint(0, 256, (4, 2, 16, 16), dtype=torch.uint8))
     spread = masks.spread(scores)
     assert spread.shape == (masks.total,) and spread.isfinite().all()
     last = dict(zip(masks.weights, spread.split(masks.sizes)))["fc.weight"]
@@ -472,24 +515,25 @@ def test_the_papers_settings(script, dataset, want):
 
 
 def test_sd_snn_rules_of_gestures():
-    plan = prune_sdsnn.make_plan(300, prune_sdsnn.RULES["dvs-gesture"])
-    assert plan.divisor == 11 and plan.percentile == dict(conv=65, fc=55)
+    schedule = prune_sdsnn.make_schedule(300, presets.of("dvs-gesture", "sdsnn")["rules"])
+    assert schedule.divisor == 11 and schedule.percentile == dict(conv=65, fc=55)
     mask = torch.ones(300, 30, dtype=torch.bool)
     mask[:180] = False
-    assert prune_sdsnn.next_percent(60.0, mask, None, 37, plan) == pytest.approx(70.9091, abs=1e-4)
+    assert prune_sdsnn.next_percent(60.0, mask, None, 37, schedule) == pytest.approx(
+        70.9091, abs=1e-4)
 
 
 def test_learning_rates_of_sd_snn():
     stages = training.Stages(10, prune=100)
     args = prune_sdsnn.parse_args(["--dataset", "mnist"])
-    assert prune_sdsnn.rate(args, stages, 1) == 1e-3
-    assert prune_sdsnn.rate(args, stages, 501) == pytest.approx(0.5e-3)  # a cosine
+    assert prune_sdsnn.learning_rate(args, stages, 1) == 1e-3
+    assert prune_sdsnn.learning_rate(args, stages, 501) == pytest.approx(0.5e-3)  # a cosine
     args.mode = "official"
-    assert [prune_sdsnn.rate(args, stages, i) for i in (400, 401, 801)] == pytest.approx(
+    assert [prune_sdsnn.learning_rate(args, stages, i) for i in (400, 401, 801)] == pytest.approx(
         [1e-3, 1e-4, 1e-5])
     args = prune_sdsnn.parse_args(["--dataset", "cifar10"])
-    assert prune_sdsnn.rate(args, stages, 1) == pytest.approx(2.44e-4 / 50)
-    assert prune_sdsnn.rate(args, stages, 501) == pytest.approx(1.22e-4)
+    assert prune_sdsnn.learning_rate(args, stages, 1) == pytest.approx(2.44e-4 / 50)
+    assert prune_sdsnn.learning_rate(args, stages, 501) == pytest.approx(1.22e-4)
 
 
 def save(name, channels_in, size):
@@ -566,8 +610,8 @@ def test_flags_of_the_neurons(capsys):
     assert packed["neuron"] == dict(tau=2.0, v_threshold=0.7, surrogate="rectangular", reset="soft")
     assert packed["encoding"] == "rate"
     lif = models.load("r/model.pt").lifs[0]
-    assert (lif.tau, lif.v_threshold, lif.surrogate, lif.other["soft"]) == (
-        2.0, 0.7, "rectangular", True)
+    assert (lif.tau, lif.v_threshold, lif.surrogate, lif.reset) == (
+        2.0, 0.7, "rectangular", "soft")
     config = json.loads(Path("r/config.json").read_text())
     assert (config["tau"], config["threshold"], config["loss"]) == (2.0, 0.7, "mse")
     for wrong in (["--tau", "1"], ["--threshold", "0"], ["--reset", "none"]):
@@ -586,7 +630,7 @@ def test_a_comparison_has_one_protocol(dataset):
         seen.add(tuple(getattr(args, flag) for flag in (
             "model", "time_steps", "batch_size", "encoding", "loss", "crop", "rotate", "flip")))
         if "structured" not in words[1] or "unstructured" in words[1]:
-            assert args.lr == compare.flags.DATASETS[dataset]["lr"], words
+            assert args.lr == presets.of(dataset)["lr"], words
             assert getattr(args, "mode", "matched") in ("matched", "fixed")
     assert len(seen) == 1
 
@@ -598,7 +642,7 @@ def test_every_network_is_pruned_and_looked_into(name):
         "--smoke", "--model", name, "--width", "0.04", "--time-steps", "2", "--run-dir", "r"])
     total = sum(layer["weights"] for layer in summary["layers"])
     assert sum(layer["alive"] for layer in summary["layers"]) == total - round(0.9 * total)
-    found = records.look(records.read_run(Path("r")))
+    found = records.analysis_of(records.read_run(Path("r")))
     assert {f"criticality/{lif}" for lif in models.lifs(models.load("r/model.pt"))} <= set(found)
     assert found["variance"].shape == (10,)
 
@@ -610,10 +654,10 @@ def test_channels_of_other_networks_are_removed_in_a_run():
     assert record["spikes_that_differ"] == 0 and record["kept"] < record["channels"]
 
 
-# ---- README.md -----------------------------------------------------------------------------------
+# ---- docs/data.md--------------------------------------------------------------------------------
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "docs/data.md").read_text()
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -628,7 +672,7 @@ def test_the_weights_in_the_readme(name):
 @pytest.mark.parametrize("name", ["gradr-linear", "sdsnn-small"])
 def test_the_runs_in_the_readme(name):
     """Their figures are those of the logs."""
-    (run,) = (ROOT / "results/networks").glob(f"*{name}*")
+    (run,) = (ROOT / "results/runs/networks").glob(f"*{name}*")
     summary, config = (json.loads((run / f"{file}.json").read_text())
                        for file in ("summary", "config"))
     assert (summary["model"], config["model"], config["dataset"]) == (name, name, "fashion-mnist")

@@ -1,6 +1,5 @@
 """The PQ index and its bound by hand, the sparse start, the two stages against brute force, and
 prune_pq.py from its command line, on tiny budgets."""
-import argparse
 import json
 import math
 import sys
@@ -16,10 +15,12 @@ import data
 import models
 import prune_pq
 from harness import runfolder
-from conftest import TIMES, assert_same_run, lines, one_line, stop_after
+from helpers import TIMES, assert_same_run, lines, one_line, stop_after
 from masks import Masks, seeded
-from prune_pq import (accumulate, apportion, choose, in_scopes, layer_densities, pq_index, retained,
-                      rewire, sparsity_at, start_sparse, to_prune, turnover)
+from prune_pq import (STARTS, Scopes, accumulate, apportion, counts_at_ratio, counts_at_target,
+                      erk_densities, in_scopes, largest_in_rows, measure_scopes, pq_index,
+                      retention_bound, rewire, rewiring_count, start_sparse)
+from training import sparsity_at
 
 SHORT = ["--dataset", "tiny.npz", "--epochs-prune", "2", "--epochs-finetune", "1", "--interval",
          "6", "--width", "0.25", "--batch-size", "25"]  # 16 steps an epoch, 5 updates
@@ -60,9 +61,25 @@ def of_one(w, p=0.5, q=1.0):
     return pq_index(w, alive_of(w), p, q)
 
 
-def settings(**given):
-    return argparse.Namespace(**dict(scope="layer", eta=0.0, rho=0.9, density=0.5, start="er",
-                                     seed=0) | given)
+def draw_start(masks, start="er", density=0.5, seed=0):
+    shapes = [weight.shape for weight in masks.weights.values()]
+    start_sparse(masks, STARTS[start](shapes, density), seeded(seed, 0))
+
+
+def turnover(c, d, dead, keep, rho=0.9):
+    """How many are pruned, how many grow in each scope; keep None: in adaptive mode."""
+    scopes = Scopes(d, dead, c)
+    return counts_at_ratio(scopes, rho) if keep is None else counts_at_target(scopes, keep)
+
+
+def both_stages(masks, keep, scores, generator, scope="layer", eta=0.0, rho=0.9):
+    """An update as main makes it: what was pruned, what has grown, the sparsity between, the index
+    of each layer."""
+    scopes, index = measure_scopes(masks, scope, eta)
+    cut, grow = turnover(scopes.n_rewire, scopes.n_alive, scopes.n_dead, keep, rho)
+    pruned, before, grown, rescued = rewire(masks, scope, cut, grow, scores, generator)
+    assert rescued == []
+    return pruned, grown, before, index
 
 
 def net_of(*layers):
@@ -89,7 +106,7 @@ def random_masks(scope="layer", seed=0, density=0.5):
     generator = torch.Generator().manual_seed(seed)
     masks, sgd = net_of(*(torch.randn(size, generator=generator).tolist()
                           for size in ((6, 9), (4, 30), (3, 4))))
-    start_sparse(settings(density=density, seed=seed), masks)
+    draw_start(masks, density=density, seed=seed)
     masks.apply(sgd)
     return masks, sgd, torch.rand(masks.total, generator=generator)
 
@@ -106,15 +123,15 @@ def test_the_index_and_the_bound_by_hand(w, index, m, c):
     found = of_one(row(*w))
     assert found.dtype == torch.float64 and found.item() == pytest.approx(index, abs=5e-8)
     for eta, wanted in zip((0, 0.001, 0.1), m):
-        assert retained(found, d, eta).item() == wanted
-    assert to_prune(retained(found, d, 0), d).item() == c
+        assert retention_bound(found, d, eta).item() == wanted
+    assert rewiring_count(retention_bound(found, d, 0), d).item() == c
 
 
 @pytest.mark.parametrize("w, index", [((9, 1, .01, .01), 0.4467387), ((4, 1, 1, 0), 0.2928932)])
 def test_other_norms_by_hand(w, index):
     found = of_one(row(*w), 1.0, 2.0)
     assert found.item() == pytest.approx(index, abs=5e-8)
-    assert retained(found, torch.tensor([4]), 0, 1.0, 2.0).item() == 2
+    assert retention_bound(found, torch.tensor([4]), 0, 1.0, 2.0).item() == 2
 
 
 @pytest.mark.parametrize("p, q", [(0.5, 1.0), (1.0, 2.0), (0.3, 0.8)])
@@ -135,7 +152,7 @@ def test_the_bound_is_the_effective_number_of_weights():
     w = torch.rand(1, 50, generator=torch.Generator().manual_seed(2))
     effective = w.double().sqrt().sum() ** 2 / w.double().sum()
     assert 50 * (1 - of_one(w).item()) == pytest.approx(effective.item())
-    assert retained(of_one(w), torch.tensor([50]), 0).item() == math.ceil(effective)
+    assert retention_bound(of_one(w), torch.tensor([50]), 0).item() == math.ceil(effective)
 
 
 def test_scale_copies_and_order_do_not_matter():
@@ -159,7 +176,8 @@ def test_distributions():
         assert of_one(w).item() == pytest.approx(index, abs=1e-3)
     assert 1 - math.gamma(0.75) ** 2 / math.sqrt(math.pi) == pytest.approx(0.1527869, abs=5e-8)
     d = torch.tensor([n])  # a Gaussian layer loses 15.3 %, and .2 % more per eta = .001
-    lost = [to_prune(retained(of_one(gauss), d, eta), d).item() / n for eta in (0, 0.001)]
+    lost = [rewiring_count(retention_bound(of_one(gauss), d, eta), d).item() / n
+            for eta in (0, 0.001)]
     assert lost[0] == pytest.approx(0.153, abs=1e-3)
     assert lost[1] - lost[0] == pytest.approx(2e-3 * 0.847, abs=5e-5)
 
@@ -167,21 +185,22 @@ def test_distributions():
 def test_rounding_does_not_change_a_count():
     for index, d, m in ((-1e-12, 4, 4), (1 / 3 - 1e-14, 3000, 2000)):
         index = torch.tensor([index], dtype=torch.float64)
-        assert retained(index, torch.tensor([d]), 0).item() == m
+        assert retention_bound(index, torch.tensor([d]), 0).item() == m
     assert math.floor(5 * (1 - 4 / 5)) == 0  # the trap
     for d in range(1, 200):
         for m in range(1, d + 1):
-            c = to_prune(torch.tensor([m]), torch.tensor([d]))
+            c = rewiring_count(torch.tensor([m]), torch.tensor([d]))
             assert c.item() == min(d - m, 9 * d // 10, d - 1), (d, m)
     for d in (2359296, 14714997, 33554433):  # float32 would be off by one and more
         for eta in (0, 0.001):
             bound = Fraction(d) * Fraction(0.8471231) / Fraction(1 + eta) ** 2
             index = torch.tensor([1 - 0.8471231], dtype=torch.float64)
-            assert retained(index, torch.tensor([d]), eta).item() == math.ceil(bound - d * 1e-9)
+            found = retention_bound(index, torch.tensor([d]), eta).item()
+            assert found == math.ceil(bound - d * 1e-9)
     ten = torch.tensor([10])
-    assert to_prune(torch.tensor([7]), ten, gamma=1.2).item() == 3  # 3.6
-    assert to_prune(torch.tensor([2]), ten, beta=0.5).item() == 5
-    assert to_prune(torch.tensor([0]), ten, gamma=2.0, beta=1.0).item() == 9  # c <= d - 1
+    assert rewiring_count(torch.tensor([7]), ten, gamma=1.2).item() == 3  # 3.6
+    assert rewiring_count(torch.tensor([2]), ten, beta=0.5).item() == 5
+    assert rewiring_count(torch.tensor([0]), ten, gamma=2.0, beta=1.0).item() == 9  # c <= d - 1
 
 
 def test_scopes_without_anything_to_measure():
@@ -192,7 +211,8 @@ def test_scopes_without_anything_to_measure():
     assert index.item() < 1
     for d in (1, 2, 3):
         for values in ([1.] * d, [1.] + [0.] * (d - 1), list(range(1, d + 1))):
-            c = to_prune(retained(of_one(row(*values)), torch.tensor([d]), 0.5), torch.tensor([d]))
+            n = torch.tensor([d])
+            c = rewiring_count(retention_bound(of_one(row(*values)), n, 0.5), n)
             assert 0 <= c.item() <= d - 1
 
 
@@ -200,8 +220,7 @@ def test_a_layer_of_zeros_loses_nothing():
     """Whatever eta says: there is no index, and no magnitude to choose by."""
     masks, sgd = net_of([[0.] * 10], [[1.] * 10])
     masks.apply(sgd)
-    pruned, grown, _, index = rewire(settings(eta=0.2), masks, None, torch.rand(20),
-                                     seeded(0, 1))
+    pruned, grown, _, index = both_stages(masks, None, torch.rand(20), seeded(0, 1), eta=0.2)
     assert index == [0, 0] and masks.per_layer(pruned) == [0, 3]  # 10 - ceil(10 / 1.44)
     assert not grown.any()  # no place is dead
 
@@ -211,18 +230,18 @@ def test_a_layer_of_zeros_loses_nothing():
 
 def test_erk_by_hand():
     shapes = [(8, 4), (8, 8), (2, 8)]
-    found = layer_densities(shapes, 0.5, "erk")
+    found = erk_densities(shapes, 0.5)
     assert found == pytest.approx([0.552632, 0.368421, 0.921053], abs=5e-7)
     assert found[0] == pytest.approx(28 / 19 * 12 / 32)
     assert sum(f * math.prod(s) for f, s in zip(found, shapes)) == pytest.approx(56)
-    found = layer_densities([(64, 3, 3, 3), (128, 64, 3, 3), (10, 128)], 0.5, "erk")
+    found = erk_densities([(64, 3, 3, 3), (128, 64, 3, 3), (10, 128)], 0.5)
     assert found == pytest.approx([1, 0.479601, 1], abs=5e-7)
 
 
 def test_erk_of_vgg16():
     net = models.build("vgg16", 10, 3, 32, 1)
     shapes = [net.get_parameter(name).shape for name in models.scored_by(net)]
-    half, tenth = (layer_densities(shapes, density, "erk") for density in (0.5, 0.1))
+    half, tenth = (erk_densities(shapes, density) for density in (0.5, 0.1))
     assert half == pytest.approx([1] * 5 + [.858, .858, .641] + [.426] * 5 + [1], abs=6e-4)
     assert tenth == pytest.approx(
         [1, .670, .495, .328, .244, .162, .162, .121] + [.080] * 5 + [1], abs=6e-4)
@@ -233,10 +252,10 @@ def test_erk_of_vgg16():
 
 @pytest.mark.parametrize("start", ["er", "erk"])
 def test_the_start_has_exact_counts_at_random_places(start):
-    args, seen = settings(start=start), []
+    seen = []
     for seed in range(40):
         masks, _ = net_of(*(torch.ones(shape).tolist() for shape in ((8, 4), (8, 8), (2, 8))))
-        start_sparse(argparse.Namespace(**vars(args) | dict(seed=seed)), masks)
+        draw_start(masks, start, seed=seed)
         seen.append(masks.flat.double())
         assert masks.per_layer(masks.flat) == ([16, 32, 8] if start == "er" else [18, 24, 15])
     mean = torch.stack(seen).mean(0)
@@ -244,9 +263,9 @@ def test_the_start_has_exact_counts_at_random_places(start):
 
 
 def test_edges_of_the_start():
-    assert layer_densities([(2, 3), (4, 5)], 1.0, "erk") == [1, 1]
+    assert erk_densities([(2, 3), (4, 5)], 1.0) == [1, 1]
     masks, _ = net_of([[1.] * 3], [[1.] * 400])
-    start_sparse(settings(density=0.01), masks)
+    draw_start(masks, density=0.01)
     assert masks.per_layer(masks.flat) == [1, 4]  # no layer is empty
 
 
@@ -276,15 +295,15 @@ def test_how_many_grow():
     c, d, dead = torch.tensor([10, 3, 0]), torch.tensor([50, 9, 4]), torch.tensor([50, 9, 4])
 
     def of(keep, rho=0.9, dead=dead):
-        return [x.tolist() for x in turnover(settings(rho=rho), c, d, dead, keep)]
+        return [x.tolist() for x in turnover(c, d, dead, keep, rho)]
 
     assert of(None) == [[10, 3, 0], [9, 2, 0]]  # floor(rho c)
     assert of(None, dead=torch.tensor([4, 9, 4])) == [[10, 3, 0], [4, 2, 0]]
     hundred = torch.tensor([100])
-    assert turnover(settings(rho=0.29), hundred, 2 * hundred, hundred, None)[1].item() == 29
+    assert turnover(hundred, 2 * hundred, hundred, None, 0.29)[1].item() == 29
     for n in (10**6 + 7, 2359297, 16777217):
         n = torch.tensor([n])
-        assert turnover(settings(rho=0.9), n, 2 * n, n, None)[1].item() == 9 * n.item() // 10
+        assert turnover(n, 2 * n, n, None, 0.9)[1].item() == 9 * n.item() // 10
     # matched, 63 alive: the index sets the turnover, what grows meets the target
     assert of(63) == [[10, 3, 0], [10, 3, 0]]
     assert of(59) == [[10, 3, 0], [7, 2, 0]]  # 13 - 4
@@ -303,7 +322,7 @@ def test_choice_against_a_loop(rows):
     keys = torch.randperm(rows * 20, generator=generator).view(rows, 20).float()
     eligible = torch.rand(rows, 20, generator=generator) < 0.6
     counts = (torch.rand(rows, generator=generator) * eligible.sum(1)).long()
-    found = choose(eligible, counts, keys, generator)
+    found = largest_in_rows(eligible, counts, keys, generator)
     for r in range(rows):
         places = sorted(eligible[r].nonzero().flatten().tolist(), key=lambda i: -keys[r, i])
         assert found[r].nonzero().flatten().tolist() == sorted(places[:counts[r]])
@@ -311,8 +330,9 @@ def test_choice_against_a_loop(rows):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_ties_are_broken_at_random(rows):
-    seen = torch.stack([choose(torch.ones(rows, 4, dtype=torch.bool), torch.full((rows,), 2),
-                               torch.tensor([[5., 0., 0., 0.]]).expand(rows, 4), seeded(seed))
+    eligible, counts = torch.ones(rows, 4, dtype=torch.bool), torch.full((rows,), 2)
+    keys = torch.tensor([[5., 0., 0., 0.]]).expand(rows, 4)
+    seen = torch.stack([largest_in_rows(eligible, counts, keys, seeded(seed))
                         for seed in range(100)]).double().mean(0)
     assert (seen[:, 0] == 1).all() and (seen[:, 1:] > 0.15).all() and (seen[:, 1:] < 0.55).all()
 
@@ -321,7 +341,6 @@ def test_ties_are_broken_at_random(rows):
 @pytest.mark.parametrize("keep", [None, 80, 60, 30])
 def test_an_update_against_a_loop(scope, keep):
     masks, sgd, scores = random_masks()
-    args = settings(scope=scope, eta=0.001)
     shapes = [(6, 9), (4, 30), (3, 4)]
     before = [part.view(shape) for part, shape in
               zip(masks.flat.clone().split(masks.sizes), shapes)]
@@ -342,7 +361,7 @@ def test_an_update_against_a_loop(scope, keep):
             sizes.append(d)
             dead.append(len(mask) - d)
     c, dead = torch.tensor(c), torch.tensor(dead)
-    cut, grow = turnover(args, c, torch.tensor(sizes), dead, keep)
+    cut, grow = turnover(c, torch.tensor(sizes), dead, keep)
     if keep is None:
         assert grow.tolist() == [min(9 * n // 10, room)
                                  for n, room in zip(c.tolist(), dead.tolist())]
@@ -357,7 +376,8 @@ def test_an_update_against_a_loop(scope, keep):
             wanted.append(mask)
             at += 1
     n_before = masks.n_alive
-    pruned, grown, between, index = rewire(args, masks, keep, scores, seeded(0, 1))
+    pruned, grown, between, index = both_stages(masks, keep, scores, seeded(0, 1), scope,
+                                                eta=0.001)
     assert torch.equal(masks.flat, torch.cat(wanted))
     assert int(pruned.sum()) == int(cut.sum()) and int(grown.sum()) == int(grow.sum())
     assert between == pytest.approx(1 - (n_before - int(cut.sum())) / masks.total)
@@ -373,7 +393,7 @@ def test_the_scopes_differ():
     lost = {}
     for scope in ("layer", "neuron"):
         masks, _ = net_of([[1., 1., 1., 1.], [9., 9., .01, .01]])
-        pruned, *_ = rewire(settings(scope=scope), masks, None, torch.zeros(8), seeded(0, 1))
+        pruned, *_ = both_stages(masks, None, torch.zeros(8), seeded(0, 1), scope)
         lost[scope] = in_scopes(masks, pruned, "neuron")[0].sum(1).tolist()
     # 10.2^2 / 22.02 = 4.7 of 8; 4 of 4 and 6.2^2 / 18.02 = 2.1 of 4
     assert lost == {"layer": [1, 2], "neuron": [0, 1]}
@@ -384,13 +404,13 @@ def test_what_was_just_pruned_does_not_come_back():
     masks, _ = net_of([[4., 1., 1., 0.5, 0., 0.]])
     masks.flat[4:] = False
     scores = torch.tensor([9., 9., 9., 9., 1., 2.])
-    pruned, grown, *_ = rewire(settings(eta=0.2), masks, 4, scores, seeded(0, 1))
+    pruned, grown, *_ = both_stages(masks, 4, scores, seeded(0, 1), eta=0.2)
     assert pruned.nonzero().flatten().tolist() == [3]  # 4 - ceil(4.71^2 / 6.5 / 1.44)
     assert grown.nonzero().flatten().tolist() == [5]
     assert masks.flat.int().tolist() == [1, 1, 1, 0, 0, 1]
-    assert masks.account(pruned, grown)["survived"] == 0
+    assert masks.record_update(pruned, grown)["survived"] == 0
     others = torch.tensor([[False, False, False, True, True, True]])
-    undone = choose(others, torch.tensor([1]), scores[None], seeded(0))
+    undone = largest_in_rows(others, torch.tensor([1]), scores[None], seeded(0))
     assert undone.nonzero().tolist() == [[0, 3]]
 
 
@@ -400,13 +420,13 @@ def test_growth_inflates_an_index_that_is_measured_at_once():
     documented effect, which an interval of training mends."""
     w = torch.randn(1, 1000, generator=torch.Generator().manual_seed(1))
     masks, sgd = net_of(w.tolist())
-    start_sparse(settings(), masks)
+    draw_start(masks)
     masks.apply(sgd)
     before = pq_index(masks.magnitudes()[None], masks.flat[None]).item()
     scores = torch.rand(1000, generator=torch.Generator().manual_seed(2))
     first, second = [], []
     for made, key in ((first, 1), (second, 2)):
-        made.extend(rewire(settings(), masks, None, scores, seeded(0, key)))
+        made.extend(both_stages(masks, None, scores, seeded(0, key)))
         masks.apply(sgd)
     assert first[3] == [before]
     assert second[3][0] > before + 0.05 and second[0].sum() > first[0].sum()
@@ -416,7 +436,7 @@ def test_growth_inflates_an_index_that_is_measured_at_once():
 def test_grown_weights_are_0_with_momentum_0():
     masks, sgd, scores = random_masks()
     momentum = [sgd.state[weight]["momentum_buffer"] for weight in masks.weights.values()]
-    pruned, grown, *_ = rewire(settings(eta=0.001), masks, None, scores, seeded(0, 1))
+    pruned, grown, *_ = both_stages(masks, None, scores, seeded(0, 1), eta=0.001)
     masks.apply(sgd)
     flat = torch.cat([m.flatten() for m in momentum])
     assert grown.any() and masks.flat[grown].all()
@@ -431,7 +451,7 @@ def test_no_scope_ends_empty(scope):
     n_scopes = sum(rows.any(1).sum().item() for rows in in_scopes(masks, masks.flat, scope))
     assert n_scopes == (3 if scope == "layer" else 13)
     for update, keep in enumerate((50, 20, n_scopes)):
-        rewire(settings(scope=scope), masks, keep, scores, seeded(0, update))
+        both_stages(masks, keep, scores, seeded(0, update), scope)
         masks.apply(sgd)
         assert masks.n_alive == keep
         assert all(rows.any(1).all() for rows in in_scopes(masks, masks.flat, scope))
@@ -447,7 +467,7 @@ def test_what_is_not_finite_is_not_ranked(scope, place):
         next(iter(masks.weights.values())).data[0, 0] = math.nan
     before = masks.flat.clone()
     with pytest.raises(FloatingPointError, match="not finite"):
-        rewire(settings(scope=scope), masks, None, scores, seeded(0, 1))
+        both_stages(masks, None, scores, seeded(0, 1), scope)
     assert torch.equal(before, masks.flat)
 
 
@@ -465,10 +485,10 @@ def test_momentum_is_of_all_places_and_signed():
 
 
 def test_the_ramp():
-    assert [sparsity_at(k / 4, 0.5, 0.9) for k in (1, 2, 3, 4)] == pytest.approx(
+    assert [sparsity_at(k, 4, 0.9, first=0.5) for k in (1, 2, 3, 4)] == pytest.approx(
         [0.5 + 0.4 * (1 - (1 - k / 4) ** 3) for k in (1, 2, 3, 4)])
-    assert sparsity_at(1.0, 0.5, 0.9) == 0.9  # the last step is run
-    assert [sparsity_at(k / 4, 0, 0.9) for k in (1, 2, 3)] == pytest.approx(
+    assert sparsity_at(4, 4, 0.9, first=0.5) == 0.9  # the last step is run
+    assert [sparsity_at(k, 4, 0.9, first=0) for k in (1, 2, 3)] == pytest.approx(
         [0.5203125, 0.7875, 0.8859375])
 
 
@@ -477,15 +497,22 @@ def test_the_ramp():
 
 def spy(monkeypatch):
     """Keep what each update of a run was given, and what it made."""
-    seen, real = [], prune_pq.rewire
+    seen, keeps, real, real_counts = [], [], prune_pq.rewire, prune_pq.counts_at_target
 
-    def watch(args, masks, keep, scores, generator):
+    def watch_counts(scopes, keep):
+        keeps.append(keep)
+        return real_counts(scopes, keep)
+
+    def watch(masks, scope, n_prune, n_grow, scores, generator):
         before = masks.flat.clone()
-        made = real(args, masks, keep, scores, generator)
-        seen.append(dict(before=before, scores=scores.clone(), pruned=made[0], grown=made[1],
-                         after=masks.flat.clone(), sizes=masks.sizes, keep=keep))
+        made = real(masks, scope, n_prune, n_grow, scores, generator)
+        keep = keeps.pop() if keeps else None
+        seen.append(dict(before=before, scores=scores.clone(), pruned=made.pruned,
+                         grown=made.regenerated, after=masks.flat.clone(), sizes=masks.sizes,
+                         keep=keep))
         return made
 
+    monkeypatch.setattr(prune_pq, "counts_at_target", watch_counts)
     monkeypatch.setattr(prune_pq, "rewire", watch)
     return seen
 
@@ -744,7 +771,8 @@ def test_defaults():
     ("--density 1", "--density is 1,"), ("--eta -1", "--eta is -1"), ("--eta nan", "--eta is nan"),
     ("--scope global", "invalid choice"), ("--growth magic", "invalid choice"),
     ("--start dense", "invalid choice"), ("--mode fixed", "invalid choice"),
-    ("--interval 33", "no update would ever run: --interval is 33, expected at most 32"),
+    ("--interval 33",
+     "no update would ever run: --interval is 33, the pruning stage has 32 iterations"),
     ("--interval 0", "--interval is 0"), ("--epochs-prune 0", "--epochs-prune is 0"),
     ("--regen 0.5", "unrecognized arguments"), ("--init absent.pt", "absent.pt"),
 ])

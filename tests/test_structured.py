@@ -1,8 +1,9 @@
-"""Structured pruning: removal against masking, the choice against brute force, GReg by hand, the
-script from its command line."""
+"""Structured pruning: removal against masking, the choice against brute force, the steps of
+Algorithm 2, the script from its command line. GReg: test_greg.py."""
 import json
 import math
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,34 +19,12 @@ import data
 import metrics
 import models
 import prune_structured
-from harness import runfolder
 import training
-from conftest import assert_same_run, lines, one_line, stop_after
-from masks import Masks
-
-NETS = [("vgg16", 0.15), ("resnet19", 0.12), ("small", 0.5)]
-
-
-def rng(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def random_net(name, factor, seed=0, dtype=torch.float64):
-    """A network with random weights and BN, all of whose layers fire."""
-    torch.manual_seed(seed)
-    net = models.build(name, 10, 1, 28, 4, models.default_widths(name, factor)).to(dtype)
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.uniform_(module.weight, 0.3, 2)
-            torch.nn.init.uniform_(module.bias, -0.5, 2)
-            module.running_mean.uniform_(-1, 1)
-            module.running_var.uniform_(0.5, 2)
-            module.num_batches_tracked += 7
-    if name == "resnet19":  # no BN before its hidden layer
-        torch.nn.init.normal_(net.fc1.weight, 0, 1)
-        torch.nn.init.uniform_(net.fc1.bias, 0, 2)
-    net.set_normalisation([0.3], [0.3])
-    return net.eval()
+from harness import removal, runfolder
+from harness.meters import Meter
+from helpers import (NETS, assert_same_run, lines, one_line, random_net, real_images, rng,
+                     stop_after)
+from masks import Masks, seeded
 
 
 def random_kept(net, seed=0, drive=True):
@@ -59,10 +38,6 @@ def random_kept(net, seed=0, drive=True):
             net.get_submodule(name).bn.bias.data[~keep] = 1.5 + torch.rand(
                 int((~keep).sum()), generator=rng(seed), dtype=net.mean.dtype)
     return kept
-
-
-def real_images(count=16, offset=0):
-    return data.load("fashion-mini").x_test[offset:offset + count]
 
 
 # ---- removing ------------------------------------------------------------------------------------
@@ -305,36 +280,33 @@ def test_speedup_is_the_median_of_interleaved_pairs(monkeypatch):
 
 
 def test_the_worked_example_of_slimming():
-    gamma, sizes = torch.tensor([0.9, 0.05, 0.4, 0.3, 0.3, 0.02, 0.7]), [3, 4]
-    for ratio in (0.3, 0.5):  # index 2 and 3, threshold 0.3, strict: ties go
-        kept = channels.largest(gamma, ratio, "official")
-        assert kept.tolist() == [True, False, True, False, False, False, True]
+    gamma = torch.tensor([0.9, 0.05, 0.4, 0.3, 0.3, 0.02, 0.7])
     kept = channels.largest(gamma, 0.3)  # round(2.1) = 2
     assert kept.tolist() == [True, False, True, True, True, False, True]
     kept = channels.largest(gamma, 0.45)  # round(3.15) = 3: of a tie the lower index goes
     assert kept.tolist() == [True, False, True, False, True, False, True]
     gamma, sizes = torch.tensor([0.9, 0.8, 0.1, 0.2]), [2, 2]
-    kept = channels.largest(gamma, 0.5, "official")
+    kept = channels.largest(gamma, 0.75)
     assert kept.tolist() == [True, False, False, False]
-    assert channels.guard(kept, gamma, sizes).tolist() == [False, False, False, True]
-    assert channels.guard(kept, gamma, sizes, k_min=2).tolist() == [False, True, True, True]
-    assert channels.guard(kept, torch.ones(4), sizes).tolist() == [False, False, True, False]
+    assert channels.largest_of_empty_layers(kept, gamma, sizes).tolist() == [
+        False, False, False, True]
+    assert channels.largest_of_empty_layers(kept, torch.ones(4), sizes).tolist() == [
+        False, False, True, False]
     kept, back, rescued = prune_structured.prune_and_regenerate(gamma, None, sizes, 0.5, 0)
     assert kept.tolist() == [True, True, False, True] and rescued.tolist() == [False] * 3 + [True]
     assert not back.any()
 
 
-@pytest.mark.parametrize("total, ratio, regen, exact, official, cut", [
-    (4224, 0.4522, 0.1, 1910, 1911, 2141), (4224, 0.6764, 0.05, 2857, 2858, 2925),
-    (2176, 0.512, 0.3, 1114, 1115, 1433), (2176, 0.658, 0.1, 1432, 1432, 1506)])
-def test_counts_of_the_published_ratios(total, ratio, regen, exact, official, cut):
+@pytest.mark.parametrize("total, ratio, regen, exact, cut", [
+    (4224, 0.4522, 0.1, 1910, 2141), (4224, 0.6764, 0.05, 2857, 2925),
+    (2176, 0.512, 0.3, 1114, 1433), (2176, 0.658, 0.1, 1432, 1506)])
+def test_counts_of_the_published_ratios(total, ratio, regen, exact, cut):
     name = "vgg16" if total == 4224 else "resnet19"
     with torch.device("meta"):
         _, sizes = channels.layers(models.build(name, 100, 3, 32, 5))
     assert sum(sizes) == total
     gamma = torch.rand(total, generator=rng(), dtype=torch.float64)
     assert int((~channels.largest(gamma, ratio)).sum()) == exact
-    assert int((~channels.largest(gamma, ratio, "official")).sum()) == official
     kept, back, rescued = prune_structured.prune_and_regenerate(
         gamma, torch.rand(total, generator=rng(1)).double(), sizes, ratio, regen)
     assert not rescued.any()
@@ -343,11 +315,10 @@ def test_counts_of_the_published_ratios(total, ratio, regen, exact, official, cu
 
 
 @drawn(st.floats(0, 0.999), st.floats(0, 0.999), st.lists(st.integers(1, 9), min_size=1, max_size=5),
-       st.integers(0, 99), st.sampled_from(["kept", "pruned"]), st.sampled_from(["global", "layer"]),
-       st.booleans())
+       st.integers(0, 99), st.sampled_from(["kept", "pruned"]), st.booleans())
 @settings(deadline=None, max_examples=200)
 def test_kept_counts_are_exact_and_regenerated_channels_are_brute_force(
-        ratio, regen, sizes, seed, base, scope, ties):
+        ratio, regen, sizes, seed, base, ties):
     total = sum(sizes)
     if base == "pruned" and ratio / (1 - regen) > 1:
         return
@@ -356,7 +327,7 @@ def test_kept_counts_are_exact_and_regenerated_channels_are_brute_force(
     if ties:
         gamma, scores = (3 * gamma).floor() / 3, (3 * scores).floor() / 3
     kept, back, rescued = prune_structured.prune_and_regenerate(
-        gamma, scores, sizes, ratio, regen, base, scope)
+        gamma, scores, sizes, ratio, regen, base)
     further = ratio + regen * (1 - ratio) if base == "kept" else ratio / (1 - regen)
     cut = sorted(range(total), key=lambda i: (float(gamma[i]), i))[:round(further * total)]
     assert int((kept & ~rescued).sum()) == total - round(ratio * total)
@@ -364,17 +335,8 @@ def test_kept_counts_are_exact_and_regenerated_channels_are_brute_force(
     count = round(further * total) - round(ratio * total)
     assert int(back.sum()) == count and set(back.nonzero().flatten().tolist()) <= set(cut)
     order = sorted(cut, key=lambda i: (-float(scores[i]), -float(gamma[i]), i))
-    if scope == "global":
-        assert back.nonzero().flatten().tolist() == sorted(order[:count])
-    else:
-        start = 0
-        for size in sizes:
-            mine = [i for i in order if start <= i < start + size]
-            chosen = [i for i in mine if back[i]]
-            assert chosen == mine[:len(chosen)]  # the best of the layer
-            assert abs(len(chosen) - count * len(mine) / max(1, len(cut))) < 1  # its part
-            start += size
-    for start, size in zip(np.cumsum([0, *sizes]), sizes):  # guard: the largest gamma of a layer
+    assert back.nonzero().flatten().tolist() == sorted(order[:count])
+    for start, size in zip(np.cumsum([0, *sizes]), sizes):  # rescued: the largest gamma of a layer
         layer = slice(start, start + size)
         if rescued[layer].any():
             assert int(rescued[layer].sum()) == int(kept[layer].sum()) == 1
@@ -399,14 +361,14 @@ def test_the_ratio_for_a_target_is_the_nearest():
     gamma = channels.gammas(net)
     names, sizes = channels.layers(net)
 
-    def kept(n):
-        return prune_structured.prune_and_regenerate(gamma, None, sizes, n / len(gamma), 0)[0]
+    def choose(n):
+        return prune_structured.prune_and_regenerate(gamma, None, sizes, n / len(gamma), 0)
 
-    removed = [channels.macs_removed(net, dict(zip(names, kept(n).split(sizes))))
+    removed = [channels.macs_removed(net, dict(zip(names, choose(n).kept.split(sizes))))
                for n in range(len(gamma) - len(names) + 1)]
     assert removed == sorted(removed)
     for target in (0.001, 0.3, 0.5, 0.77):
-        ratio = channels.ratio_for(net, target, lambda p: kept(round(p * len(gamma))))
+        ratio = channels.ratio_for(net, target, lambda p: choose(round(p * len(gamma))))
         best = min(range(len(removed)), key=lambda n: abs(removed[n] - target))
         assert removed[round(ratio * len(gamma))] == removed[best]
 
@@ -418,7 +380,8 @@ def scored(net, metric="criticality", batch_size=7, count=20, aggregate="max"):
     images = data.load("fashion-mini")
     images = images._replace(x_train=images.x_train[:count], y_train=images.y_train[:count])
     args = SimpleNamespace(batch_size=batch_size, device="cpu", precision="fp32", loss="ce")
-    return images, training.score_channels(net, images, args, metric, aggregate)
+    pairs = images.pairs("train", batch_size)
+    return images, training.score_channels(net, pairs, args, metric, aggregate)
 
 
 @pytest.mark.parametrize("name, factor", [("small", 0.5), ("resnet19", 0.12)])
@@ -427,7 +390,8 @@ def test_scores_are_means_over_the_training_set_whatever_the_batches(name, facto
     net = random_net(name, factor).train()
     before = {key: tensor.clone() for key, tensor in net.state_dict().items()}
     images, (scores, spiked) = scored(net, aggregate=aggregate)
-    assert net.training and all(lif.record is None for lif in models.lifs(net).values())
+    assert net.training
+    assert all(lif.stop_recording() is None for lif in models.lifs(net).values())
     potentials = {}
     with metrics.hooks({group.lif: net.get_submodule(group.lif)
                         for group in models.removable(net).values()},
@@ -482,118 +446,6 @@ def test_a_channel_that_never_spikes_is_named():
     silent = channels.layers(net)[1][0] + 3
     assert not spiked[silent] and spiked[silent - 1]
     assert scores[silent] < 0.1
-
-
-# ---- GReg ----------------------------------------------------------------------------------------
-
-
-def greg_weight(value=1.0, filters=2):
-    weight = torch.full((filters, 1, 1, 1), value, requires_grad=True)
-    weight.data[1:] = 5
-    return weight
-
-
-def greg_run(method, weights, plan, steps, ratio=0.5, lr=0.1):
-    """Steps of plain SGD with a loss gradient of 0; yields (step, state) after each."""
-    state = prune_structured.greg_start(weights, method, ratio)
-    for step in range(steps):
-        for weight in weights.values():
-            weight.grad = torch.zeros_like(weight)
-        prune_structured.greg_grow(state, weights, step, plan, ratio)
-        for weight in weights.values():
-            weight.data -= lr * weight.grad
-        yield step, state
-
-
-def test_greg_by_hand():
-    weight = greg_weight()  # a penalty of 0.5, lr 0.1
-    plan = SimpleNamespace(interval=10**6, stop=10, grow=0.5, pick=0)
-    values = [float(weight.detach()[0]) for _ in greg_run("greg1", {"a": weight}, plan, 2)]
-    assert values == pytest.approx([0.95, 0.9025])
-    weight = greg_weight()  # K = 2, delta 0.25, limit 1
-    plan = SimpleNamespace(interval=2, stop=100, grow=0.25, pick=0)
-    penalties, values, done = [], [], []
-    for _, state in greg_run("greg1", {"a": weight}, plan, 10):
-        penalties.append(float(state["a"]["penalty"][0]))
-        values.append(float(weight.detach()[0]))
-        done.append(state["a"]["done"])
-        assert state["a"]["penalty"][1] == 0  # what stays is left alone
-    assert penalties == [.25, .25, .5, .5, .75, .75, 1, 1, 1.25, 1.25]
-    assert values[:8] == pytest.approx(
-        [0.975, 0.950625, 0.903094, 0.857939, 0.793594, 0.734074, 0.660667, 0.594600], abs=1e-6)
-    assert done == [False] * 8 + [True] * 2 and float(weight.detach()[1]) == 5
-
-
-def test_greg_is_held_when_it_is_time_to_stabilise():
-    plan = SimpleNamespace(interval=1, stop=3, grow=0.1, pick=0)
-    penalties = [float(state["a"]["penalty"][0])
-                 for _, state in greg_run("greg1", {"a": greg_weight()}, plan, 6)]
-    assert penalties == pytest.approx([0.1, 0.2, 0.3, 0.3, 0.3, 0.3])
-
-
-def test_greg_counts_filters_by_layer():
-    for filters, ratio, gone in ((5, 0.5, 3), (5, 1.0, 4), (4, 0.5, 2), (1, 0.5, 0), (8, 0.01, 1)):
-        size = torch.arange(filters, 0, -1).float()
-        goes = prune_structured.smallest(size, ratio)
-        assert goes.tolist() == [False] * (filters - gone) + [True] * gone
-
-
-def test_greg1_chooses_before_and_greg2_after_all_have_shrunk():
-    sizes = torch.tensor([3.0, 1.0, 2.0, 4.0])
-    weight = sizes.view(4, 1, 1, 1).clone().requires_grad_()
-    state = prune_structured.greg_start({"a": weight}, "greg1", 0.5)
-    assert state["a"]["goes"].tolist() == [False, True, True, False]
-    plan = SimpleNamespace(interval=2, stop=100, grow=0.1, pick=0.004)
-    seen = []
-    for step, state in greg_run("greg2", {"a": weight}, plan, 12, lr=0):
-        if step == 3:
-            weight.data[:, 0, 0, 0] = torch.tensor([1.0, 3.0, 2.0, 4.0])  # some resisted
-        seen.append(state["a"]["penalty"].tolist())
-        assert (state["a"]["goes"] is None) == (step < 4)  # 0.004, 0.008, then 0.012 >= 0.01
-    assert seen[0] == pytest.approx([0.004] * 4) and seen[4] == pytest.approx([0.012] * 4)
-    assert state["a"]["goes"].tolist() == [True, False, True, False]
-    assert seen[6] == pytest.approx([0.112, -1e-4, 0.112, -1e-4])
-    assert seen[10] == pytest.approx([0.312, -1e-4, 0.312, -1e-4])  # recover is set, not added
-
-
-def test_greg_ends_early_when_the_weights_are_small_enough():
-    for method, ended in (("greg1", [False, False]), ("greg2", [True, False])):
-        small, other = greg_weight(1e-4), greg_weight(1.0)  # kept / pruned is 50,000 and 5
-        plan = SimpleNamespace(interval=1, stop=100, grow=0.01, pick=0.01 * (method == "greg2"))
-        for _, state in greg_run(method, {"a": small, "b": other}, plan, 3, lr=0):
-            pass
-        assert [state[name]["done"] for name in "ab"] == ended  # greg1 waits for all layers
-    for _, state in greg_run("greg1", {"a": greg_weight(1e-4), "b": greg_weight(2e-4)}, plan, 1):
-        assert [state[name]["done"] for name in "ab"] == [True, True]
-    weight = greg_weight(1.0)  # the ratio is a moving average: 5, then 0.9 * 5 + 0.1 * 5000
-    ratios = []
-    for _, state in greg_run("greg1", {"a": weight}, plan, 2, lr=0):
-        ratios.append(state["a"]["mean_ratio"])
-        weight.data[0] = 1e-3
-    assert ratios == pytest.approx([5, 4.5 + 500])
-
-
-@pytest.mark.parametrize("steps, method, interval, updates, lr, exponent", [
-    (111_111, "greg1", 10, 10_000, 1e-3, 500), (8689, "greg1", 10, 782, 1e-3, 39.1),
-    (2222, "greg1", 5, 400, 1e-3, 10), (556, "greg1", 1, 500, 1e-2, 25),
-    (1000, "greg2", 2, 400, 1e-2, 40)])
-def test_the_scaled_schedule(steps, method, interval, updates, lr, exponent):
-    plan = prune_structured.greg_plan(method, steps, 0.9)
-    assert (plan.interval, plan.lr) == (interval, lr)
-    assert 1 / plan.grow == pytest.approx(updates, rel=2e-3)
-    assert plan.exponent == pytest.approx(exponent, rel=2e-3)
-    assert plan.stop == steps - round(0.1 * steps)
-    if method == "greg2":
-        assert plan.pick * (round(0.1 * steps) // interval) == pytest.approx(0.01)
-    else:
-        assert plan.pick == 0
-
-
-def test_greg_leaves_the_first_convolution_of_a_vgg_alone():
-    assert list(prune_structured.greg_layers(random_net("small", 0.5))) == [
-        "convs.1", "convs.2", "convs.3"]
-    assert list(prune_structured.greg_layers(random_net("resnet19", 0.12))) == [
-        f"blocks.{i}.conv1" for i in range(8)]
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -721,29 +573,77 @@ def test_scores_and_gammas_of_a_run_are_those_of_the_dense_network(monkeypatch):
         sgd.step()
     assert torch.equal(row("r", "gamma"), channels.gammas(net).double())
     args = SimpleNamespace(batch_size=25, device="cpu", precision="fp32", loss="ce")
-    scores, _ = training.score_channels(net, images, args)
+    scores, _ = training.score_channels(net, images.pairs("train", 25), args)
     assert torch.equal(row("r", "score"), scores)
 
 
-def test_the_l1_step_by_hand():
-    """gamma = [2, -3, 0], no gradient of the loss, l1 0.1, lr 1: [1.9, -2.9, 0]."""
+@pytest.mark.parametrize("stage, given, expected", [
+    ("pretrain", [], [1.9, -2.9, 0.0]), ("finetune", ["--finetune-l1"], [1.9, -2.9, 0.0]),
+    ("finetune", [], [2.0, -3.0, 0.0])])
+def test_the_l1_step_by_hand(stage, given, expected, monkeypatch):
+    """gamma = [2, -3, 0], no gradient of the loss, l1 0.1, lr 1: [1.9, -2.9, 0]. Through main's own
+    lines, with a run that has one batch of zeros."""
     net = models.build("small", 2, 1, 8, 1, [3, 1, 1, 1])
     net.convs[0].bn.weight.data = torch.tensor([2.0, -3.0, 0.0])
     net.fc.weight.data.zero_()  # no gradient reaches the layers below
-    args = SimpleNamespace(compile=False, sync_bn=False, device="cpu", precision="fp32", lr=1.0,
-                           batch_size=4, loss="ce")
-    batch = [(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))]
+    batch = torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64)
+    args = SimpleNamespace(device="cpu", precision="fp32", loss="ce")
     fake = SimpleNamespace(
-        args=args, parts=dict(net=net, optimizer=torch.optim.SGD(net.parameters(), 1.0)),
-        epochs_of=lambda _: [0], track=lambda *_: batch, iteration=1, notes={},
-        stages=SimpleNamespace(position=lambda _: (0, 9)), meter=training.Meter(net.mean.device),
-        end_epoch=lambda *_: None, weight=1.0)
-    images = data.Dataset("zeros", *batch[0], *batch[0], 2, [0.0], [1.0])
-    prune_structured.train(fake, "pretrain", images, l1=0.1)
-    assert net.convs[0].bn.weight.tolist() == pytest.approx([1.9, -2.9, 0.0])
-    assert net.convs[1].bn.weight.tolist() == pytest.approx([0.9])
-    prune_structured.train(fake, "pretrain", images)
-    assert net.convs[0].bn.weight.tolist() == pytest.approx([1.9, -2.9, 0.0])
+        args=args, net=net, forward=net, optimizer=torch.optim.SGD(net.parameters(), 1.0),
+        epochs=lambda name: [0] if name == stage else [], batches=lambda _: [batch], iteration=1,
+        notes=dict(gamma=[]), position=(0, 9), meter=Meter(net.mean.device), weight=1.0, share=1.0,
+        under_way=lambda _: nullcontext(), end_epoch=lambda *_: None)
+    monkeypatch.setattr(removal, "set_up", lambda *_, **__: (fake, None))
+    monkeypatch.setattr(removal, "finish", lambda *_, **__: None)
+    run("--lr", 1, "--l1", 0.1, *given)
+    assert net.convs[0].bn.weight.tolist() == pytest.approx(expected)
+    assert net.convs[1].bn.weight.tolist() == pytest.approx([1 if expected[0] == 2 else 0.9])
+
+
+def test_the_steps_come_in_the_order_of_algorithm_2(monkeypatch):
+    """Pretrain, score the dense network, prune further than asked, regenerate out of what was
+    pruned, remove, fine-tune."""
+    order, dense = [], [4, 8, 16, 16]
+
+    def watch(owner, name, note):
+        function = getattr(owner, name)
+
+        def watched(*arguments, **named):
+            order.append(note(*arguments))
+            return function(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(training, "backward", lambda run, *_: (
+        "backward", run.stage, run.net.training, run.net.config["widths"] == dense))
+    watch(training, "descend", lambda *_: "descend")
+    watch(training, "score_channels", lambda net, *_: ("score", net.config["widths"] == dense))
+    watch(channels, "largest", lambda gamma, ratio: ("prune", round(ratio, 9), len(gamma)))
+    watch(prune_structured, "select", lambda eligible, count, *_: (
+        "regenerate", int(eligible.sum()), count))
+    watch(channels, "remove", lambda net, kept: (
+        "remove", sum(int(keep.sum()) for keep in kept.values())))
+    run("--run-dir", "r", "--prune-ratio", 0.5, "--regen", 0.3, "--l1", 0.02, short=TINY)
+    found = record("r")
+    assert order == (
+        [("backward", "pretrain", True, True), "descend"] * 4
+        + [("score", True), ("prune", 0.65, 44), ("regenerate", 29, 29 - 22),
+           ("remove", 22 + found["rescued"])]
+        + [("backward", "finetune", True, False), "descend"] * 4)
+
+
+def test_a_metric_of_one_s_own_is_a_function_and_a_row(monkeypatch, capsys):
+    monkeypatch.setitem(prune_structured.SCORES, "mine", lambda run: (
+        torch.arange(44).double(), None))
+    summary = run("--run-dir", "r", "--metric", "mine", short=TINY)
+    assert summary["method"] == "mine" and row("r", "score").equal(torch.arange(44).double())
+    assert record("r")["regenerated_never_spiked"] is None
+    assert "mine" in prune_structured.parse_args(["--metric", "mine"]).run_dir
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "argv", ["prune_structured.py"])
+    with pytest.raises(SystemExit) as stop:
+        run("--run-dir", "q", "--metric", "mine", short=TINY)
+    assert stop.value.code == 2 and "invalid choice: 'mine'" in one_line(capsys)
 
 
 def test_no_regeneration_is_slimming_bit_by_bit():
@@ -767,7 +667,6 @@ def test_the_same_seed_gives_the_same_run():
 @pytest.mark.parametrize("given, method", [
     (["--metric", "gradient"], "gradient"), (["--metric", "random"], "random"),
     (["--regen-base", "pruned"], "criticality"), (["--finetune-l1"], "criticality"),
-    (["--method", "greg1"], "greg1"), (["--method", "greg2", "--epochs-prune", "2"], "greg2"),
     (["--prune-ratio", "0"], "dense"), (["--target-macs", "0.6"], "criticality"),
     (["--precision", "bf16", "--crop", "2"], "criticality"),
     (["--model", "resnet19", "--time-steps", "2", "--width", "0.1"], "criticality"),
@@ -778,12 +677,8 @@ def test_all_methods(given, method):
     found = record("r")
     assert summary["method"] == method and math.isfinite(lines("r", "metrics")[-1]["train_loss"])
     channels_ = found["channels"]
-    if method.startswith("greg"):
-        assert [len(layer["kept"]) for layer in found["layers"]] == [4, 4, 8, 8]  # all but the first
-        assert summary["survived_by_regeneration"] == 0
-    else:
-        gone = round(found["ratio"] * channels_) - found["rescued"]
-        assert found["kept"] == channels_ - gone
+    gone = round(found["ratio"] * channels_) - found["rescued"]
+    assert found["kept"] == channels_ - gone
     if method == "dense":
         assert summary["sparsity"] == 0 and summary["macs"] == summary["macs_dense"]
     if "--target-macs" in given:
@@ -792,7 +687,7 @@ def test_all_methods(given, method):
     if "pruned" in given:  # round(0.5 / 0.7 * 44) are cut, 22 stay
         assert found["regenerated"] == 31 - 22
     if method == "random":
-        assert row("r", "score").equal(torch.rand(44, generator=prune_structured.seeded(
+        assert row("r", "score").equal(torch.rand(44, generator=seeded(
             0, 4)).double())
 
 
@@ -805,30 +700,6 @@ def test_l1_in_the_fine_tuning():
     assert sizes[0] < sizes[1]
 
 
-def test_greg_shrinks_what_goes(monkeypatch, capsys):
-    """At the end of its stage, what is removed is a small part of what stays. It is larger than
-    exp(-E): BN divides the scale out again, so that the loss pulls the harder on smaller filters."""
-    seen, remove = {}, channels.remove
-
-    def watch(net, kept):
-        for name, keep in kept.items():
-            size = prune_structured.mean_size(net.get_submodule(name).conv.weight)
-            seen[name] = float(size[keep].mean() / size[~keep].mean()) if not keep.all() else None
-        return remove(net, kept)
-
-    monkeypatch.setattr(channels, "remove", watch)
-    run("--run-dir", "r", "--method", "greg1", "--epochs-prune", 8, "--epochs-finetune", 0)
-    assert seen.pop("convs.0") is None
-    assert all(5 < ratio < 100 for ratio in seen.values()), seen
-    assert lines("r", "metrics")[2]["lr"] == 0.01
-    rows = lines("r", "metrics")
-    assert [r["stage"] for r in rows] == ["pretrain"] * 2 + ["prune"] * 8
-    config = json.loads(Path("r/config.json").read_text())
-    assert (config["l1"], config["weight_decay"]) == (0, 5e-4)
-    printed = capsys.readouterr().out
-    assert "E = 5.8. Raise --epochs-prune" in printed and "of what stays / of what goes" in printed
-
-
 def test_init_skips_the_pretraining():
     dense = run("--run-dir", "dense", "--prune-ratio", 0, short=TINY)
     found = run("--run-dir", "r", "--init", "dense/model.pt", "--prune-ratio", 0.5,
@@ -838,11 +709,29 @@ def test_init_skips_the_pretraining():
     assert row("r", "gamma").equal(channels.gammas(models.load("dense/model.pt")).double())
 
 
+def test_a_kill_before_the_first_step_after_init(monkeypatch):
+    """The cut is saved at iteration 0: going on does not take the small network for --init's."""
+    dense = run("--run-dir", "dense", "--prune-ratio", 0, short=TINY)
+    given = ["--init", "dense/model.pt", "--prune-ratio", "0.5"]
+    run("--run-dir", "unbroken", *given, short=TINY[:2] + TINY[4:])
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(training, "backward", die)
+        run("--run-dir", "r", *given, short=TINY[:2] + TINY[4:])
+    assert torch.load("r/checkpoint.pt", weights_only=True)["position"] == [0, 0, 0]
+    summary = run("--run-dir", "r", "--resume", short=[])
+    assert_same_run("unbroken", "r")
+    assert summary["dense_accuracy"] == dense["test_accuracy"]
+
+
 # ---- stopping and going on -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("given, steps", [
-    (["--finetune-l1"], (1, 3, 4, 5, 6, 8)), (["--method", "greg2", "--epochs-prune", "2"], (5, 8, 12, 13)),
+    (["--finetune-l1"], (1, 3, 4, 5, 6, 8)),
     (["--metric", "gradient", "--target-macs", "0.5"], (4, 5)),
     (["--model", "resnet19", "--width", "0.1", "--time-steps", "2"], (5,))])
 def test_resume_from_any_step(given, steps, monkeypatch):
@@ -862,7 +751,7 @@ def test_a_kill_between_the_stages(where, monkeypatch):
 
     def die(*arguments, **named):
         calls.append(None)
-        if len(calls) == dict(score_channels=1, evaluate=4)[where]:
+        if len(calls) == dict(score_channels=1, evaluate=3)[where]:
             raise KeyboardInterrupt
         return function(*arguments, **named)
 
@@ -901,12 +790,10 @@ def test_a_checkpoint_after_the_removal_does_not_choose_again(monkeypatch):
     ("--epochs-pretrain 0", "--epochs-pretrain is 0, expected at least 1, or a network by --init"),
     ("--epochs-pretrain -1", "--epochs-pretrain is -1"),
     ("--epochs-finetune -1", "--epochs-finetune is -1"),
-    ("--epochs-prune 2", "--epochs-prune is 2, which --method criticality does not use"),
-    ("--method greg1 --epochs-prune 0", "--epochs-prune above 0"),
-    ("--method greg1 --prune-ratio 0", "--prune-ratio above 0"),
-    ("--method greg1 --l1 0.1", "--l1 is 0.1, which --method greg1 does not use"),
+    ("--epochs-prune 2", "unrecognized arguments: --epochs-prune 2"),
+    ("--method greg1", "invalid choice: 'greg1'"),
     ("--method slimming --regen 0.3", "--regen is 0.3, which --method slimming does not use"),
-    ("--method greg2 --metric random", "--metric is random, which --method greg2 does not use"),
+    ("--method slimming --metric random", "--metric is random, which --method slimming does not"),
     ("--method slimming --regen-base pruned", "--regen-base is pruned"),
     ("--regen-base pruned --prune-ratio 0.8 --regen 0.3", "which prunes more than all channels"),
     ("--method magic", "invalid choice: 'magic'"), ("--metric granet", "invalid choice: 'granet'"),
@@ -953,12 +840,10 @@ def test_the_defaults_are_the_paper_s(capsys):
             "--dataset cifar100": dict(
                 prune_ratio=0.4522, regen=0.1, l1=1e-4, epochs_pretrain=160, epochs_finetune=160,
                 lr=0.3, momentum=0.9, batch_size=128, time_steps=5, weight_decay=1e-4,
-                model="vgg16", epochs_prune=0, finetune_l1=False),
+                model="vgg16", finetune_l1=False),
             "--dataset cifar100 --prune-ratio 0.67": dict(prune_ratio=0.67, regen=0.05),
             "--dataset cifar100 --model resnet19": dict(prune_ratio=0.512, regen=0.3),
             "--model resnet19 --prune-ratio 0.658": dict(regen=0.1),
-            "--dataset cifar100 --method greg2": dict(
-                epochs_prune=282, weight_decay=5e-4, l1=0, regen=0),
             "": dict(prune_ratio=0.5, regen=0.3, model="small", method="criticality"),
             "--target-macs 0.5": dict(prune_ratio=None, regen=0.3, target_macs=0.5)}.items():
         args = vars(prune_structured.parse_args(given.split()))
@@ -975,7 +860,7 @@ def test_the_defaults_are_the_paper_s(capsys):
 
 def test_names_of_runs():
     names = {flags_: prune_structured.parse_args(flags_.split()).run_dir for flags_ in (
-        "", "--method slimming", "--method greg1", "--method greg2", "--prune-ratio 0", "--seed 1",
+        "", "--method slimming", "--prune-ratio 0", "--seed 1",
         "--metric random", "--target-macs 0.5", "--regen 0.2", "--prune-ratio 0.4", "--finetune-l1",
         "--regen-base pruned", "--dataset a/mine.npz", "--model resnet19")}
     assert len(set(names.values())) == len(names)

@@ -14,21 +14,23 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 
-import conftest
 import data
+import helpers
 import metrics
 import models
-from harness import processes
+import prune_granet
+import prune_greg
 import prune_lottery
 import prune_structured
 import prune_unstructured
-from harness import records
-from harness import runfolder
 import training
+from harness import files, meters, processes, records, runfolder, setup
 
 ROOT = Path(__file__).parent.parent
 # 9 steps an epoch, the last of one image: a rank without one; 6 updates
@@ -40,10 +42,11 @@ STOP_AT = 11  # in the second epoch
 
 
 def torchrun(*command, ranks=2):
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])  # for this file, as a script
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone",
          f"--nproc-per-node={ranks}", *map(str, command)], capture_output=True, text=True,
-        timeout=600)  # the machine may be busy
+        env=os.environ | {"PYTHONPATH": path}, timeout=600)  # the machine may be busy
 
 
 # ---- what the ranks do ---------------------------------------------------------------------------
@@ -65,20 +68,25 @@ def settings(**given):
                loss="ce", encoding="direct") | given)
 
 
+def in_float64(logits, labels, kind):  # where loss_over_time is in float32
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)))
+
+
 def gradients_and_scores(n):
     """Return the gradient and the LIFs' scores of a batch of n images, in float64, BN in eval."""
     images = data.load("fashion-mini")
     net = small_net(images, torch.float64)
-    forward = training.forward_of(settings(), net.eval())
-    models.record(net, "max")
+    forward = setup.forward_of(settings(), net.eval())
     x, y = next(data.batches(images.x_train[:n], images.y_train[:n], n, 0, 0, flip=True,
                              rank=processes.rank(), size=processes.size()))
-    loss = torch.nn.functional.cross_entropy(forward(x).flatten(0, 1), y.repeat(4))
-    (loss * processes.weight(n)).backward()
-    lifs = list(models.lifs(net).values())
-    processes.average_scores(lifs, processes.weight(n))
+    run = SimpleNamespace(
+        net=net, forward=forward, args=settings(), weight=processes.weight(n), iteration=1,
+        share=processes.weight(n) / processes.size(), total=processes.total,
+        meter=meters.Meter(torch.device("cpu")))
+    with mock.patch.object(training, "loss_over_time", in_float64):
+        scores = training.backward(run, x, y, "max")
     return (torch.cat([p.grad.flatten() for p in net.parameters()]),
-            torch.cat([lif.score for lif in lifs]))
+            torch.cat(list(scores.values())))
 
 
 def passes_over_the_data(batch_size):
@@ -86,9 +94,11 @@ def passes_over_the_data(batch_size):
     images = data.load("fashion-mini", train_limit=130)
     images = images._replace(x_test=images.x_test[:110], y_test=images.y_test[:110])
     net, args = small_net(images, torch.float64), settings(batch_size=batch_size)
-    return [training.evaluate(net, net, images, args)] + [
-        training.score_channels(net, images, args, metric)
-        for metric in ("criticality", "gradient")]
+    batches = processes.share(images.pairs("test", 4 * batch_size))
+    scored = [training.score_channels(net, images.pairs("train", batch_size), args, metric,
+                                      mine=processes.share, total=processes.total)
+              for metric in ("criticality", "gradient")]
+    return [training.evaluate(net, net, batches, args, processes.total), *scored]
 
 
 def statistics():
@@ -106,15 +116,15 @@ def statistics():
     return own, mean, again, net.state_dict()["convs.0.bn.running_mean"].clone(), net.mean
 
 
-def meters():
-    meter, logits = training.Meter(torch.device("cpu")), torch.eye(3)[None]
+def sums_of_an_epoch():
+    meter, logits = meters.Meter(torch.device("cpu")), torch.eye(3)[None]
     meter.add(torch.tensor(1.0 + processes.rank()), logits[:, :2 + processes.rank()],
               torch.tensor([0, 1, 0])[:2 + processes.rank()], 1)
     meter.counts = False
     meter.add(torch.tensor(100.0), logits, torch.tensor([0, 1, 0]), 2)
     rows, found = meter.state(), [meter.means()]
     for saved in (rows, rows[:1], torch.cat([rows, rows])):
-        other = training.Meter(torch.device("cpu"))
+        other = meters.Meter(torch.device("cpu"))
         other.restore(saved)
         found += [other.means(), other.samples]
     return found
@@ -129,13 +139,13 @@ def watching(seen, masks):
                          for image in flat])
             yield x, y
 
-    def add_update(self, row):
-        masks.append(self.parts["masks"].flat.clone())
-        adding(self, row)
+    def log_update(self, *given, **more):
+        masks.append(self.masks.flat.clone())
+        logging(self, *given, **more)
 
     yielding, data.batches = data.batches, batches
-    adding, runfolder.Run.add_update = runfolder.Run.add_update, add_update
-    return yielding, adding
+    logging, runfolder.Run.log_update = runfolder.Run.log_update, log_update
+    return yielding, logging
 
 
 def frozen_bn(self, x):  # a variance at which all layers fire
@@ -156,14 +166,14 @@ def with_frozen_bn():
 
 def at_iteration(act):
     """Call act() on each rank when it has done STOP_AT steps."""
-    add = training.Meter.add
+    add = meters.Meter.add
 
     def patched(self, loss, logits, labels, at=0):
         add(self, loss, logits, labels, at)
         if at == STOP_AT:
-            training.Meter.add = add
+            meters.Meter.add = add
             act()
-    training.Meter.add = patched
+    meters.Meter.add = patched
 
 
 def ends_with(main, *given):
@@ -182,7 +192,7 @@ def exercises():
     processes.start(torch.device("cpu"))
     found["gradients"] = {n: gradients_and_scores(n) for n in (8, 7, 1)}
     found["passes"] = {size: passes_over_the_data(size) for size in (50, 1000)}
-    found["statistics"], found["meters"] = statistics(), meters()
+    found["statistics"], found["meters"] = statistics(), sums_of_an_epoch()
     found["largest"] = processes.largest(3 - 2 * processes.rank())
     processes.agree("numbers", torch.arange(5))
     processes.end = processes.rank  # the ranks meet again: one group for all the runs here
@@ -190,22 +200,23 @@ def exercises():
     seen, masks = [], []
     original = watching(seen, masks)
     main([*SHORT, "--run-dir", "whole"])
-    data.batches, runfolder.Run.add_update = original
+    data.batches, runfolder.Run.log_update = original
     found |= dict(seen=seen, masks=masks)
 
     at_iteration(lambda: processes.rank() == 1 and os.kill(os.getpid(), signal.SIGTERM))
     found["stopped"] = ends_with(main, *SHORT, "--run-dir", "stopped")
-    found["saved"] = runfolder.read_checkpoint("stopped")["position"]
+    found["saved"] = files.read_checkpoint("stopped")["position"]
     main(["--resume", "--run-dir", "stopped"])
     metrics.speedup = lambda *_, **__: 1.0  # it takes seconds
     with_frozen_bn()
     prune_structured.main([*SLIM, "--run-dir", "slim"])
-    prune_structured.main([*SLIM, "--run-dir", "greg", "--method", "greg1", "--smoke"])
+    prune_greg.main([*SLIM, "--run-dir", "greg", "--smoke"])
+    prune_granet.main([*SHORT, "--run-dir", "granet"])
 
     update = prune_unstructured.prune_and_regenerate
 
-    def differ(args, masks, *given):
-        result = update(args, masks, *given)
+    def differ(masks, *given):
+        result = update(masks, *given)
         if processes.rank() == 1 and masks.sparsity > 0.6:
             masks.flat[0] = ~masks.flat[0]
         return result
@@ -286,7 +297,7 @@ def test_without_bn_a_run_is_that_of_one_process(two, monkeypatch):
             apart = (one[key] - two[key]).double().norm()
             assert apart <= 2e-3 * step.norm(), (name, key, apart / step.norm())
         assert not torch.equal(one["fc.weight"], start["fc.weight"])
-        rows = [conftest.lines(root / name, "metrics")[0] for root in (Path(), folder)]
+        rows = [helpers.lines(root / name, "metrics")[0] for root in (Path(), folder)]
         assert rows[0]["train_loss"] == pytest.approx(rows[1]["train_loss"], rel=1e-5)
         assert rows[0]["train_accuracy"] == rows[1]["train_accuracy"]
 
@@ -317,7 +328,7 @@ def test_each_image_is_seen_once_an_epoch(two):
             [13] * 8 + [1], [12] * 8 + [1]]
         assert steps[0][-1] == steps[1][-1]  # one image for two ranks: rank 1's weighs nothing
         assert sorted(sum(steps[0], []) + sum(steps[1][:-1], [])) == every
-    for row in conftest.lines(folder / "whole", "metrics"):
+    for row in helpers.lines(folder / "whole", "metrics"):
         assert row["train_accuracy"] * 201 == pytest.approx(round(row["train_accuracy"] * 201))
     assert len(found[0]["seen"]) == len(found[1]["seen"]) == 27
 
@@ -342,18 +353,18 @@ def test_both_ranks_have_the_same_masks(two):
     assert len(found[0]["masks"]) == len(found[1]["masks"]) == 6
     for one, other in zip(found[0]["masks"], found[1]["masks"]):
         assert torch.equal(one, other) and not one.all()
-    updates = conftest.lines(folder / "whole", "updates")
+    updates = helpers.lines(folder / "whole", "updates")
     total = len(found[0]["masks"][0])
     for mask, row in zip(found[0]["masks"], updates, strict=True):
         assert int(mask.sum()) == total - round(row["target"] * total)
-    assert records.command(records.read_run(folder / "whole")).startswith(
+    assert records.command_of(records.read_run(folder / "whole")).startswith(
         "torchrun --nproc-per-node=2 prune_unstructured.py --train-limit 201 ")
 
 
 def test_one_rank_writes_and_prints(two):
     folder, done, _ = two
     assert len(re.findall("test accuracy at .* sparsity -> whole$", done.stdout, re.M)) == 1
-    assert len(re.findall(r"^ +update +6 ", done.stdout, re.M)) == 2  # of two runs
+    assert len(re.findall(r"^ +update +6 ", done.stdout, re.M)) == 3  # of three runs
     assert not list(folder.glob("*/*.tmp"))
 
 
@@ -362,7 +373,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_resume_is_exact(tw
     assert [rank["stopped"] for rank in found] == [(143, "")] * 2
     assert found[0]["saved"] == [1, STOP_AT - 9, STOP_AT]
     assert done.stdout.count(f"stopped after iteration {STOP_AT}, saved.") == 1
-    conftest.assert_same_run(folder / "whole", folder / "stopped")
+    helpers.assert_same_run(folder / "whole", folder / "stopped")
 
 
 def test_ranks_that_differ_stop(two):
@@ -371,14 +382,14 @@ def test_ranks_that_differ_stop(two):
     lines = "".join(rank["mismatch"][1] for rank in found)
     assert lines.count("\n") == 1 and (
         "the masks after iteration 6 of rank 1 differ from those of rank 0" in lines), lines
-    assert len(conftest.lines(folder / "mismatch", "updates")) == 1  # nothing of it is kept
+    assert len(helpers.lines(folder / "mismatch", "updates")) == 1  # nothing of it is kept
 
 
 def test_it_learns_like_one_process(two, monkeypatch):
     folder, _, _ = two
     monkeypatch.setattr(metrics, "speedup", lambda *_, **__: 1.0)
     single = prune_structured.main([*SLIM, "--run-dir", "slim"])
-    rows, others = conftest.lines("slim", "metrics"), conftest.lines(folder / "slim", "metrics")
+    rows, others = helpers.lines("slim", "metrics"), helpers.lines(folder / "slim", "metrics")
     for row, other in zip(rows, others, strict=True):
         assert row["iteration"] == other["iteration"] and row["lr"] == other["lr"]
         assert row["train_loss"] == pytest.approx(other["train_loss"], abs=0.25)
@@ -387,6 +398,17 @@ def test_it_learns_like_one_process(two, monkeypatch):
     assert shared["test_accuracy"] == pytest.approx(single["test_accuracy"], abs=0.15)
     assert shared["prune_ratio"] == single["prune_ratio"] and shared["speedup_batch1"] > 0
     assert (folder / "slim/channels.json").exists() and (folder / "greg/summary.json").exists()
+
+
+def test_granet_over_two_ranks(two):
+    folder, _, _ = two
+    summary = json.loads((folder / "granet/summary.json").read_text())
+    updates = helpers.lines(folder / "granet", "updates")
+    assert summary["method"] == "granet" and len(updates) == 6
+    total = sum(layer["weights"] for layer in summary["layers"])
+    for row in updates:
+        assert sum(layer["alive"] for layer in row["layers"]) == (
+            total - round(row["target"] * total))
 
 
 # ---- ranks that die ------------------------------------------------------------------------------
@@ -404,21 +426,21 @@ def test_a_killed_rank_ends_the_others_and_any_number_goes_on(two, tmp_path):
 
     done = torchrun(ROOT / "prune_unstructured.py", "--resume", "--run-dir", "killed")
     assert done.returncode == 0, done.stderr[-3000:]
-    conftest.assert_same_run(folder / "whole", "killed")  # two again: bit by bit
+    helpers.assert_same_run(folder / "whole", "killed")  # two again: bit by bit
 
     done = torchrun(__file__, "three", ranks=3)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("resumed after iteration 9 of 27") == 2  # printed by one rank
-    conftest.assert_same_run("with3", "stop3")
+    helpers.assert_same_run("with3", "stop3")
     prune_unstructured.main(["--resume", "--run-dir", "with1"])
     whole = json.loads((folder / "whole/summary.json").read_text())
     for name in ("with1", "with3"):
         summary = json.loads(Path(name, "summary.json").read_text())
         assert (summary["sparsity"], summary["epochs"]) == (whole["sparsity"], 3)
-        rows = conftest.lines(name, "metrics")
-        first = conftest.lines(folder / "whole", "metrics")[0]
+        rows = helpers.lines(name, "metrics")
+        first = helpers.lines(folder / "whole", "metrics")[0]
         assert {**rows[0], "seconds": 0} == {**first, "seconds": 0}
-        for row, other in zip(rows, conftest.lines(folder / "whole", "metrics"), strict=True):
+        for row, other in zip(rows, helpers.lines(folder / "whole", "metrics"), strict=True):
             assert row["train_loss"] == pytest.approx(other["train_loss"], abs=0.25)
 
 
@@ -441,7 +463,7 @@ def refused(monkeypatch, capsys, main, *given, **environment):
         main([*given, "--run-dir", "r"])
     assert stop.value.code == 2 and not Path("r").exists()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    return conftest.one_line(capsys)
+    return helpers.one_line(capsys)
 
 
 def test_what_is_refused(monkeypatch, capsys):
@@ -460,11 +482,11 @@ def test_what_is_refused(monkeypatch, capsys):
     args = settings(batch_size=1, crop=0, cutout=0)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--batch-size is 1, but torchrun started 2 processes"):
-        training.build(args, data.load("fashion-mini", train_limit=10))
+        setup.build(args, data.load("fashion-mini", train_limit=10))
 
 
 if __name__ == "__main__":
     end = processes.end  # exercises put it off
     {"exercises": exercises, "dies": dies, "three": three}[sys.argv[1]]()
     end()
-    processes._go()  # also rank 0, which has nothing left to do: see end()
+    processes._exit_at_once()  # also rank 0, which has nothing left to do: see end()

@@ -1,0 +1,99 @@
+"""Measured while a run trains: running sums, and whether all numbers are finite.
+
+Both stay on the device. A step does not wait for a GPU.
+"""
+import math
+
+import torch
+
+from harness import processes
+
+
+class Meter:
+    """Running sums of an epoch: loss, right answers, images. Each process has its own.
+
+    sums: [2] float64, the loss (a sum over images) and the right answers. samples: the
+    images. counts: False while a batch has no image for this process.
+    """
+
+    def __init__(self, device):
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.samples, self.counts = 0, True
+        # the first iteration whose loss was not finite; 0: none
+        self.bad = torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def add(self, loss, logits, labels, iteration=0):
+        """Add a batch: its mean loss, logits [T, N, K] and labels [N]."""
+        if not self.counts:
+            return
+        right = (logits.sum(0).argmax(1) == labels).sum()
+        self.sums += torch.stack([loss.double() * len(labels), right.double()])
+        self.samples += len(labels)
+        self.bad = torch.where((self.bad == 0) & ~loss.isfinite(), iteration, self.bad)
+
+    def check(self):
+        """Raise FloatingPointError if a loss was not finite."""
+        if self.bad:
+            raise FloatingPointError(
+                f"the loss is not finite (NaN or infinite) at iteration "
+                f"{int(self.bad)}. A checkpoint saved before is kept; try a lower --lr")
+
+    def means(self):
+        """Return (mean loss, accuracy in 0..1) over the images of all processes."""
+        loss, correct, samples = processes.total(self._row()).tolist()
+        return loss / samples, correct / samples
+
+    def state(self):
+        """Return the sums of all processes, [processes, 3], on the CPU."""
+        return processes.gather(self._row()).cpu()
+
+    def restore(self, rows):
+        """Take this process's row of state(). If their number has changed, the first
+        process takes the sum of all rows and the others start from 0."""
+        if len(rows) != processes.size():
+            rest = rows.new_zeros(processes.size() - 1, 3)
+            rows = torch.cat([rows.sum(0, keepdim=True), rest])
+        self.sums.copy_(rows[processes.rank(), :2])
+        self.samples = int(rows[processes.rank(), 2])
+
+    def _row(self):
+        return torch.cat([self.sums, self.sums.new_tensor([self.samples])])
+
+
+class Watch:
+    """Finds weights and running statistics of a network that are not finite.
+
+    Such a number may not reach the loss: a potential that is NaN never reaches the
+    threshold, so that its neuron is silent.
+    """
+
+    def __init__(self, net, device):
+        self.net = net
+        self.numbers = {name: tensor for name, tensor in net.state_dict().items()
+                        if tensor.is_floating_point()}
+        # the first iteration after which one was not finite; 0: none
+        self.bad = torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def look(self, iteration):
+        """Remember the iteration if a number is not finite. It waits for no GPU."""
+        largest = torch.nn.utils.get_total_norm(self.numbers.values(), math.inf)
+        is_first = (self.bad == 0) & ~largest.isfinite()
+        self.bad = torch.where(is_first, iteration, self.bad)
+
+    def check(self, meter):
+        """Raise FloatingPointError, with iteration and layer, if a loss of the meter or
+        a number was not finite."""
+        if not self.bad:
+            meter.check()
+            return
+        bad = [name for name, tensor in self.numbers.items()
+               if not tensor.isfinite().all()]
+        name = bad[0] if bad else "a number of the network"
+        wrong = f"{name} is not finite after iteration {int(self.bad)}"
+        if 0 < meter.bad <= self.bad:
+            wrong = (f"the loss is not finite (NaN or infinite) at iteration "
+                     f"{int(meter.bad)}, and then {name} is not")
+        raise FloatingPointError(f"{wrong}. A checkpoint saved before is kept; try a "
+                                 f"lower --lr")

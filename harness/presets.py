@@ -1,0 +1,262 @@
+"""Presets: the defaults of all flags. A row is a data set, a column a script.
+
+    presets.of("cifar100", "unstructured")    # {flag: default} of prune_unstructured.py
+    presets.of("cifar100")                    # of the flags that all scripts share
+    presets.smoke("unstructured")             # {flag: upper bound} under --smoke
+
+A row is a dict of columns, and a column is a dict of settings:
+
+    data       the flags that all scripts share
+    weights    the length of a run that prunes weights: epochs with a changing mask and
+               with a fixed one, iterations between two updates
+    channels   the length of a run that prunes channels: epochs before and after the cut
+    NAME       the settings of prune_NAME.py alone; they override the columns above
+
+The row "default" has every setting. It is the row of fashion-mini (the embedded
+images), of paths, and of data sets without a row of their own. Another row has the
+settings that differ from it.
+
+To add a data set, add its name to data.NAMES, with a reader there if its format is its
+own, and write a row with `data`, `weights` and `channels`. Settings that a paper gives
+for the data set go into that paper's column.
+"""
+# {script: the column with the length of its runs}
+LENGTH = {"unstructured": "weights", "granet": "weights", "lottery": "weights",
+          "gradr": "weights", "sdsnn": "weights", "pq": "weights",
+          "structured": "channels", "greg": "channels"}
+
+# {script: its settings that are no flags}. --help and config.json do not show them. The
+# script reads them: presets.of(args.dataset, "sdsnn")["rules"]
+#   regen_rates  the regeneration rate r of the paper for each sparsity that it lists
+#   adam_lr      the learning rate under --optimizer adam
+#   rules        the numbers of SD-SNN's rules
+NOT_FLAGS = {"unstructured": {"regen_rates"}, "gradr": {"adam_lr"}, "sdsnn": {"rules"}}
+
+# SD-SNN's rules, by kind of layer: convolution or fully connected
+#   alpha        early and late factor on the growth of a fully connected layer's rate
+#   divisor      that growth is divided by it
+#   percentile   a masked synapse above this percentile of its layer may come back
+#   count        (c) once it was above for so many epochs in a row
+#   few          a neuron with fewer live synapses counts as pruned
+MNIST_RULES = dict(alpha=(1, 7.5e-4), divisor=10, percentile=dict(conv=65, fc=60),
+                   count=dict(conv=18, fc=10), few=dict(conv=10, fc=20))
+CIFAR_RULES = dict(alpha=(0.5, 5e-4), divisor=10, percentile=dict(conv=65, fc=60),
+                   count=dict(conv=18, fc=18), few=dict(conv=20, fc=20))
+
+ROWS = {
+    # Augmentation is LTH-SNN's crop and flip. In a short run on centred 28x28 images
+    # the accuracy is higher without crops
+    "default": dict(
+        data=dict(
+            dataset="fashion-mini", data_dir="data", train_limit=None,
+            crop=0, flip=True, cutout=0, rotate=0.0, encoding="direct",
+            model="small", width=1.0, time_steps=4, init=None,
+            # the neuron; None: the network's own
+            tau=None, threshold=None, alpha=None, surrogate=None, reset=None,
+            detach_reset=None,
+            batch_size=64, lr=0.1, loss="ce", momentum=0.9, weight_decay=5e-4,
+            device=None, precision="fp32", compile=False, sync_bn=False, seed=0,
+            run_dir=None, save_every=10.0, resume=False, overwrite=False, smoke=False),
+        weights=dict(epochs_prune=8, epochs_finetune=4, interval=25),
+        channels=dict(epochs_pretrain=8, epochs_finetune=8),
+        unstructured=dict(
+            sparsity=0.9, regen=None, metric="criticality", aggregate="max",
+            candidates="all",
+            regen_rates={0.90: 0.5, 0.95: 0.2, 0.98: 0.1}),  # {sparsity: r}
+        # GraNet's code (arXiv 2106.10404) has the death rate 0.5 at any sparsity
+        granet=dict(sparsity=0.9, death_rate=0.5),
+        # l1: a short run needs more than the paper's 1e-4. Over a stage the penalty
+        # moves a gamma by l1 * sum(lr) / (1 - momentum), and a gamma starts at 1 and
+        # must reach 0. INTERPRETATION of weight_decay: the paper gives none here; this
+        # is that of network slimming
+        structured=dict(
+            method="criticality", metric="criticality", regen_base="kept",
+            prune_ratio=None, regen=None, target_macs=None, l1=3e-3, finetune_l1=False,
+            weight_decay=1e-4),
+        greg=dict(method="greg1", prune_ratio=None, target_macs=None, epochs_prune=4),
+        # matched: the epochs of the criticality paper. full: those of LTH-SNN's code
+        lottery=dict(
+            method="imp", search="imp", budget="matched", sparsity=0.9, rounds=4,
+            epsilon=0.02, distance="entries",  # of EB
+            kl_ratio=0.6),  # of ET
+        # lr None: adam_lr; under --optimizer sgd the lr of the data set.
+        # INTERPRETATION of adam_lr: 1e-3, as in Grad R's MNIST script; its README says
+        # 1e-4
+        gradr=dict(
+            method="gradr", mode="matched", sparsity=0.9, optimizer="adam", prior=None,
+            temperature=None, lr=None, weight_decay=None, adam_lr=1e-3),
+        # rate_conv, rate_fc: shares of the neurons that the first update prunes. The
+        # paper has these values for MNIST and those of the row "cifar10" for CIFAR-10
+        sdsnn=dict(
+            mode="fixed", growth="signed", optimizer="sgd", sparsity=0.9,
+            rate_conv=0.05, rate_fc=0.35, rules=MNIST_RULES),
+        # INTERPRETATION of "every so many iterations": rewiring stops at 3/4 of the
+        # epochs, after some 34 updates. In adaptive mode an update removes
+        # (1 - rho) * 15.3 % of a layer with Gaussian weights, so that 34 updates lead
+        # from a connectivity of 50 % to the reported 30 %. An update in each of 500
+        # epochs would empty the network.
+        # INTERPRETATION of eta: the paper's rewiring coefficient alpha_r = 0.001
+        pq=dict(
+            mode="matched", sparsity=0.9, rho=0.9, scope="layer", growth="momentum",
+            start="er", density=0.5, eta=0.001,
+            epochs_prune=9, epochs_finetune=3, interval=25)),
+
+    "mnist": dict(
+        data=dict(batch_size=128, crop=2, flip=False),  # digits must not be mirrored
+        weights=dict(epochs_prune=6, epochs_finetune=4, interval=90),
+        channels=dict(epochs_pretrain=6, epochs_finetune=6),
+        structured=dict(l1=1e-3),
+        greg=dict(epochs_prune=3),
+        # Grad R's own. INTERPRETATION: its shifts by 0.15 of the side are crops by 4
+        # pixels, and images are not scaled (0.85 to 1.11 there)
+        gradr=dict(
+            mode="paper", sparsity=0.95, model="gradr-linear", time_steps=8, loss="mse",
+            crop=4, rotate=30, epochs_prune=512, epochs_finetune=0, interval=2000),
+        # SD-SNN's own
+        sdsnn=dict(
+            model="sdsnn-small", encoding="rate", time_steps=20, loss="mse", crop=0,
+            optimizer="adam", batch_size=100, epochs_prune=300, epochs_finetune=0,
+            sparsity=0.0),
+        pq=dict(epochs_prune=7, epochs_finetune=3, interval=95)),
+
+    "fashion-mnist": dict(
+        data=dict(batch_size=128),
+        weights=dict(epochs_prune=6, epochs_finetune=4, interval=90),
+        channels=dict(epochs_pretrain=6, epochs_finetune=6),
+        structured=dict(l1=1e-3),
+        greg=dict(epochs_prune=3),
+        pq=dict(epochs_prune=7, epochs_finetune=3, interval=95)),
+
+    # cifar10, cifar100, tiny-imagenet: the settings of the criticality paper; `data` is
+    # its Table 4
+    "cifar10": dict(
+        data=dict(model="vgg16", time_steps=5, batch_size=128, lr=0.3, crop=4),
+        weights=dict(epochs_prune=200, epochs_finetune=300, interval=2000),
+        channels=dict(epochs_pretrain=160, epochs_finetune=160),
+        structured=dict(l1=1e-4),
+        # GReg's 100,000 iterations of growing and 10,000 of stabilising, at batch 128
+        greg=dict(epochs_prune=282),
+        lottery=dict(budget="full"),
+        gradr=dict(  # Grad R's own
+            mode="paper", sparsity=0.95, model="gradr-conv", time_steps=8, loss="mse",
+            batch_size=16, epochs_prune=2048, epochs_finetune=0, interval=20_000,
+            adam_lr=1e-4),
+        # SD-SNN's own. loss: its code has UnilateralMse, whose clip it discards: mse
+        sdsnn=dict(
+            model="sdsnn-large", time_steps=8, loss="mse", optimizer="adamw",
+            batch_size=50, epochs_prune=600, epochs_finetune=0, sparsity=0.0,
+            rate_conv=0.005, rate_fc=0.03, rules=CIFAR_RULES),
+        # The reported results are of ResNet-19 and T = 2. INTERPRETATION: of the two
+        # networks of that name, LTH-SNN's
+        pq=dict(
+            model="resnet19", time_steps=2, epochs_prune=375, epochs_finetune=125,
+            interval=4000)),
+
+    "cifar100": dict(
+        data=dict(model="vgg16", time_steps=5, batch_size=128, lr=0.3, crop=4),
+        weights=dict(epochs_prune=200, epochs_finetune=300, interval=2000),
+        channels=dict(epochs_pretrain=160, epochs_finetune=160),
+        structured=dict(l1=1e-4),
+        greg=dict(epochs_prune=282),
+        lottery=dict(budget="full"),
+        gradr=dict(adam_lr=1e-4),
+        sdsnn=dict(
+            time_steps=8, epochs_prune=600, epochs_finetune=0, sparsity=0.0,
+            rate_conv=0.005, rate_fc=0.03, rules=CIFAR_RULES),
+        pq=dict(
+            model="resnet19", time_steps=2, epochs_prune=375, epochs_finetune=125,
+            interval=4000)),
+
+    "tiny-imagenet": dict(
+        data=dict(model="vgg16", time_steps=5, batch_size=128, lr=0.3, crop=8),
+        # INTERPRETATION: 100 epochs of fine-tuning, as in the appendix; the main text
+        # says 150
+        weights=dict(epochs_prune=50, epochs_finetune=100, interval=1000),
+        channels=dict(epochs_pretrain=160, epochs_finetune=160),
+        unstructured=dict(regen_rates={0.90: 0.3, 0.95: 0.1, 0.98: 0.05}),
+        structured=dict(l1=1e-4),
+        greg=dict(epochs_prune=282),
+        gradr=dict(adam_lr=1e-4),
+        sdsnn=dict(
+            time_steps=8, rate_conv=0.005, rate_fc=0.03, rules=CIFAR_RULES),
+        pq=dict(epochs_prune=112, epochs_finetune=38, interval=2500)),
+
+    # Event cameras: frames of counts. The criticality paper has no such data.
+    # INTERPRETATION of `weights`: n-mnist as mnist; the others make some 40 updates, in
+    # two fifths of the epochs
+    "n-mnist": dict(
+        # T, crop and rotation are SD-SNN's
+        data=dict(encoding="events", time_steps=20, batch_size=100, crop=4, flip=False,
+                  rotate=10.0),
+        weights=dict(epochs_prune=6, epochs_finetune=4, interval=90),
+        channels=dict(epochs_pretrain=6, epochs_finetune=6),
+        structured=dict(l1=1e-3),
+        greg=dict(epochs_prune=3),
+        sdsnn=dict(
+            model="sdsnn-small", loss="mse", optimizer="adam", epochs_prune=300,
+            epochs_finetune=0, sparsity=0.0, rate_fc=0.45),
+        pq=dict(epochs_prune=7, epochs_finetune=3, interval=95)),
+
+    "dvs-gesture": dict(
+        # T, crop and rotation are SD-SNN's
+        data=dict(encoding="events", time_steps=64, batch_size=16, crop=16, flip=False,
+                  rotate=5.0),
+        weights=dict(epochs_prune=80, epochs_finetune=120, interval=136),
+        channels=dict(epochs_pretrain=160, epochs_finetune=160),
+        structured=dict(l1=1e-4),
+        greg=dict(epochs_prune=282),
+        gradr=dict(epochs_prune=200, epochs_finetune=300, interval=300),
+        sdsnn=dict(
+            model="sdsnn-small", loss="mse", optimizer="adam", batch_size=4,
+            epochs_prune=300, epochs_finetune=0, sparsity=0.0, rate_fc=0.6,
+            rules=MNIST_RULES | dict(divisor=11, percentile=dict(conv=65, fc=55))),
+        pq=dict(epochs_prune=150, epochs_finetune=50, interval=300)),
+
+    "cifar10-dvs": dict(
+        # T and the network are PQ's. INTERPRETATION of its augmentation: crops and
+        # flips, as with CIFAR
+        data=dict(encoding="events", model="vggsnn", time_steps=10, crop=4),
+        weights=dict(epochs_prune=80, epochs_finetune=120, interval=282),
+        channels=dict(epochs_pretrain=160, epochs_finetune=160),
+        structured=dict(l1=1e-4),
+        greg=dict(epochs_prune=282),
+        gradr=dict(epochs_prune=200, epochs_finetune=300, interval=300),
+        sdsnn=dict(
+            epochs_prune=300, epochs_finetune=0, sparsity=0.0, rate_conv=0.005,
+            rate_fc=0.03, rules=CIFAR_RULES),
+        # the paper's setting: its index decides how much is pruned, in 300 epochs
+        pq=dict(
+            mode="adaptive", epochs_prune=225, epochs_finetune=75, interval=930)),
+}
+
+# --smoke: upper bounds, in the columns of a row
+SMOKE = dict(
+    data=dict(width=0.25, batch_size=16),
+    weights=dict(epochs_prune=1, epochs_finetune=1, interval=4),
+    channels=dict(epochs_pretrain=1, epochs_finetune=1),
+    greg=dict(epochs_prune=1),
+    lottery=dict(epochs_prune=4, rounds=2),
+    sdsnn=dict(epochs_prune=5))
+
+
+def of(dataset, script=None):
+    """Return {setting: default} of a script for a data set.
+
+    dataset: a name or a path. script: its column, such as "unstructured" for
+    prune_unstructured.py; None: only the flags that all scripts share. Raises KeyError
+    for an unknown script. The row's `data` comes before the script's column in
+    "default": where that sets lr or weight_decay, the row must do so in that column.
+    """
+    default, row = ROWS["default"], ROWS.get(dataset, {})
+    settings = default["data"] | row.get("data", {})
+    if script is None:
+        return settings
+    # the row comes last: its `weights` override the script's column in "default"
+    for columns in (default, row):
+        settings |= columns.get(LENGTH[script], {}) | columns.get(script, {})
+    return settings
+
+
+def smoke(script):
+    """Return {flag: upper bound} for the flags of a script under --smoke."""
+    return SMOKE["data"] | SMOKE[LENGTH[script]] | SMOKE.get(script, {})

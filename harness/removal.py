@@ -1,0 +1,130 @@
+"""A run that removes channels: its start, the cut, the end of its epochs, its end.
+
+    run, dense = removal.set_up(args, pretrain=8, finetune=8)
+    ...                                                 # train the dense network
+    if not removal.is_done(run):
+        ratio = removal.ratio_for(run, choose)        # choose(ratio): a channels.Choice
+        removal.remove(run, ratio, choose(ratio))       # run.net is the small one now
+    ...                                                 # train it
+    removal.finish(run, dense, "prune_x", "method")
+
+Which channels go is the script's to choose. channels.py has the steps on a network;
+here they meet the run, its folder and its processes.
+"""
+import torch
+
+import channels
+import metrics
+import training
+from harness import files, flags, processes, setup
+from harness.runfolder import Run
+
+
+def set_up(args, **epochs):
+    """Return the run, and a network of the dense widths to compare with. Flags that
+    cannot work end the script with exit code 2, before anything is written.
+
+    epochs: the length of each stage.
+    """
+    with flags.exits(2, ValueError, OSError):
+        device = setup.start(args, shared=True)
+        images = setup.load(args, device)
+        net = setup.build(args, images, files.saved_widths(args))
+        dense = setup.build(args, images)
+        channels.check_ratio(dense, args.prune_ratio or 0.0, args.target_macs or 0.0)
+        stages = setup.stages(args, images, **epochs)
+        run = Run(args, device, images, stages, net=net,
+                  optimizer=training.sgd(args, net))
+    return run, dense
+
+
+def goal(args):
+    """Return what is to be removed, in words."""
+    if args.target_macs is not None:
+        return f"{100 * args.target_macs:g} % of the MACs go"
+    return f"{100 * args.prune_ratio:g} % of the channels go"
+
+
+def is_done(run):
+    """Return whether the network of a run is the small one already."""
+    return "gamma" in run.notes
+
+
+def ratio_for(run, choose):
+    """Return the share of the channels that goes: --prune-ratio, or what --target-macs
+    takes. choose(ratio): returns the channels.Choice at a ratio."""
+    if run.args.target_macs is None:
+        return run.args.prune_ratio
+    return channels.ratio_for(run.net, run.args.target_macs, choose)
+
+
+def remove(run, ratio, choice, scores=None, spiked=None):
+    """Replace the network of a run by one of the kept channels alone, and its optimiser
+    by a new one. Show that it is the same function as the old network with the other
+    channels silent. Write channels.json and a checkpoint.
+
+    ratio: as asked for. choice: a channels.Choice. scores, spiked: what the score
+    function returned, written to channels.json; None: there is no score.
+    """
+    args, net, notes = run.args, run.net, run.notes
+    processes.agree("the channels that stay", choice.kept)
+    if args.epochs_pretrain > 0:  # else that of --init, which is noted already
+        notes["dense_accuracy"] = run.last_accuracy("pretrain")
+
+    names, sizes = channels.layers(net)
+    kept = dict(zip(names, choice.kept.split(sizes)))
+    masked, small = channels.silence(net, kept), channels.remove(net, kept)
+    record = channels.choice_record(net, ratio, choice, scores, spiked)
+    record |= channels.differences(masked.eval(), small.eval(), kept,
+                                   next(run.images.inputs("test", args.batch_size)))
+    record["accuracy_silenced"] = run.evaluate(masked)["accuracy"]
+    record["accuracy_removed"] = run.evaluate(small)["accuracy"]
+    files.write_json(run.folder / "channels.json", record)
+    run.say(channels.record_lines(record))
+
+    notes |= dict(prune_ratio=ratio, sparsity=channels.sparsity(net, small), gamma=[],
+                  pruned_accuracy=record["accuracy_removed"],
+                  survived_by_regeneration=record["regenerated"] / record["kept"])
+    run.hold(net=small.train(), optimizer=training.sgd(args, small))
+    run.save()
+
+
+def end_epoch(run):
+    """End an epoch, as Run.end_epoch. Note the small network's gamma, for gamma.npz."""
+    if is_done(run):
+        row = torch.cat(channels.scales(run.net)).detach().cpu()
+        run.notes["gamma"].append(row)
+    run.end_epoch(run.notes.get("sparsity", 0.0))
+
+
+def finish(run, dense, script, method, **own):
+    """Compare the small network with the dense one, and write the last files. Return
+    the summary, None in a process that does not write.
+
+    dense: a network of the dense widths. own: see Run.finish.
+    """
+    if not run.is_alone():
+        return None
+    args, net, notes = run.args, run.net, run.notes
+    for name, (before, after) in channels.savings(dense, net).items():
+        less = 100 * (1 - after / before)
+        run.say(f"  {name:<24}{before:,} -> {after:,} ({less:.2f} % less)")
+    speed, seconds = {}, 0 if args.smoke else 2
+    with training.autocast(args):
+        counts = metrics.count(net, run.images.inputs("test", args.batch_size))
+        for n in (1, 32):
+            batch = run.images.copies(n)
+            speed[n] = metrics.speedup(dense, net, batch, seconds=seconds)
+    run.say(f"  dense / small time      {speed[1]:.2f} at batch 1, {speed[32]:.2f} at "
+            f"batch 32")
+
+    names, sizes = channels.layers(net)
+    history = {}  # {layer: [epochs, C]}
+    if notes["gamma"]:
+        of_layers = torch.stack(notes["gamma"]).split(sizes, dim=1)
+        history = {name: rows.numpy() for name, rows in zip(names, of_layers)}
+    files.save_arrays(run.folder / "gamma.npz", history)
+    cost = sum(1 - row["sparsity"] for row in run.rows) / len(run.rows)
+    own = notes | channels.compared_with_dense(dense, net) | own
+    return run.finish(script, method, counts, speedup_batch1=speed[1],
+                      speedup_batch32=speed[32], training_cost=cost, **own)

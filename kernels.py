@@ -1,0 +1,231 @@
+"""The LIF of neurons.py, fast: the same spikes, bit by bit, and the same gradient.
+
+    from kernels import FastLIF
+    spikes = FastLIF()(x_seq)    # [T, N, ...] -> 0 or 1, as neurons.LIF
+
+The fast path computes one neuron: arctan surrogate, detached hard reset, decayed input,
+a spike where the potential reaches the threshold, a fixed tau. FastLIF uses it if its
+settings are those, and if it agrees with neurons.LIF on small inputs: in the spikes,
+the gradient and the score. Otherwise FastLIF runs the plain loop of neurons.py. So a
+change in neurons.py takes effect.
+
+The backward pass. With g_t = dL/ds_t and the reset detached, for t = T ... 1:
+
+    dL/dh_t     = g_t * f'(h_t - v_threshold) + dL/dv_t * (1 - s_t)
+    dL/dx_t     = dL/dh_t / tau
+    dL/dv_{t-1} = dL/dh_t * (1 - 1 / tau)
+
+In terms of a_t = dL/dx_t this is one recursion, which the code runs:
+
+    a_t = g_t * f'(h_t - v_threshold) / tau + (1 - 1 / tau) * (1 - s_t) * a_{t+1}
+
+with a_{T+1} = 0. It needs h alone, since s_t = 1 exactly where h_t >= v_threshold: one
+tensor a time step is kept. Autograd over the plain loop keeps several.
+"""
+import functools
+import inspect
+import math
+
+import torch
+
+import neurons
+from neurons import LIF, Spike
+
+# On a CPU the neurons run in blocks, each over all T steps, so that the potential stays
+# in the cache from one step to the next. 2**20 float32 numbers are 4 MiB. Smaller
+# blocks are no faster. On a busy machine they are slower, since the threads wait for
+# each other at each operation
+CPU_BLOCK = 2**20
+
+
+class FastLIF(LIF):
+    """neurons.LIF, computed by the fast path if that gives the same. Its settings are
+    fixed when it is made."""
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        # the functions as they are now: a user may have replaced one
+        functions = [item for item in vars(neurons).values()
+                     if inspect.isfunction(item)]
+        methods = [LIF.forward, LIF.over_time, Spike.forward, Spike.backward]
+        self.is_fast = agrees(tuple(settings.items()), *functions, *methods,
+                              *neurons.SURROGATES[self.surrogate])
+
+    def forward(self, x_seq, time_steps=None):
+        if not self.is_fast:
+            return super().forward(x_seq, time_steps)
+        T = len(self.over_time(x_seq, time_steps))  # checks the shape
+        spikes, near = ArctanLIF.apply(
+            x_seq, T, self.tau, self.v_threshold, self.v_reset, self.alpha,
+            self._aggregate is not None)
+        if self._aggregate is not None:
+            self._score = neurons.per_channel(near, self._aggregate)
+        return spikes
+
+
+@functools.cache
+def agrees(settings, *functions):
+    """Return whether the fast path and neurons.LIF give the same with these settings.
+
+    settings: pairs (argument, value). functions: those of neurons.py. They are part of
+    the cache's key: with another function the comparison is made again.
+    """
+    lif = LIF(**dict(settings))
+    is_known = (lif.surrogate == "arctan" and lif.reset == "hard" and lif.detach_reset
+                and lif.decay_input and not lif.strict and not lif.learn_tau)
+    if not is_known:
+        return False
+
+    def fast(x, time_steps):
+        return ArctanLIF.apply(x, time_steps, lif.tau, lif.v_threshold, lif.v_reset,
+                               lif.alpha, True)
+
+    def plain(x, time_steps):
+        lif.start_recording("max")
+        spikes = lif(x, time_steps)
+        return spikes, lif.stop_recording()
+
+    def spikes_gradient_score(forward, x):
+        leaf = x.clone().requires_grad_()
+        spikes, score = forward(leaf, 4)
+        weights = torch.cos(torch.arange(spikes.numel(), dtype=x.dtype))
+        (spikes * weights.view(spikes.shape)).sum().backward()
+        return spikes.detach(), leaf.grad, score
+
+    # a network may be built inside other contexts, such as torch.device("meta")
+    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
+        span = lif.v_threshold - lif.v_reset
+        x = torch.linspace(-span, 4 * span, 120, dtype=torch.float64)
+        x = x[torch.arange(120) * 37 % 120]  # in a mixed order
+        x[-16:] *= torch.logspace(0, 4, 16, dtype=torch.float64)  # some are far away
+        x[:9] = span * lif.tau * (1 + torch.arange(-4, 5) * 2**-52)  # some on the edge
+        x = x.view(4, 2, 3, 5)
+        for batch in (x, x[:1]):  # four steps, and one that is repeated
+            spikes, gradient, near = spikes_gradient_score(fast, batch)
+            try:
+                expected = spikes_gradient_score(plain, batch)
+            except Exception:  # changed so that it takes other shapes, say
+                return False
+            found = spikes, gradient, neurons.per_channel(near, "max")
+            if not all(torch.allclose(one, other, rtol=1e-9, atol=1e-12)
+                       for one, other in zip(found, expected)):
+                return False
+    return True
+
+
+def _as_rows(seq, order):
+    """Return [T, N, ...] as [T, numbers in a step]. order: of the dimensions after T.
+
+    It is a view, and not a copy, if a step is dense in memory in that order:
+    contiguous, channels_last, or one step expanded over T.
+    """
+    return seq.permute(0, *order).flatten(1)
+
+
+def _blocks(rows):
+    """Return slices over the numbers of a step: on a CPU several that fit its cache."""
+    n = rows.shape[1]
+    if n == 0:
+        return []
+    is_blocked = rows.device.type == "cpu" and not torch.compiler.is_compiling()
+    size = CPU_BLOCK if is_blocked else n
+    return [slice(start, start + size) for start in range(0, n, size)]
+
+
+class ArctanLIF(torch.autograd.Function):
+    """Run the neuron over time_steps steps.
+
+    x_seq: [T, N, ...], or [1, N, ...] for the same input at each step. The gradient of
+    the latter is summed over the steps here, so that no tensor of all steps is made.
+    Returns the spikes [T, N, ...] and, if `recorded`, the mean of f'(h_t - v_threshold)
+    over t for each neuron, [N, ...], else None.
+    """
+
+    @staticmethod
+    def forward(ctx, x_seq, time_steps, tau, v_threshold, v_reset, alpha, recorded):
+        # the dimensions in their order in memory
+        order = sorted(range(1, x_seq.dim()), key=x_seq.stride, reverse=True)
+        x = _as_rows(x_seq, order).expand(time_steps, -1)
+        s = torch.empty_like(x, memory_format=torch.contiguous_format)
+        h = torch.empty_like(s) if ctx.needs_input_grad[0] else None  # for the backward
+        threshold = s.new_full((), v_threshold)
+        # in half precision addcdiv would round once where the plain loop rounds twice
+        is_full_precision = s.dtype in (torch.float32, torch.float64)
+        near = None
+        if recorded:
+            near = torch.empty_like(
+                s[0], dtype=torch.promote_types(s.dtype, torch.float32))
+            one, curvature = near.new_ones(()), (math.pi / 2 * alpha) ** 2
+        for block in _blocks(x):
+            x_b, s_b = x[:, block], s[:, block]
+            v, taus = torch.empty_like(s_b[0]), torch.full_like(s_b[0], tau)
+            h_b = h[:, block] if h is not None else [torch.empty_like(v)] * time_steps
+            if recorded:
+                near_b, slope = near[block], torch.empty_like(near[block])
+                ones = torch.ones_like(slope)
+            for t, (x_t, h_t, s_t) in enumerate(zip(x_b, h_b, s_b)):
+                # charge. By a division: a product with 1 / tau rounds differently
+                if t == 0:
+                    torch.div(x_t, taus, out=h_t)
+                    if v_reset != 0:
+                        h_t.add_(v_reset)
+                else:
+                    torch.sub(x_t, v - v_reset if v_reset != 0 else v, out=h_t)
+                    if is_full_precision:
+                        torch.addcdiv(v, h_t, taus, out=h_t)
+                    else:
+                        torch.add(v, h_t.div_(taus), out=h_t)
+                torch.ge(h_t, threshold, out=s_t)  # fire
+                if t + 1 < time_steps:
+                    torch.addcmul(h_t, h_t, s_t, value=-1, out=v)  # reset: (1 - s) h
+                    if v_reset != 0:
+                        v.add_(s_t, alpha=v_reset)  # + s v_reset
+                if recorded:  # f' = alpha / 2 / slope, summed over t
+                    torch.sub(h_t.to(near.dtype), threshold, out=slope)
+                    torch.addcmul(one, slope, slope, value=curvature, out=slope)
+                    if t == 0:
+                        near_b.copy_(slope.reciprocal_())
+                    else:
+                        near_b.addcdiv_(ones, slope)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h)
+        ctx.order, ctx.tau, ctx.v_threshold, ctx.alpha = order, tau, v_threshold, alpha
+        ctx.repeated = len(x_seq) < time_steps
+        ctx.shape = [x_seq.shape[d] for d in order]
+        ctx.inverse = [0] + [1 + order.index(d) for d in range(1, x_seq.dim())]
+        if recorded:
+            near = near.mul_(alpha / 2 / time_steps).unflatten(0, ctx.shape)
+            near = near[None].permute(ctx.inverse)[0]
+            ctx.mark_non_differentiable(near)
+        return s.unflatten(1, ctx.shape).permute(ctx.inverse), near
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_seq, _):
+        if g_seq is None:
+            return (None,) * 7
+        (h,) = ctx.saved_tensors
+        g = _as_rows(g_seq, ctx.order)
+        a = torch.empty_like(h[:1] if ctx.repeated else h)
+        threshold = h.new_full((), ctx.v_threshold)
+        flat = h.new_full((), ctx.tau / (ctx.alpha / 2))
+        curvature = (math.pi / 2 * ctx.alpha) ** 2 * ctx.tau / (ctx.alpha / 2)
+        for block in _blocks(h):
+            below, slope, carry, scratch = (torch.empty_like(h[0, block])
+                                            for _ in range(4))
+            a_b = [scratch] * len(h) if ctx.repeated else a[:, block]
+            a_next = None
+            for h_t, g_t, a_t in reversed([*zip(h[:, block], g[:, block], a_b)]):
+                torch.sub(threshold, h_t, out=below)  # > 0 where there was no spike
+                # slope = tau / f'
+                torch.addcmul(flat, below, below, value=curvature, out=slope)
+                if a_next is None:
+                    torch.div(g_t, slope, out=a_t)
+                else:  # carry = (1 - s_t) a_{t+1}
+                    torch.ops.aten.threshold_backward.grad_input(
+                        a_next, below, 0, grad_input=carry)
+                    torch.addcdiv(carry.mul_(1 - 1 / ctx.tau), g_t, slope, out=a_t)
+                if ctx.repeated:
+                    a[0, block] = a_t if a_next is None else a[0, block].add_(a_t)
+                a_next = a_t
+        return a.unflatten(1, ctx.shape).permute(ctx.inverse), *(None,) * 6
