@@ -3,13 +3,14 @@
     from kernels import FastLIF
     spikes = FastLIF()(x_seq)    # [T, N, ...] -> 0 or 1, as neurons.LIF
 
-The fast path computes one neuron: arctan surrogate, detached hard reset, decayed input,
-a spike where the potential reaches the threshold, a fixed tau. FastLIF uses it if its
-settings are those, and if it agrees with neurons.LIF on small inputs: in the spikes,
-the gradient and the score. Otherwise FastLIF runs the plain loop of neurons.py. So a
-change in neurons.py takes effect.
+There are two fast paths, each for one neuron. FastLIF takes one of them if its settings
+are those, and if it agrees with neurons.LIF on small inputs: in the spikes, the
+gradient and the score. Otherwise FastLIF runs the plain loop of neurons.py. So a change
+in neurons.py takes effect.
 
-The backward pass. With g_t = dL/ds_t and the reset detached, for t = T ... 1:
+ArctanLIF, the neuron of the paper's text: arctan surrogate, detached hard reset, decayed
+input, a spike where the potential reaches the threshold, a fixed tau. The backward
+pass. With g_t = dL/ds_t and the reset detached, for t = T ... 1:
 
     dL/dh_t     = g_t * f'(h_t - v_threshold) + dL/dv_t * (1 - s_t)
     dL/dx_t     = dL/dh_t / tau
@@ -21,6 +22,12 @@ In terms of a_t = dL/dx_t this is one recursion, which the code runs:
 
 with a_{T+1} = 0. It needs h alone, since s_t = 1 exactly where h_t >= v_threshold: one
 tensor a time step is kept. Autograd over the plain loop keeps several.
+
+TanhLIF, the neuron of the published code: tanh surrogate, a hard reset that passes the
+gradient, an input that is not decayed, a spike above the threshold. There
+
+    a_t = slope_t * (g_t - c_t * h_t) + c_t * (1 - s_t)
+    slope_t = f'(h_t - v_threshold),  c_t = (1 - 1 / tau) * a_{t+1}
 """
 import functools
 import inspect
@@ -48,37 +55,47 @@ class FastLIF(LIF):
         functions = [item for item in vars(neurons).values()
                      if inspect.isfunction(item)]
         methods = [LIF.forward, LIF.over_time, Spike.forward, Spike.backward]
-        self.is_fast = agrees(tuple(settings.items()), *functions, *methods,
-                              *neurons.SURROGATES[self.surrogate])
+        self.path = path_of(tuple(settings.items()), *functions, *methods,
+                            *neurons.SURROGATES[self.surrogate])
+
+    @property
+    def is_fast(self):
+        """Whether a fast path is used, but for what it does not record."""
+        return self.path is not None
 
     def forward(self, x_seq, time_steps=None):
-        if not self.is_fast:
+        is_recorded = self._aggregate is not None
+        if self.path is None or (is_recorded and self._by not in self.path.RECORDS):
             return super().forward(x_seq, time_steps)
         T = len(self.over_time(x_seq, time_steps))  # checks the shape
-        spikes, near = ArctanLIF.apply(
-            x_seq, T, self.tau, self.v_threshold, self.v_reset, self.alpha,
-            self._aggregate is not None)
-        if self._aggregate is not None:
+        spikes, near = self.path.apply(
+            x_seq, T, self.tau, self.v_threshold, self.v_reset, self.alpha, is_recorded)
+        if is_recorded:
             self._score = neurons.per_channel(near, self._aggregate)
         return spikes
 
 
 @functools.cache
-def agrees(settings, *functions):
-    """Return whether the fast path and neurons.LIF give the same with these settings.
+def path_of(settings, *functions):
+    """Return the fast path that gives the same as neurons.LIF with these settings,
+    ArctanLIF or TanhLIF, else None.
 
     settings: pairs (argument, value). functions: those of neurons.py. They are part of
     the cache's key: with another function the comparison is made again.
     """
     lif = LIF(**dict(settings))
-    is_known = (lif.surrogate == "arctan" and lif.reset == "hard" and lif.detach_reset
-                and lif.decay_input and not lif.strict and not lif.learn_tau)
-    if not is_known:
-        return False
+    for path in (ArctanLIF, TanhLIF):
+        if path.computes(lif):
+            return path if agrees(path, lif) else None
+    return None
 
+
+def agrees(path, lif):
+    """Return whether a fast path gives the same as a neurons.LIF."""
     def fast(x, time_steps):
-        return ArctanLIF.apply(x, time_steps, lif.tau, lif.v_threshold, lif.v_reset,
-                               lif.alpha, True)
+        is_recorded = "derivative" in path.RECORDS
+        return path.apply(x, time_steps, lif.tau, lif.v_threshold, lif.v_reset,
+                          lif.alpha, is_recorded)
 
     def plain(x, time_steps):
         lif.start_recording("max")
@@ -106,7 +123,9 @@ def agrees(settings, *functions):
                 expected = spikes_gradient_score(plain, batch)
             except Exception:  # changed so that it takes other shapes, say
                 return False
-            found = spikes, gradient, neurons.per_channel(near, "max")
+            found = spikes, gradient
+            if near is not None:
+                found += (neurons.per_channel(near, "max"),)
             if not all(torch.allclose(one, other, rtol=1e-9, atol=1e-12)
                        for one, other in zip(found, expected)):
                 return False
@@ -133,13 +152,21 @@ def _blocks(rows):
 
 
 class ArctanLIF(torch.autograd.Function):
-    """Run the neuron over time_steps steps.
+    """Run the neuron of the paper's text over time_steps steps.
 
     x_seq: [T, N, ...], or [1, N, ...] for the same input at each step. The gradient of
     the latter is summed over the steps here, so that no tensor of all steps is made.
     Returns the spikes [T, N, ...] and, if `recorded`, the mean of f'(h_t - v_threshold)
     over t for each neuron, [N, ...], else None.
     """
+
+    RECORDS = ("derivative",)  # the scores that this path records
+
+    @staticmethod
+    def computes(lif):
+        """Return whether the settings of a neurons.LIF are those of this neuron."""
+        return (lif.surrogate == "arctan" and lif.reset == "hard" and lif.detach_reset
+                and lif.decay_input and not lif.strict and not lif.learn_tau)
 
     @staticmethod
     def forward(ctx, x_seq, time_steps, tau, v_threshold, v_reset, alpha, recorded):
@@ -225,6 +252,85 @@ class ArctanLIF(torch.autograd.Function):
                     torch.ops.aten.threshold_backward.grad_input(
                         a_next, below, 0, grad_input=carry)
                     torch.addcdiv(carry.mul_(1 - 1 / ctx.tau), g_t, slope, out=a_t)
+                if ctx.repeated:
+                    a[0, block] = a_t if a_next is None else a[0, block].add_(a_t)
+                a_next = a_t
+        return a.unflatten(1, ctx.shape).permute(ctx.inverse), *(None,) * 6
+
+
+class TanhLIF(torch.autograd.Function):
+    """Run the neuron of the published code over time_steps steps.
+
+    Arguments are those of ArctanLIF. It records no score: the plain loop does.
+    """
+
+    RECORDS = ()
+
+    @staticmethod
+    def computes(lif):
+        """Return whether the settings of a neurons.LIF are those of this neuron."""
+        return (lif.surrogate == "tanh" and lif.reset == "hard"
+                and not lif.detach_reset and not lif.decay_input and lif.strict
+                and not lif.learn_tau and lif.v_reset == 0)
+
+    @staticmethod
+    def forward(ctx, x_seq, time_steps, tau, v_threshold, v_reset, alpha, recorded):
+        order = sorted(range(1, x_seq.dim()), key=x_seq.stride, reverse=True)
+        x = _as_rows(x_seq, order).expand(time_steps, -1)
+        s = torch.empty_like(x, memory_format=torch.contiguous_format)
+        h = torch.empty_like(s) if ctx.needs_input_grad[0] else None  # for the backward
+        threshold = s.new_full((), v_threshold)
+        for block in _blocks(x):
+            x_b, s_b = x[:, block], s[:, block]
+            v, taus = torch.empty_like(s_b[0]), torch.full_like(s_b[0], tau)
+            h_b = h[:, block] if h is not None else [torch.empty_like(v)] * time_steps
+            for t, (x_t, h_t, s_t) in enumerate(zip(x_b, h_b, s_b)):
+                # charge, in the order of the plain loop: v + (x - v / tau)
+                if t == 0:
+                    h_t.copy_(x_t)
+                else:
+                    torch.div(v, taus, out=h_t)
+                    torch.sub(x_t, h_t, out=h_t).add_(v)
+                torch.gt(h_t, threshold, out=s_t)  # fire
+                if t + 1 < time_steps:
+                    torch.addcmul(h_t, h_t, s_t, value=-1, out=v)  # reset: (1 - s) h
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(h)
+        ctx.order, ctx.tau, ctx.v_threshold, ctx.alpha = order, tau, v_threshold, alpha
+        ctx.repeated = len(x_seq) < time_steps
+        ctx.shape = [x_seq.shape[d] for d in order]
+        ctx.inverse = [0] + [1 + order.index(d) for d in range(1, x_seq.dim())]
+        return s.unflatten(1, ctx.shape).permute(ctx.inverse), None
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g_seq, _):
+        if g_seq is None:
+            return (None,) * 7
+        (h,) = ctx.saved_tensors
+        g = _as_rows(g_seq, ctx.order)
+        a = torch.empty_like(h[:1] if ctx.repeated else h)
+        threshold = h.new_full((), ctx.v_threshold)
+        k = 1.5 * ctx.alpha
+        peak = k / (2 * math.tanh(k / 2))
+        for block in _blocks(h):
+            u, slope, inside, carry, scratch = (torch.empty_like(h[0, block])
+                                                for _ in range(5))
+            a_b = [scratch] * len(h) if ctx.repeated else a[:, block]
+            a_next = None
+            for h_t, g_t, a_t in reversed([*zip(h[:, block], g[:, block], a_b)]):
+                torch.sub(h_t, threshold, out=u)
+                # f' = peak / cosh^2(k u) = 4 peak y (1 - y), y the sigmoid of 2 k u;
+                # 0 beyond |u| = 1/2
+                torch.sigmoid(torch.mul(u, 2 * k, out=slope), out=slope)
+                torch.addcmul(slope, slope, slope, value=-1, out=slope).mul_(4 * peak)
+                slope.mul_(torch.le(torch.abs(u, out=inside), 0.5, out=inside))
+                if a_next is None:
+                    torch.mul(g_t, slope, out=a_t)
+                else:
+                    torch.mul(a_next, 1 - 1 / ctx.tau, out=carry)
+                    torch.addcmul(g_t, carry, h_t, value=-1, out=a_t).mul_(slope)
+                    a_t.add_(carry.mul_(torch.le(u, 0, out=slope)))  # (1 - s) carry
                 if ctx.repeated:
                     a[0, block] = a_t if a_next is None else a[0, block].add_(a_t)
                 a_next = a_t

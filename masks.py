@@ -30,9 +30,12 @@ class Masks:
     returned: [M] bool, True for regenerated weights: alive ones whose latest entry into
     the mask was a regeneration.
     scored: {name: models.Scored}, the LIF whose channels score each weight.
+    keep_momentum, published code: apply() leaves the momentum of dead weights, which
+    goes on collecting their gradient.
     """
 
-    def __init__(self, net):
+    def __init__(self, net, keep_momentum=False):
+        self.keep_momentum = keep_momentum
         self.scored = scored_by(net)
         self.weights = {name: net.get_parameter(name) for name in self.scored}
         self.sizes = [weight.numel() for weight in self.weights.values()]
@@ -170,16 +173,32 @@ class Masks:
         changes dead weights too, by their gradient and momentum."""
         for name, weight in self.weights.items():
             weight.mul_(self.alive[name])
-            for momentum in momenta(optimizer, weight):
+            for momentum in self._masked_momenta(optimizer, weight):
                 momentum.mul_(self.alive[name])
 
-    def record_update(self, pruned, regenerated):
+    def _masked_momenta(self, optimizer, weight):
+        return [] if self.keep_momentum else momenta(optimizer, weight)
+
+    def cut_at(self, keep, magnitudes):
+        """Return the alive weights that a plain cut to `keep` weights would prune, [M]
+        bool; nothing is changed. magnitudes: [M]. Of equal ones at the edge none goes.
+        """
+        values = magnitudes[self.flat]
+        spare = len(values) - keep
+        if spare <= 0:
+            return torch.zeros_like(self.flat)
+        edge = values.kthvalue(spare + 1).values if keep else torch.inf
+        return self.flat & (magnitudes < edge)
+
+    def record_update(self, pruned, regenerated, plain=None):
         """Update `returned`. Return the counts of an update, a dict with totals and a
         row for each layer.
 
         pruned: [M] bool, alive before the update and cut in it. regenerated: [M] bool.
-        In the result, survived is the share of the pruned that were regenerated; None
-        if none was pruned.
+        plain: [M] bool, alive before and what a plain cut to the target would take.
+        In the result, survived is the share of the pruned that were regenerated;
+        survived_plain is the share of `plain` that is alive now. They are None where
+        there is nothing to take a share of.
         """
         regenerated = regenerated & self.flat  # a rescue may have cut one again
         self.returned |= regenerated
@@ -193,8 +212,11 @@ class Masks:
         survived = None
         if n_pruned > 0:
             survived = count(pruned & regenerated) / n_pruned
+        survived_plain = None
+        if plain is not None and plain.any():
+            survived_plain = count(plain & self.flat) / count(plain)
         return dict(sparsity=self.sparsity, pruned=n_pruned, regenerated=n_back,
-                    survived=survived, layers=layers)
+                    survived=survived, survived_plain=survived_plain, layers=layers)
 
     # ---- what must hold --------------------------------------------------------------
 
@@ -216,7 +238,7 @@ class Masks:
         alive = [mask.count_nonzero() for mask in self.alive.values()]
         wrong = []  # two a layer: dead weights that are not 0, and momenta of such
         for name, weight in self.weights.items():
-            rows = [weight.detach(), *momenta(optimizer, weight)]
+            rows = [weight.detach(), *self._masked_momenta(optimizer, weight)]
             wrong += [((tensor != 0) & ~self.alive[name]).count_nonzero()
                       for tensor in rows]
             wrong += [torch.zeros_like(alive[0])] * (2 - len(rows))
@@ -250,6 +272,7 @@ class Update(NamedTuple):
     before: float        # the sparsity between the cut and the regeneration, 0..1
     regenerated: Tensor  # [M] bool, brought back
     rescued: list        # names of the layers that would have lost all their weights
+    plain: Tensor = None  # [M] bool, what a plain cut to the target would have taken
 
 
 # ---- functions -----------------------------------------------------------------------

@@ -440,7 +440,7 @@ def lifs(net):
 
 
 @contextmanager
-def recording(net, aggregate):
+def recording(net, aggregate, by="derivative"):
     """Record the criticality of a forward pass (Eq. 6). Yields a dict that is filled
     when the block ends, {name of a LIF: [C] in float64}.
 
@@ -449,12 +449,13 @@ def recording(net, aggregate):
         scores["lifs.0"]                              # [C]
 
     aggregate: "max" | "mean", how the neurons of a channel make one score; None:
-    nothing is recorded, and the dict stays empty. Of several passes the last counts.
+    nothing is recorded, and the dict stays empty. by: see neurons.criticality. Of
+    several passes the last counts.
     """
     scores = {}
     neurons = lifs(net) if aggregate is not None else {}
     for lif in neurons.values():
-        lif.start_recording(aggregate)
+        lif.start_recording(aggregate, by)
     try:
         yield scores
     finally:

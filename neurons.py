@@ -52,14 +52,14 @@ def rectangular_grad(u, alpha=2.0):
 
 
 def tanh(u, alpha=2.0):
-    """Return a scaled tanh that goes from 0 to 1 over |u| <= 1/2, and is constant
-    beyond.
+    """Return a scaled tanh that goes from 0 to 1 over |u| <= 1/2.
 
-    At alpha = 2 and v_threshold = 1/2 it is the surrogate of the criticality paper's
-    published code: (tanh 3(h - 1/2) + tanh 1.5) / (2 tanh 1.5), h clamped to [0, 1].
+    published code: at alpha = 2 and v_threshold = 1/2 it is
+    (tanh 3(h - 1/2) + tanh 1.5) / (2 tanh 1.5). Training clamps h to [0, 1], so that
+    the derivative is 0 beyond |u| = 1/2; the score by value does not.
     """
     k = 1.5 * alpha
-    return torch.tanh(k * u.clamp(-0.5, 0.5)) / (2 * math.tanh(k / 2)) + 0.5
+    return torch.tanh(k * u) / (2 * math.tanh(k / 2)) + 0.5
 
 
 def tanh_grad(u, alpha=2.0):
@@ -82,7 +82,8 @@ RESETS = ("hard", "soft")
 def surrogate(u, alpha=2.0, name="arctan"):
     """Return f(u), the surrogate of the step, at u = h - v_threshold (Eq. 4).
 
-    Training needs only its derivative. The function itself is for plots and tests.
+    Training needs only its derivative. The function itself is for plots, tests, and the
+    score by value (see criticality).
     """
     return SURROGATES[name][0](u, alpha)
 
@@ -158,7 +159,7 @@ class LIF(nn.Module):
         self.detach_reset, self.decay_input = detach_reset, decay_input
         self.strict, self.learn_tau = strict, learn_tau
         self.w = nn.Parameter(torch.tensor(-math.log(tau - 1))) if learn_tau else None
-        self._aggregate = self._score = None  # see start_recording
+        self._aggregate = self._by = self._score = None  # see start_recording
 
     def forward(self, x_seq, time_steps=None):
         x_seq = self.over_time(x_seq, time_steps)
@@ -188,7 +189,8 @@ class LIF(nn.Module):
             s_seq.append(s)
         if self._aggregate is not None:
             self._score = criticality(torch.stack(h_seq).detach(), self.v_threshold,
-                                      self.alpha, self._aggregate, self.surrogate)
+                                      self.alpha, self._aggregate, self.surrogate,
+                                      self._by)
         # in the memory format of x_seq
         return torch.empty_like(x_seq).copy_(torch.stack(s_seq))
 
@@ -202,9 +204,10 @@ class LIF(nn.Module):
                              f"first: x.unsqueeze(0)")
         return x_seq.expand(time_steps or len(x_seq), *x_seq.shape[1:])
 
-    def start_recording(self, aggregate):
-        """Let each call compute the criticality too. aggregate: "max" | "mean"."""
-        self._aggregate, self._score = aggregate, None
+    def start_recording(self, aggregate, by="derivative"):
+        """Let each call compute the criticality too. aggregate, by: as in
+        criticality()."""
+        self._aggregate, self._by, self._score = aggregate, by, None
 
     def stop_recording(self):
         """End the recording. Return the criticality of the last call, [C] float64; None
@@ -233,7 +236,8 @@ class LIF(nn.Module):
 # ---- the score -----------------------------------------------------------------------
 
 
-def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max", name="arctan"):
+def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max", name="arctan",
+                by="derivative"):
     """Return the criticality of each channel, [C] float64: how near to the threshold
     its neurons are (Eq. 6).
 
@@ -241,6 +245,8 @@ def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max", name="arctan
     [T, N, C] for a linear layer. aggregate: over the dimensions after C, "max" (the
     paper's choice) or "mean". name: of the surrogate. With arctan the values are in
     (0, alpha / 2]; a rectangular one counts only how often a neuron is near.
+    by: "derivative", f' as in Eq. 6, which peaks at the threshold. published code:
+    "value", f itself, which grows with the potential.
 
     INTERPRETATION: mean over T, then max over H x W, then mean over the samples. The
     paper says that the aggregation acts on the structure, and the average on the
@@ -248,11 +254,14 @@ def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max", name="arctan
     """
     if aggregate not in ("max", "mean"):
         raise ValueError(f'aggregate is {aggregate!r}, expected "max" or "mean"')
+    if by not in ("derivative", "value"):
+        raise ValueError(f'by is {by!r}, expected "derivative" or "value"')
     if h_seq.dim() < 3:
         raise ValueError(f"criticality got shape {tuple(h_seq.shape)}, expected "
                          f"[T, N, C, ...]")
     dtype = torch.promote_types(h_seq.dtype, torch.float32)
-    per_neuron = sum(surrogate_grad(h.to(dtype) - v_threshold, alpha, name)
+    score = surrogate_grad if by == "derivative" else surrogate
+    per_neuron = sum(score(h.to(dtype) - v_threshold, alpha, name)
                      for h in h_seq) / len(h_seq)  # mean over T
     return per_channel(per_neuron, aggregate)
 

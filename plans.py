@@ -49,6 +49,11 @@ NETWORKS = {
     "resnet19": Plan([64, *[128] * 6, *[256] * 6, *[512] * 4, "F", 256],
                      stages=(3, 3, 2)),
     "small": Plan([16, "P", 32, "P", 64, 64, "P"], start="lth-snn"),
+    # published code of the criticality paper: average pooling
+    "vgg16-avg": Plan([64, 64, "A", 128, 128, "A", 256, 256, 256, "A",
+                       512, 512, 512, "A", 512, 512, 512, "A"],
+                      pad_to=32, start="lth-snn"),
+    "small-avg": Plan([16, "A", 32, "A", 64, 64, "A"], start="lth-snn"),
     # of 48x48 events (arXiv 2502.13572)
     "vggsnn": Plan([64, 128, "A", 256, 256, "A", 512, 512, "A", 512, 512, "A"],
                    start="lth-snn"),
@@ -68,6 +73,9 @@ NETWORKS = {
     "gradr-conv": Plan([256, 256, 256, "P", 256, 256, 256, "P", "D", "F", 2048],
                        spiking_output=True, votes=10, bias=False, neuron=dict(tau=2.0)),
 }
+# published code: {item of --as-published: {network: the one in its place}}
+AS_PUBLISHED = {"pooling": {"vgg16": "vgg16-avg", "small": "small-avg"},
+                "network": {"resnet19": "resnet19-pre"}}
 NAMES = tuple(NETWORKS)
 HIDDEN_LINEAR = tuple(name for name, plan in NETWORKS.items() if "F" in plan.layers)
 ENCODINGS = ("direct", "rate", "events")
@@ -79,6 +87,13 @@ def default_widths(name, factor=1.0):
     check_name(name)
     widths = [layer for layer in NETWORKS[name].layers if not isinstance(layer, str)]
     return [max(1, round(width * factor)) for width in widths]
+
+
+def as_published(name, items):
+    """Return the network that the items of --as-published put in the place of one."""
+    for item in items:
+        name = AS_PUBLISHED.get(item, {}).get(name, name)
+    return name
 
 
 def check_name(name):

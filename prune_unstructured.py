@@ -12,6 +12,7 @@ network is fine-tuned with the mask fixed.
     python prune_unstructured.py --regen 0               # GMP, the baseline
     python prune_unstructured.py --sparsity 0            # dense, on the same schedule
     python prune_unstructured.py --metric random         # other ways to regenerate
+    python prune_unstructured.py --as-published    # as the published code, not the text
     torchrun --nproc-per-node=2 prune_unstructured.py    # two processes, a GPU each
 
 A run writes its folder, runs/NAME/: config.json, metrics.jsonl (a line an epoch),
@@ -24,9 +25,9 @@ from pathlib import Path
 import torch
 
 import training
-from harness import flags, presets, setup
+from harness import flags, presets, published, setup
 from harness.runfolder import Run, finished
-from masks import Masks, Update, prune_further
+from masks import Masks, Update, prune_further, select
 
 # ---- the scores ----------------------------------------------------------------------
 # A score function returns a number for each weight, [M]. The pruned weights with the
@@ -65,6 +66,7 @@ def prune_and_regenerate(masks, target, regen, score, candidates, generator):
     which this update has pruned.
     """
     magnitudes = masks.magnitudes()  # |w| before the update
+    plain = masks.cut_at(masks.keep_at(target), magnitudes)  # for Fig. 2(a)
     # Eq. 7: prune further than asked, to leave room for the regeneration
     keep = masks.keep_at(prune_further(target, regen))
     pruned = masks.prune(keep, magnitudes, generator)
@@ -78,7 +80,68 @@ def prune_and_regenerate(masks, target, regen, score, candidates, generator):
     dead = ~masks.flat if candidates == "all" else pruned
     count = masks.keep_at(target) - masks.n_alive
     regenerated = masks.regenerate(count, dead, [score, magnitudes], generator)
-    return Update(pruned, before, regenerated, masks.rescue_empty_layers())
+    return Update(pruned, before, regenerated, masks.rescue_empty_layers(), plain)
+
+
+# ---- the same, as published ----------------------------------------------------------
+# published code: the update of the public repository with the paper's experiments. It
+# differs from the text's in three items of --as-published, each of which can be done
+# alone. With none of them it is the text's update, but for the rounding of one count
+
+UPDATE_ITEMS = {"classifier", "zero", "ties"}
+
+
+def prune_and_regenerate_as_published(masks, target, regen, score, candidates,
+                                      generator, items, optimizer):
+    """Do one update of Algorithm 1 as the published code does. Return a masks.Update.
+
+    items: of --as-published; "classifier", "zero" and "ties" count here. optimizer:
+    whose momentum masks.apply masks. The others: as in prune_and_regenerate.
+    """
+    has_ties = "ties" in items
+    magnitudes, alive_before = masks.magnitudes(), masks.flat.clone()
+    keep = int(masks.total * (1 - target)) if has_ties else masks.keep_at(target)
+    in_classifier = torch.zeros_like(masks.flat)
+    in_classifier[masks.total - masks.sizes[-1]:] = True
+    plain = masks.cut_at(keep, magnitudes)  # for Fig. 2(a)
+
+    def largest(places, count):
+        """Return the `count` places of the largest |w|. published code, "ties": those
+        strictly above the last of them, one fewer or more."""
+        if not has_ties:
+            return select(places & masks.flat, count, [magnitudes], generator)
+        if count == 0:
+            return torch.zeros_like(places)
+        return places & (magnitudes > magnitudes[places].topk(count).values[-1])
+
+    # the classifier keeps what a plain cut to the target leaves it, and nothing else
+    fixed = torch.zeros_like(masks.flat)
+    if "classifier" in items:
+        fixed = largest(torch.ones_like(fixed), keep) & in_classifier
+        others = ~in_classifier
+    else:
+        others = torch.ones_like(fixed)
+
+    # Eq. 7: of the rest prune a share r further
+    rest = keep - int(fixed.count_nonzero())
+    count = int(rest * regen) if has_ties else round(rest * regen)
+    masks.flat.copy_(fixed | largest(others, rest - count))
+    pruned, before = alive_before & ~masks.flat, masks.sparsity
+    if "zero" in items:  # what comes back now has lost its value
+        masks.apply(optimizer)
+
+    # Eq. 5: regenerate the highest-scored pruned weights
+    dead = others & ~masks.flat
+    if candidates == "new":
+        dead &= pruned
+    if not has_ties:
+        regenerated = masks.regenerate(count, dead, [score, magnitudes], generator)
+    elif count == 0:
+        regenerated = torch.zeros_like(dead)
+    else:  # all that equal the last one: a channel has one score
+        regenerated = dead & (score >= score[dead].topk(count).values[-1])
+        masks.flat |= regenerated
+    return Update(pruned, before, regenerated, masks.rescue_empty_layers(), plain)
 
 
 # ---- the script ----------------------------------------------------------------------
@@ -112,13 +175,15 @@ def run_name(args):
             name += "-new"
         if args.aggregate == "mean":
             name += "-mean"
-    return f"{name}-seed{args.seed}"
+    return f"{name}{published.suffix(args, 'unstructured')}-seed{args.seed}"
 
 
-def complete(args, _):
-    """Set the default of --regen, which depends on other flags."""
+def complete(args, explicit):
+    """Set the flags that depend on other flags: --regen, and those that --as-published
+    implies."""
     if args.regen is None:
         args.regen = default_regen(args.sparsity, args.dataset)
+    published.complete(args, explicit, "unstructured")
 
 
 def parse_args(argv):
@@ -145,6 +210,7 @@ def parse_args(argv):
         help="epochs of the pruning stage")
     add("--epochs-finetune", type=flags.whole(0), metavar="N",
         help="epochs with the mask fixed")
+    published.add_flag(add, "unstructured")
     return flags.parse(parser, argv, "unstructured", complete, run_name)
 
 
@@ -155,7 +221,9 @@ def set_up(args):
         device = setup.start(args, shared=True)
         images = setup.load(args, device)
         net = setup.build(args, images)
-        masks, optimizer = Masks(net), training.sgd(args, net)
+        # published code: dead weights keep their momentum
+        masks = Masks(net, keep_momentum="momentum" in args.as_published)
+        optimizer = training.sgd(args, net)
         stages = setup.stages(args, images, prune=args.epochs_prune,
                               finetune=args.epochs_finetune)
         masks.check_sparsity(args.sparsity)
@@ -187,7 +255,9 @@ def main(argv=None):
     if (summary := finished(args)) is not None:
         return summary
     run, num_updates = set_up(args)
-    masks, optimizer = run.masks, run.optimizer
+    masks, optimizer, items = run.masks, run.optimizer, set(args.as_published)
+    # Eq. 6: the score is f'. published code: f, which grows with the potential
+    by = "value" if "score" in items else "derivative"
 
     with run.under_way(plan_of(args, num_updates)):
         # Algorithm 1. All weights are alive at the start
@@ -199,7 +269,9 @@ def main(argv=None):
                 record = args.aggregate if is_update else None
                 # INTERPRETATION of "cosine": one for each stage, from lr to 0
                 lr = training.cosine(args.lr, *run.position)
-                scores = training.step(run, x, y, lr, record)  # Eqs. 1-4, 6
+                if "cosine" in items:  # published code: one over both, an epoch a step
+                    lr = training.cosine(args.lr, epoch, run.stages.epochs)
+                scores = training.step(run, x, y, lr, record, by)  # Eqs. 1-4, 6
                 masks.apply(optimizer)  # w <- w * m, and its momentum
 
                 if is_update:
@@ -208,10 +280,15 @@ def main(argv=None):
                     # Eq. 9: the sparsity to reach
                     target = training.sparsity_at(update, num_updates, args.sparsity)
                     # Eqs. 7, 5: prune further, then regenerate by the score
-                    change = prune_and_regenerate(
-                        masks, target, args.regen, score, args.candidates, generator)
+                    settings = args.regen, score, args.candidates, generator
+                    if items & UPDATE_ITEMS:
+                        change = prune_and_regenerate_as_published(
+                            masks, target, *settings, items, optimizer)
+                    else:
+                        change = prune_and_regenerate(masks, target, *settings)
                     masks.apply(optimizer)
-                    run.log_update(target, change, keep=masks.keep_at(target))
+                    keep = None if "ties" in items else masks.keep_at(target)
+                    run.log_update(target, change, keep)
             run.end_epoch()
         return run.finish("prune_unstructured", method_of(args), **results(args, run))
 

@@ -108,6 +108,54 @@ def test_the_published_neuron_by_hand():
         [0, 1.657187, 0], abs=1e-6)  # on [0, 1] of the potential
 
 
+@pytest.mark.parametrize("neuron", [LIF, FastLIF])
+def test_the_published_score_by_hand(neuron):
+    """The value of the surrogate, which grows beyond the threshold; beside it the derivative."""
+    x = torch.tensor([0.3, 0.45, 0.2, 0.9], dtype=torch.float64).view(4, 1, 1)
+    found = {}
+    for by in ("value", "derivative"):
+        lif = neuron(v_threshold=0.5, surrogate="tanh", decay_input=False, strict=True,
+                     detach_reset=False)
+        lif.start_recording("max", by)
+        lif(x)
+        found[by] = lif.stop_recording().item()
+    assert found == pytest.approx(dict(value=0.4579579, derivative=1.0062945), abs=1e-6)
+    u = torch.tensor([0.3, 0.525, 0.2, 0.95, 1e9, -1e9], dtype=torch.float64) - 0.5
+    assert surrogate(u, name="tanh").tolist() == pytest.approx(
+        [0.2033362, 0.5413522, 0.1043201, 0.9828233, 1.0523957, -0.0523957], abs=1e-6)
+    with pytest.raises(ValueError, match="expected .derivative. or .value"):
+        criticality(torch.zeros(1, 1, 1), by="nearness")
+
+
+PUBLISHED = dict(v_threshold=0.5, surrogate="tanh", decay_input=False, strict=True,
+                 detach_reset=False)
+
+
+@pytest.mark.parametrize("settings", [{}, dict(tau=2.5), dict(alpha=1.0, v_threshold=0.8)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_published_neuron_is_fast_and_the_same(settings, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, "CPU_BLOCK", 70)
+    plain, fast = LIF(**PUBLISHED | settings), FastLIF(**PUBLISHED | settings)
+    assert fast.path is kernels.TanhLIF
+    x_seq = channels_last_seq(torch.randn(5, 3, 4, 6, 5, generator=generator()) * 1.5).to(dtype)
+    x_seq[:, :, 0, 0] = settings.get("v_threshold", 0.5)  # on the threshold
+    x_seq[:, :, 0, 1] = 0.0
+    for x, steps in ((x_seq, None), (x_seq[:1], 5)):
+        rows = []
+        for lif in (plain, fast):
+            leaf = x.clone().requires_grad_()
+            spikes = lif(leaf, steps)
+            weights = torch.cos(torch.arange(spikes.numel(), dtype=dtype)).view(spikes.shape)
+            (spikes * weights).sum().backward()
+            rows.append((spikes.detach(), leaf.grad))
+        (s, g), (fast_s, fast_g) = rows
+        assert torch.equal(s, fast_s) and fast_s.stride() == s.stride()
+        tolerance = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.25}[dtype]
+        assert torch.allclose(g, fast_g, rtol=tolerance, atol=tolerance)
+    with torch.no_grad():
+        assert torch.equal(fast(x_seq), plain(x_seq))
+
+
 @pytest.mark.parametrize("tau, current, spikes", [
     (2.0, 1.5, [0, 1, 0, 1, 0, 1, 0, 1]), (4 / 3, 1.05, [0, 0, 1, 0, 0]),
     (4 / 3, 1.2, [0, 1, 0, 1, 0]), (4 / 3, 1.4, [1, 1, 1, 1, 1])])
@@ -128,6 +176,8 @@ def test_lif_fires_exactly_on_the_threshold(neuron):
 @pytest.mark.parametrize("alpha", [1.0, 2.0, 4.0])
 def test_surrogate_grad_is_the_derivative(name, alpha):
     u = torch.linspace(-2, 2, 80, dtype=torch.float64)  # not on the corner of a ramp
+    if name == "tanh":
+        u = u[u.abs() < 0.5]  # beyond, training has no gradient
     numeric = (surrogate(u + 1e-6, alpha, name) - surrogate(u - 1e-6, alpha, name)) / 2e-6
     assert torch.allclose(numeric, surrogate_grad(u, alpha, name), atol=1e-8)
     assert surrogate(torch.zeros(()), alpha, name) == 0.5
@@ -747,7 +797,7 @@ def test_algorithm_1_counts_are_exact(metric, regen, candidates, equal):
         momentum = torch.cat([optimizer.state[w]["momentum_buffer"].flatten()
                               for w in masks.weights.values()])
         target = training.sparsity_at(update, 6, 0.9)
-        pruned, between, back, _ = update_by(metric, masks, scores, target, regen, candidates,
+        pruned, between, back, *_ = update_by(metric, masks, scores, target, regen, candidates,
                                              update)
         survivors = before & ~pruned
         assert survivors.sum() == (masks.total
@@ -793,7 +843,7 @@ def test_regeneration_equals_brute_force(metric, candidates):
         else:
             ranked = torch.cat([w.grad.flatten() for w in masks.weights.values()]).abs()
         target = training.sparsity_at(update, 5, 0.8)
-        pruned, _, back, rescued = update_by(metric, masks, scores, target, 0.4, candidates, 0)
+        pruned, _, back, rescued, _ = update_by(metric, masks, scores, target, 0.4, candidates, 0)
         cut, _, tie_in_cut = brute_force(before, int((before & ~pruned).sum()), [magnitudes])
         competing = pruned if candidates == "new" else ~(before & ~pruned)
         best, rank, _ = brute_force(competing, int(back.sum()), [ranked, magnitudes])
@@ -815,10 +865,156 @@ def test_candidates_all_and_new_differ():
         masks = Masks(net)
         masks.flat[3] = False  # 0.2, of the channel with the higher score, died long ago
         masks.flat[2] = False
-        pruned, _, back[candidates], _ = update_by("criticality", masks, scores, 1 / 3, 0.5,
+        pruned, _, back[candidates], *_ = update_by("criticality", masks, scores, 1 / 3, 0.5,
                                                    candidates, 0)
         assert flat_indices(pruned) == [0, 1]
     assert flat_indices(back["all"]) == [2, 3] and flat_indices(back["new"]) == [0, 1]
+
+
+# 20 weights: four channels of four weights, and a classifier that reads them
+TWENTY = ([[.20, .18, .16, .14], [.12, .10, .08, .06], [.40, .38, .36, .34], [.32, .30, .28, .26]],
+          [[.50, .35, .05, .02]])
+TWENTY_SCORES = {"lif_a": torch.tensor([.1, .8, .5, .3])}
+
+
+def update_of_twenty(items, **settings):
+    """One update; items None: the text's. Return (masks, network, counts)."""
+    net = TwoLayers(*TWENTY)
+    masks = Masks(net, keep_momentum="momentum" in (items or ()))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
+    settings = dict(target=0.52, regen=0.2, score=masks.spread(TWENTY_SCORES), candidates="all",
+                    generator=generator()) | settings
+    if items is None:
+        change = script.prune_and_regenerate(masks, **settings)
+    else:
+        change = script.prune_and_regenerate_as_published(masks, **settings, items=items,
+                                                          optimizer=optimizer)
+    masks.apply(optimizer)
+    return masks, net, masks.record_update(change.pruned, change.regenerated, change.plain)
+
+
+@pytest.mark.parametrize("items", [None, set(), {"zero"}])
+def test_an_update_of_twenty_weights_in_the_text_s_reading(items):
+    masks, net, counts = update_of_twenty(items)
+    # of 20 - round(10.4) = 10 weights the 20 - round(12.32) = 8 largest stay; then two return by
+    # the score and |w|
+    assert flat_indices(masks.flat) == [4, 5, 8, 9, 10, 11, 12, 13, 16, 17]
+    assert (counts["pruned"], counts["regenerated"]) == (12, 2)
+    assert (counts["survived"], counts["survived_plain"]) == (2 / 12, 2 / 10)
+    assert net.a.weight[1].tolist() == ([0] * 4 if items else pytest.approx([.12, .10, 0, 0]))
+
+
+PUBLISHED_UPDATE = {"classifier", "zero", "ties"}
+
+
+def test_an_update_of_twenty_weights_as_published():
+    masks, net, counts = update_of_twenty(PUBLISHED_UPDATE)
+    # T1: int(9.6) = 9, and strictly above the ninth: the classifier keeps 0.50 and 0.35. The rest
+    # is 7, g = int(1.4) = 1; T2: strictly above the sixth of the others: five. One is to return,
+    # but all four of its channel have its score
+    assert flat_indices(masks.flat) == [4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 17]
+    assert masks.n_alive == 9 + 2  # the target is overshot
+    assert (counts["pruned"], counts["regenerated"]) == (13, 4)
+    assert (counts["survived"], counts["survived_plain"]) == (4 / 13, 4 / 11)
+    assert net.a.weight[1].tolist() == [0] * 4  # they return at 0
+    assert net.a.weight[2].tolist() == pytest.approx([.40, .38, .36, .34])
+    # r = 1: nothing but what returns, beside the classifier
+    all_return, *_ = update_of_twenty(PUBLISHED_UPDATE, regen=1.0)
+    assert flat_indices(all_return.flat) == [4, 5, 6, 7, 8, 9, 10, 11, 16, 17]
+    gmp, *_ = update_of_twenty(PUBLISHED_UPDATE, regen=0.0)  # K = 7, strictly above the seventh
+    assert flat_indices(gmp.flat) == [8, 9, 10, 11, 12, 13, 16, 17]
+
+
+def test_each_item_of_the_published_update_by_itself():
+    masks, *_ = update_of_twenty({"classifier"})
+    # exact counts: 10 stay in a plain cut, 0.50 and 0.35 of them in the classifier; of the other 8
+    # round(1.6) = 2 return
+    assert flat_indices(masks.flat) == [4, 5, 8, 9, 10, 11, 12, 13, 16, 17]
+    favoured = masks.spread(TWENTY_SCORES)
+    favoured[18:] = 9.0  # the classifier's dead weights have the highest scores
+    assert flat_indices(update_of_twenty(None, score=favoured)[0].flat)[-4:] == [16, 17, 18, 19]
+    fixed, *_ = update_of_twenty({"classifier"}, score=favoured)
+    assert flat_indices(fixed.flat)[-2:] == [16, 17] and fixed.n_alive == 10
+    ties, *_ = update_of_twenty({"ties"})
+    # K = 9, g = int(1.8) = 1; strictly above the eighth of all: seven, and a channel of four
+    assert flat_indices(ties.flat) == [4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 17]
+    new, *_ = update_of_twenty(PUBLISHED_UPDATE, candidates="new")
+    assert flat_indices(new.flat) == [4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 17]
+
+
+@pytest.mark.parametrize("items", [set(), {"zero"}, {"classifier"}, {"classifier", "zero"}])
+def test_published_items_without_ties_keep_the_counts(items):
+    net = small_net(5)
+    masks = Masks(net)
+    optimizer, rescued = torch.optim.SGD(net.parameters(), 0.1, 0.9), 0
+    for update in range(1, 7):
+        scores = train_a_little(net, masks, optimizer, update)
+        score = masks.spread(scores)
+        target = training.sparsity_at(update, 6, 0.9)
+        twin = Masks(net)
+        twin.load_state_dict(masks.state_dict())
+        before = masks.magnitudes()
+        expected = script.prune_and_regenerate(twin, target, 0.5, score, "all", generator(update))
+        found = script.prune_and_regenerate_as_published(
+            masks, target, 0.5, score, "all", generator(update), items, optimizer)
+        assert masks.n_alive == masks.keep_at(target)
+        if "classifier" not in items and not found.rescued + expected.rescued:
+            # one count may be rounded the other way
+            assert int((masks.flat ^ twin.flat).sum()) <= 2
+            assert torch.equal(found.plain, expected.plain)
+        masks.apply(optimizer)
+        now = masks.magnitudes()
+        came_back = found.regenerated & masks.flat & (before > 0)
+        rescued += int(came_back.sum())
+        assert bool(now[came_back].any()) == ("zero" not in items and bool(came_back.any()))
+    assert rescued > 10
+
+
+@pytest.mark.parametrize("keep_momentum", [False, True])
+def test_momentum_of_a_dead_weight_moves_it_on_its_return(keep_momentum):
+    net = TwoLayers([[1.0, 2.0]], [[3.0]])
+    masks = Masks(net, keep_momentum=keep_momentum)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
+    masks.flat[0] = False
+    for gradient in (1.0, 2.0):  # momentum 1, then 0.9 + 2
+        net.a.weight.grad = torch.tensor([[gradient, 0.0]])
+        optimizer.step()
+        masks.apply(optimizer)
+        assert net.a.weight[0].tolist() == [0, 2]
+    assert masks.violation(optimizer) is None
+    masks.flat[0] = True
+    net.a.weight.grad = torch.zeros(1, 2)
+    optimizer.step()
+    momentum = 0.9 * 2.9 if keep_momentum else 0.0
+    assert net.a.weight[0].tolist() == pytest.approx([-0.1 * momentum, 2])
+
+
+def test_the_plain_cut_equals_brute_force():
+    masks = Masks(TwoLayers(*TWENTY))
+    masks.flat[[9, 16]] = False
+    magnitudes = masks.magnitudes()
+    for keep in range(19):
+        alive = flat_indices(masks.flat)
+        gone = sorted(alive, key=lambda i: float(magnitudes[i]))[:max(0, 18 - keep)]
+        assert flat_indices(masks.cut_at(keep, magnitudes)) == sorted(gone)
+
+
+def test_one_cosine_over_both_stages():
+    """500 epochs: two thirds of the rate are left when pruning ends after 200."""
+    rates = [training.cosine(0.3, epoch, 500) for epoch in (0, 200, 499)]
+    assert rates == pytest.approx([0.3, 0.15 * (1 + math.cos(0.4 * math.pi)), 2.96e-6], abs=1e-8)
+    assert rates[1] / 0.3 == pytest.approx(0.6545, abs=1e-4)
+
+
+def test_the_published_loss():
+    """The cross-entropy of the mean output, divided by T: a T-th of its gradient."""
+    logits = torch.randn(5, 3, 4, generator=generator(), requires_grad=True)
+    labels = torch.tensor([0, 3, 2])
+    loss = training.loss_over_time(logits, labels, "mean-ce")
+    expected = F.cross_entropy(logits.mean(0), labels) / 5
+    assert loss.item() == pytest.approx(expected.item())
+    assert training.loss_over_time(logits[:1], labels, "mean-ce").item() == pytest.approx(
+        training.loss_over_time(logits[:1], labels).item())
 
 
 def test_the_steps_of_an_update_have_one_order():

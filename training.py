@@ -32,21 +32,22 @@ import models
 # ---- one step ------------------------------------------------------------------------
 
 
-def step(run, x, y, lr, record=None):
+def step(run, x, y, lr, record=None, by="derivative"):
     """Train on a batch. Return its scores, {LIF name: [C]}.
 
     x: [N, C, H, W], or [T, N, C, H, W] for events. y: [N]. lr: the learning rate.
     record: how the criticality of the neurons of a channel makes one score, "max" |
-    "mean"; None: there are no scores, and the dict is empty.
+    "mean"; None: there are no scores, and the dict is empty. by: what of the surrogate
+    is the score, "derivative" | "value" (see neurons.criticality).
     """
-    scores = backward(run, x, y, record)
+    scores = backward(run, x, y, record, by)
     descend(run.optimizer, lr)
     return scores
 
 
-def backward(run, x, y, record=None):
+def backward(run, x, y, record=None, by="derivative"):
     """Compute the loss of a batch and its gradient. Return the scores, as step does."""
-    with autocast(run.args), models.recording(run.net, record) as scores:
+    with autocast(run.args), models.recording(run.net, record, by) as scores:
         logits = run.forward(x)  # [T, N, K]
     loss = loss_over_time(logits, y, run.args.loss)
     run.net.zero_grad()
@@ -68,17 +69,24 @@ def autocast(args):
     return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
 
 
+LOSSES = ("ce", "mean-ce", "mse")
+
+
 def loss_over_time(logits, labels, kind="ce"):
     """Return the loss of logits [T, N, K] and labels [N], a mean over T and the batch.
 
     kind "ce": the cross-entropy of the output at each time step. INTERPRETATION: the
     paper names no loss; this is LTH-SNN's.
+    kind "mean-ce", published code: the cross-entropy of the mean over T of the output,
+    divided by T.
     kind "mse": the squared distance between the one-hot label and the mean of the
     output over T, which is a firing rate where the output spikes.
     """
     if kind == "mse":
         rate = logits.float().mean(0)
         return F.mse_loss(rate, F.one_hot(labels, rate.shape[1]).to(rate.dtype))
+    if kind == "mean-ce":
+        return F.cross_entropy(logits.float().mean(0), labels) / len(logits)
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.repeat(len(logits)))
 
 

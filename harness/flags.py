@@ -16,6 +16,7 @@ from pathlib import Path
 
 import data
 import models
+import training
 from harness import presets, processes
 from harness.machine import is_out_of_memory
 from neurons import RESETS, SURROGATES
@@ -61,7 +62,7 @@ def make_parser(doc):
              "event camera")
 
     group = parser.add_argument_group(
-        "model", "The flags of the neuron, --tau to --detach-reset, have the network's "
+        "model", "The flags of the neuron, --tau to --strict, have the network's "
         "own values as defaults:\nthose of plans.py, else those of neurons.py.")
     add = group.add_argument
     add("--model", choices=models.NAMES, help="the network")
@@ -84,6 +85,10 @@ def make_parser(doc):
         help="the potential after a spike. hard: 0; soft: lower by the threshold")
     add("--detach-reset", action=argparse.BooleanOptionalAction,
         help="no gradient flows through the spike in the reset")
+    add("--decay-input", action=argparse.BooleanOptionalAction,
+        help="the input current is divided by tau as well")
+    add("--strict", action=argparse.BooleanOptionalAction,
+        help="a neuron fires above its threshold, and not on it")
     add("--init", metavar="MODEL.pt",
         help="start from this network, for instance a trained dense one")
 
@@ -92,9 +97,10 @@ def make_parser(doc):
         help="images a step, over all processes")
     add("--lr", type=number(0, above=True),
         help="learning rate at the start of a stage")
-    add("--loss", choices=("ce", "mse"),
-        help="ce: cross-entropy of the output at each time step; mse: squared distance "
-             "of the output's firing rate to the label")
+    add("--loss", choices=training.LOSSES,
+        help="ce: cross-entropy of the output at each time step; mean-ce: that of the "
+             "mean output, divided by T; mse: squared distance of the output's firing "
+             "rate to the label")
     add("--momentum", type=number(0, 1), help="momentum of SGD, a fraction in [0, 1)")
     add("--weight-decay", type=number(0), help="L2 decay of all parameters")
 
@@ -168,7 +174,8 @@ def parse(parser, argv, script, complete, run_name):
             config = read_config(folder, parser)
         for flag, value in given.items():
             may_differ = flag in MAY_DIFFER or flag == "run_dir"
-            if flag in config and config[flag] != value and not may_differ:
+            agrees = config.get(flag, value) in (value, getattr(args, flag))
+            if not agrees and not may_differ:
                 parser.error(
                     f"{folder} was made with --{flag.replace('_', '-')} "
                     f"{config[flag]}, this command says {value}. Leave the flag out, "
@@ -233,7 +240,8 @@ def explain_defaults(parser, tables):
     for action in parser._actions:
         names_of = {}  # {default: data sets}
         for name, table in tables.items():
-            names_of.setdefault(table.get(action.dest), []).append(name)
+            value = table.get(action.dest)
+            names_of.setdefault(None if value == [] else value, []).append(name)
         usual, *others = names_of
         if others or (usual is not None and usual is not False):
             shown = [str(usual)]
@@ -255,10 +263,11 @@ def read_config(folder, parser):
             value = config.get(action.dest)
             if value is None:
                 continue
-            if action.type is not None:
-                action.type(str(value))
-            if action.choices and value not in action.choices:
-                raise ValueError
+            for item in value if action.nargs == "*" else [value]:
+                if action.type is not None:
+                    action.type(str(item))
+                if action.choices and item not in action.choices:
+                    raise ValueError
     except (ValueError, AttributeError, argparse.ArgumentTypeError):
         raise ValueError(f"{path} is damaged, expected a JSON object. Start again with "
                          f"--overwrite") from None

@@ -53,7 +53,7 @@ ROWS = {
             model="small", width=1.0, time_steps=4, init=None,
             # the neuron; None: the network's own
             tau=None, threshold=None, alpha=None, surrogate=None, reset=None,
-            detach_reset=None,
+            detach_reset=None, decay_input=None, strict=None,
             batch_size=64, lr=0.1, loss="ce", momentum=0.9, weight_decay=5e-4,
             device=None, precision="fp32", compile=False, sync_bn=False, seed=0,
             run_dir=None, save_every=10.0, resume=False, overwrite=False, smoke=False),
@@ -61,7 +61,7 @@ ROWS = {
         channels=dict(epochs_pretrain=8, epochs_finetune=8),
         unstructured=dict(
             sparsity=0.9, regen=None, metric="criticality", aggregate="max",
-            candidates="all",
+            candidates="all", as_published=[],
             regen_rates={0.90: 0.5, 0.95: 0.2, 0.98: 0.1}),  # {sparsity: r}
         # GraNet's code (arXiv 2106.10404) has the death rate 0.5 at any sparsity
         granet=dict(sparsity=0.9, death_rate=0.5),
@@ -72,7 +72,7 @@ ROWS = {
         structured=dict(
             method="criticality", metric="criticality", regen_base="kept",
             prune_ratio=None, regen=None, target_macs=None, l1=3e-3, finetune_l1=False,
-            weight_decay=1e-4),
+            weight_decay=1e-4, as_published=[]),
         greg=dict(method="greg1", prune_ratio=None, target_macs=None, epochs_prune=4),
         # matched: the epochs of the criticality paper. full: those of LTH-SNN's code
         lottery=dict(

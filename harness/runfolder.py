@@ -50,7 +50,8 @@ SUMMARY_KEYS = [
     "prune_ratio", "sparsity", "sparsity_all", "layers", "parameters",
     "parameters_alive", "macs", "macs_dense", "macs_first_once", "macs_every_step",
     "sops", "energy_mj", "firing_rate", "speedup_batch1", "speedup_batch32", "epochs",
-    "training_cost", "survived_by_regeneration", "seconds", "peak_memory_mib"]
+    "training_cost", "survived_by_regeneration", "as_published", "seconds",
+    "peak_memory_mib"]
 
 
 class Broken(RuntimeError):
@@ -280,7 +281,7 @@ class Run:
         for name in update.rescued:
             self.say(f"  note: {name} would have lost all weights; its largest one is "
                      f"kept")
-        counts = self.masks.record_update(update.pruned, update.regenerated)
+        counts = self.masks.record_update(update.pruned, update.regenerated, update.plain)
         row = dict(update=len(self.updates) + 1, iteration=self.iteration,
                    target=target, before=update.before, **counts, **more)
         for key, values in (layers or {}).items():
@@ -386,6 +387,7 @@ class Run:
             test_accuracy=rows[-1]["test_accuracy"], macs_dense=counts["macs"],
             dense_accuracy=self.notes.get("dense_accuracy"),
             training_cost=sum(densities) / len(densities),
+            as_published=vars(args).get("as_published"),
             seconds=sum(row["seconds"] for row in rows))
         if masks is not None and counts["sparsity"] > 0:
             known |= self._compact()

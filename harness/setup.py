@@ -17,6 +17,7 @@ from torch import nn
 
 import data
 import models
+import plans
 import training
 from harness import processes
 from harness.flags import SMOKE_IMAGES
@@ -101,13 +102,15 @@ def build(args, images, widths=None):
     """
     *_, channels, side = images.x_train.shape[:-1]
     check_images(args, images, side)
+    name = plans.as_published(args.model, vars(args).get("as_published", []))
     if widths is None:
-        widths = models.default_widths(args.model, args.width)
+        widths = models.default_widths(name, args.width)
     neuron = dict(tau=args.tau, v_threshold=args.threshold, alpha=args.alpha,
                   surrogate=args.surrogate, reset=args.reset,
-                  detach_reset=args.detach_reset)
-    neuron = {name: value for name, value in neuron.items() if value is not None}
-    net = models.build(args.model, images.num_classes, channels, side, args.time_steps,
+                  detach_reset=args.detach_reset, decay_input=args.decay_input,
+                  strict=args.strict)
+    neuron = {key: value for key, value in neuron.items() if value is not None}
+    net = models.build(name, images.num_classes, channels, side, args.time_steps,
                        widths, args.encoding, neuron)
     check_last_batch(args, images, net.config)
     net.set_normalisation(images.mean, images.std)

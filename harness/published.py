@@ -1,0 +1,145 @@
+"""--as-published: what the published code does instead of the paper's text, as items.
+
+    published.add_flag(add, "unstructured")    # --as-published [ITEM ...]
+    published.complete(args, explicit, "unstructured")    # in the script's complete()
+    "cosine" in args.as_published              # in the script: True if it was asked for
+
+The published code is the public repository MmPple/pruning-criticality (commit ee3170e,
+15 May 2024). It names no paper, but its scripts, flags and figures are in all
+likelihood those of the experiments of arXiv 2311.16141. It has no licence: facts of it
+are used here, and none of its code. docs/interpretations.md lists the differences.
+
+An item that is nothing but other flags sets them. The others are a few lines in the
+script, in masks.py or in models.py, tagged "published code".
+"""
+import argparse
+from types import SimpleNamespace
+
+import plans
+
+# Mean and deviation of CIFAR-10, which the published code also has for CIFAR-100
+CIFAR10 = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
+CIFAR = ("cifar10", "cifar100")
+
+# {script: {item: (what it does, the flags that it sets)}}
+ITEMS = {
+    "unstructured": {
+        "neuron": (
+            "input not decayed, fires above 0.5, tanh surrogate, gradient through the "
+            "reset", dict(surrogate="tanh", threshold=0.5, detach_reset=False,
+                          decay_input=False, strict=True)),
+        "pooling": ("average pooling instead of maximum (vgg16, small)", {}),
+        "score": ("the value of the surrogate, which grows with the potential, instead "
+                  "of its derivative", {}),
+        "classifier": ("the last layer keeps what a plain cut to the target leaves it: "
+                       "it is neither cut further nor regenerated", {}),
+        "zero": ("a weight that comes back is always 0", {}),
+        "momentum": ("dead weights keep their momentum, which goes on collecting their "
+                     "gradient", {}),
+        "ties": ("equal scores all come back, so that the target is missed by up to a "
+                 "channel; counts are truncated", {}),
+        "cosine": ("one cosine over both stages, a step an epoch", {}),
+        "loss": ("cross-entropy of the mean output, divided by T",
+                 dict(loss="mean-ce")),
+        "cutout": ("a hole of 16 pixels in training images (without a name: on CIFAR)",
+                   dict(cutout=16)),
+        "network": ("the pre-activation ResNet-19 (resnet19)", {}),
+    },
+    "structured": {
+        "neuron": ("gradient through the reset", dict(detach_reset=False)),
+        "pooling": ("average pooling instead of maximum (vgg16, small)", {}),
+        "bn": ("batch normalisation of each time step by itself", {}),
+        "count": ("counts are truncated, equal scores all come back", {}),
+        "decay": ("no weight decay", dict(weight_decay=0.0)),
+        "network": ("the pre-activation ResNet-19, of which all channels behind a BN "
+                    "are ranked (resnet19)", {}),
+        "normalisation": ("CIFAR-100 normalised as CIFAR-10", {}),
+    },
+}
+
+
+class Items(argparse.Action):
+    """An argparse action: a flag without a value has the value ["all"]."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, values or ["all"])
+
+
+def add_flag(add, script):
+    """Add --as-published to a group of flags. add: its add_argument."""
+    items = "; ".join(f"{item}: {text}" for item, (text, _) in ITEMS[script].items())
+    add("--as-published", nargs="*", action=Items, choices=ITEMS[script],
+        metavar="ITEM",
+        help=f"do these items, or without a name all that fit network and data set, as "
+             f"the published code does instead of the paper's text. {items}")
+
+
+def complete(args, explicit, script):
+    """Resolve args.as_published into a list of items, and set the flags that they
+    imply. Raise ValueError for an item without a meaning, and for a flag that
+    contradicts one.
+
+    explicit: {flag: value} from the command line and config.json.
+    """
+    named, known = args.as_published, ITEMS[script]
+    wanted = list(known) if named == ["all"] else [i for i in known if i in named]
+    unfit = {item: why for item in wanted if (why := misfit(args, item))}
+    if named != ["all"]:
+        for item, why in unfit.items():
+            raise ValueError(f"--as-published {item} does nothing with {why}. Leave it "
+                             f"out")
+    elif args.dataset not in CIFAR:
+        unfit["cutout"] = "other images"  # Tiny-ImageNet has none there
+    args.as_published = [item for item in wanted if item not in unfit]
+    for item in args.as_published:
+        for flag, value in known[item][1].items():
+            if explicit.get(flag, value) != value:
+                raise ValueError(
+                    f"--{flag.replace('_', '-')} is {explicit[flag]}, but "
+                    f"--as-published {item} sets it to {value}. Leave it out, or name "
+                    f"the other items")
+            setattr(args, flag, value)
+
+
+def misfit(args, item):
+    """Return why an item means nothing to a run, in words; None if it does."""
+    renamed = plans.AS_PUBLISHED.get(item)
+    if renamed is not None and args.model not in renamed:
+        return f"--model {args.model}, expected one of {', '.join(renamed)}"
+    if item == "normalisation" and args.dataset != "cifar100":
+        return f"--dataset {args.dataset}, expected cifar100"
+    if item == "cutout" and args.encoding == "events":
+        return "events, expected images"
+    return None
+
+
+def implied(config):
+    """Return the flags that a run's items have set, a set. config: its config.json."""
+    items = config.get("as_published") or []
+    script = config.get("script", "").removeprefix("prune_")
+    return {flag for item in items for flag in ITEMS[script][item][1]}
+
+
+def is_whole(config):
+    """Return whether a run has all items that fit it."""
+    script = config["script"].removeprefix("prune_")
+    args = SimpleNamespace(**config | dict(as_published=["all"]))
+    complete(args, {}, script)
+    return config["as_published"] == args.as_published
+
+
+def words(config):
+    """Return how a run differs from the text in words: "as published", "published
+    cosine + zero"; "" if it does not."""
+    items = config.get("as_published")
+    if not items:
+        return ""
+    return "as published" if is_whole(config) else f"published {' + '.join(items)}"
+
+
+def suffix(args, script):
+    """Return the words of a run's name for its items: "-published",
+    "-published-cosine-zero", or ""."""
+    text = words(vars(args) | dict(script=f"prune_{script}"))
+    parts = text.removeprefix("as ").replace("+", "").split()
+    return "".join(f"-{part}" for part in parts)
