@@ -24,9 +24,6 @@ import metrics
 import models
 from masks import select
 
-PARTS = ("conv.weight", "conv.bias", "bn.weight", "bn.bias", "bn.running_mean",
-         "bn.running_var")  # the tensors of a layer with a row for each channel
-
 
 class Choice(NamedTuple):
     """Which channels stay, and why. Rows are [M] bool."""
@@ -38,14 +35,14 @@ class Choice(NamedTuple):
 
 def layers(net):
     """Return (names, numbers of channels) of the layers that can lose channels."""
-    names = list(models.removable(net))
-    return names, [len(net.get_submodule(name).bn.weight) for name in names]
+    return list(models.removable(net)), [len(scale) for scale in scales(net)]
 
 
 def scales(net):
     """Return the scales gamma of those layers' batch normalisation, a list of [C]
     parameters."""
-    return [net.get_submodule(name).bn.weight for name in models.removable(net)]
+    return [net.get_submodule(group.bn).weight
+            for group in models.removable(net).values()]
 
 
 def gammas(net):
@@ -73,16 +70,24 @@ def largest(gamma, ratio):
     return select(all_channels, keep, keys, None)
 
 
-def largest_of_empty_layers(kept, gamma, sizes):
+def may_be_empty(net):
+    """Return for each layer that can lose channels whether it can lose all of them, a
+    list of bools."""
+    return [group.may_be_empty for group in models.removable(net).values()]
+
+
+def largest_of_empty_layers(kept, gamma, sizes, may_be_empty=None):
     """Return the channel with the largest |gamma| of each layer that keeps none, [M]
     bool; of equal ones the lowest index.
 
     kept: [M] bool. gamma: |gamma|, [M]. sizes: the number of channels of each layer.
+    may_be_empty: for each layer whether it may keep none; None: no layer may.
     """
     added = torch.zeros_like(kept)
-    rows = zip(kept.split(sizes), gamma.split(sizes), added.split(sizes))
-    for keep, value, new in rows:
-        if not keep.any():
+    allowed = may_be_empty or [False] * len(sizes)
+    rows = zip(kept.split(sizes), gamma.split(sizes), added.split(sizes), allowed)
+    for keep, value, new, is_allowed in rows:
+        if not keep.any() and not is_allowed:
             new[value.argmax()] = True
     return added
 
@@ -91,7 +96,7 @@ def check_ratio(net, ratio, target=0.0):
     """Raise ValueError if a ratio leaves fewer channels than there are layers, or if a
     share `target` of the MACs cannot be removed."""
     groups = models.removable(net)
-    if not groups or not all(hasattr(net.get_submodule(name), "bn") for name in groups):
+    if not groups or any(group.bn is None for group in groups.values()):
         raise ValueError(f"{net.config['name']} has no channels with batch "
                          f"normalisation, expected some, since its gamma ranks what is "
                          f"removed. Take another --model, or prune_unstructured.py")
@@ -145,16 +150,28 @@ def silence(net, kept):
     """
     masked = copy.deepcopy(net)
     for name, keep in kept.items():
-        bn = masked.get_submodule(name).bn
+        bn = masked.get_submodule(models.removable(net)[name].bn)
         for parameter in (bn.weight, bn.bias):
             parameter.mul_(keep.to(parameter.device))
     return masked
 
 
+def stored(net, kept):
+    """Return the channels that remove(net, kept) stores, as `kept`: those that stay,
+    without the ones that feed nothing any more."""
+    found, groups = dict(kept), models.removable(net)
+    for name, group in groups.items():
+        fed = kept.get(group.feeds)
+        if fed is not None and not fed.any():
+            size = net.config["widths"][group.width]
+            found[name] = torch.zeros(size, dtype=torch.bool, device=fed.device)
+    return found
+
+
 def kept_widths(net, kept):
     """Return the list of widths of the network that remove(net, kept) makes."""
     groups, widths = models.removable(net), list(net.config["widths"])
-    for name, keep in kept.items():
+    for name, keep in stored(net, kept).items():
         widths[groups[name].width] = int(keep.count_nonzero())
     return widths
 
@@ -174,9 +191,9 @@ def kept_indices(net, kept):
     True = kept}; a layer that is not named keeps all.
     """
     groups, rows, columns = models.removable(net), {}, {}
-    for name, keep in kept.items():
+    for name, keep in stored(net, kept).items():
         group, keep = groups[name], keep.to(net.mean.device)
-        rows |= {f"{name}.{part}": keep for part in PARTS}
+        rows |= dict.fromkeys(group.rows, keep)
         # a flattened map is channel-major: each channel owns `repeat` columns in a row
         columns[group.reader] = keep.repeat_interleave(group.repeat).nonzero().T
     indices = {}
@@ -200,7 +217,7 @@ def remove(net, kept):
 
     kept: {layer: [C] bool, True = kept}; a layer that is not named keeps all.
     Raises ValueError for unknown layers, wrong shapes, and a layer that would be left
-    empty.
+    empty but must not be.
     """
     groups = models.removable(net)
     for name, keep in kept.items():
@@ -208,16 +225,16 @@ def remove(net, kept):
             raise ValueError(f"the channels of {name!r} cannot be removed, expected a "
                              f"layer out of {', '.join(groups)}")
         size = net.config["widths"][groups[name].width]
-        if keep.dtype != torch.bool or keep.shape != (size,) or not keep.any():
+        is_left = keep.any() or groups[name].may_be_empty
+        if keep.dtype != torch.bool or keep.shape != (size,) or not is_left:
             raise ValueError(f"kept[{name!r}] is {keep.dtype} of shape "
                              f"{tuple(keep.shape)}, {int(keep.count_nonzero())} not 0, "
                              f"expected {size} bools with at least one True")
     with torch.device("meta"):  # no memory, and no draw from torch's generator
         small = models.build(**net.config | dict(widths=kept_widths(net, kept)))
-    state = net.state_dict()
-    small.load_state_dict({name: state[name][index].clone()
-                           for name, index in kept_indices(net, kept).items()},
-                          assign=True)
+    state, indices = net.state_dict(), kept_indices(net, kept)
+    small.load_state_dict({name: state[name][indices[name]].clone()
+                           for name in small.state_dict()}, assign=True)
     small.mean, small.std = net.mean.clone(), net.std.clone()
     return small.train(net.training).to(memory_format=torch.channels_last)
 
@@ -260,6 +277,7 @@ def choice_record(net, ratio, choice, scores=None, spiked=None):
     """
     names, sizes = layers(net)
     kept, regenerated, rescued = choice
+    left = stored(net, dict(zip(names, kept.split(sizes))))
     alike = {name: torch.arange(size) >= min(size - 1, round(ratio * size))
              for name, size in zip(names, sizes)}  # the same ratio in each layer
     never_spiked = None
@@ -277,7 +295,7 @@ def choice_record(net, ratio, choice, scores=None, spiked=None):
         start += size
         record["layers"].append(dict(
             name=name, channels=size,
-            kept=kept[of_layer].nonzero().flatten().tolist(),
+            kept=left[name].nonzero().flatten().tolist(),
             regenerated=regenerated[of_layer].nonzero().flatten().tolist(),
             rescued=rescued[of_layer].nonzero().flatten().tolist(),
             gamma=gamma_of[of_layer].tolist(),
@@ -340,7 +358,8 @@ def compared_with_dense(dense, small):
     its layers with the weights that they had, the sparsity over all parameters, the
     MACs before."""
     before, after = metrics.parameters(dense), metrics.parameters(small)
-    return dict(layers=[layer | dict(alive=now["weights"])
-                        for layer, now in zip(before["layers"], after["layers"])],
+    left = {layer["name"]: layer["weights"] for layer in after["layers"]}
+    return dict(layers=[layer | dict(alive=left.get(layer["name"], 0))
+                        for layer in before["layers"]],
                 macs_dense=sum(metrics.macs(dense.config).values()),
                 sparsity_all=1 - after["parameters"] / before["parameters"])

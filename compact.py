@@ -36,52 +36,63 @@ def keep_one(kept, before, alive):
     one with the fewest alive weights, which needs the fewest channels before it.
 
     kept, before: [C] bool, what would stay and what was there. alive: the mask of the
-    layer's weight. Changes `kept`, and returns it.
+    layer's weight; None: it has none, and the first channel stays. Changes `kept`, and
+    returns it.
     """
     if not kept.any():
-        inputs = alive.flatten(1).count_nonzero(1)
+        inputs = torch.zeros_like(kept, dtype=torch.long)
+        if alive is not None:
+            inputs = alive.flatten(1).count_nonzero(1)
         kept[torch.where(before, inputs, inputs.max() + 1).argmin()] = True
     return kept
+
+
+def feeders(net):
+    """Return {name of a weight: the layer whose channels are its rows}, of the layers
+    that can lose channels."""
+    return {group.weight: name for name, group in models.removable(net).items()
+            if group.weight is not None}
 
 
 def drop_unread(net, alive):
     """Return the channels that some alive weight reads, {layer: [C] bool}, True = kept.
 
     alive: {name of a weight: bool tensor, True = alive}. A layer keeps at least one
-    channel. Exact in training and in evaluation.
+    channel, but for one that may lose all. Exact in training and in evaluation.
 
     One pass from the last layer to the first finds all: a weight into a channel that
     goes reads nothing any more.
     """
-    kept = dict.fromkeys(models.removable(net))  # in the order of the network
+    kept, made_by = dict.fromkeys(models.removable(net)), feeders(net)  # in order
     for name, group in reversed(models.removable(net).items()):
         readers = alive[group.reader]
-        reader_layer = group.reader.removesuffix(".conv.weight")
-        if reader_layer in kept:
-            readers = readers[kept[reader_layer]]
+        if group.reader in made_by:
+            readers = readers[kept[made_by[group.reader]]]
         # a flattened map is channel-major: each channel owns `repeat` columns in a row
         columns = readers.flatten(1).any(0)
         read = columns.view(readers.shape[1] // group.repeat, -1).any(1)
-        all_channels = torch.ones_like(read)
-        kept[name] = keep_one(read, all_channels, alive[f"{name}.conv.weight"])
+        kept[name] = read
+        if not group.may_be_empty:
+            all_channels = torch.ones_like(read)
+            kept[name] = keep_one(read, all_channels, alive.get(group.weight))
     return kept
 
 
-def constant_current(net, name):
+def constant_current(net, group):
     """Return the input current of a layer's channels if no weight brings any, [C].
 
     It is what BN makes of 0 in eval mode; without BN it is the bias of the
-    convolution, or 0.
+    convolution, or 0. group: a models.Removable.
     """
-    layer = net.get_submodule(name)
-    if hasattr(layer, "bn"):
-        bn = layer.bn
+    if group.bn is not None:
+        bn = net.get_submodule(group.bn)
         zeros = torch.zeros_like(bn.weight).view(1, -1, 1, 1)
         return F.batch_norm(zeros, bn.running_mean, bn.running_var, bn.weight, bn.bias,
                             eps=bn.eps).flatten()
-    if layer.conv.bias is not None:
-        return layer.conv.bias
-    return layer.conv.weight.new_zeros(len(layer.conv.weight))
+    conv = net.get_submodule(group.weight.removesuffix(".weight"))
+    if conv.bias is not None:
+        return conv.bias
+    return conv.weight.new_zeros(len(conv.weight))
 
 
 @torch.no_grad()
@@ -91,22 +102,27 @@ def drop_silent(net, alive, kept):
 
     A channel goes if it has no alive weight from a kept channel, and if its constant
     current leaves the potential below the threshold at any T. A layer keeps at least
-    one channel.
+    one channel, but for one that may lose all. Channels that are picked from a stream
+    stay: all that feeds the stream feeds them.
 
     One pass from the first layer to the last finds all: a weight from a silent channel
     brings nothing.
     """
     groups, kept = models.removable(net), dict(kept)
-    feeders = {group.reader: name for name, group in groups.items()}
+    read_by = {group.reader: name for name, group in groups.items()}
     for name, group in groups.items():
-        weight = f"{name}.conv.weight"
-        inputs = alive[weight]
-        if weight in feeders:  # else all that it reads is there
-            inputs = inputs[:, kept[feeders[weight]]]
+        if group.weight is None:
+            continue
+        inputs = alive[group.weight]
+        if group.weight in read_by:  # else all that it reads is there
+            inputs = inputs[:, kept[read_by[group.weight]]]
         is_fed = inputs.flatten(1).any(1)
         lif = net.get_submodule(group.lif)
-        fires = lif.limit(constant_current(net, name)) >= lif.v_threshold
-        kept[name] = keep_one(kept[name] & (is_fed | fires), kept[name], alive[weight])
+        fires = lif.limit(constant_current(net, group)) >= lif.v_threshold
+        left = kept[name] & (is_fed | fires)
+        if not group.may_be_empty:
+            left = keep_one(left, kept[name], alive[group.weight])
+        kept[name] = left
     return kept
 
 
@@ -124,9 +140,9 @@ def needed(net, alive):
 def without(net, alive, kept):
     """Return a network with the kept channels only, and its masks, {name of a weight:
     bool tensor}."""
-    indices = channels.kept_indices(net, kept)
-    masks = {name: mask[indices[name]] for name, mask in alive.items()}
-    return channels.remove(net, kept), masks
+    indices, small = channels.kept_indices(net, kept), channels.remove(net, kept)
+    masks = {name: alive[name][indices[name]] for name in models.scored_by(small)}
+    return small, masks
 
 
 def describe(dense, small):

@@ -18,13 +18,13 @@ What is counted, and how:
   pixels or frames of events, runs at all steps in both.
 - SOPs: synaptic operations. One is a spike arriving at an alive weight: each input
   spike counts the alive weights that it meets at output positions inside the map,
-  borders exact; per image, over all T steps. The first layer reads real numbers, not
-  spikes: its work is MACs. Where the input is spikes or counts of events it is SOPs. An
-  average of n spikes counts as n spikes (the 1/n folds into the weights), a count of n
-  events as n.
-- Energy: 4.6 pJ a MAC of the first layer (as often as it runs) and 0.9 pJ a SOP, in mJ
-  an image: 45 nm arithmetic in 32-bit floating point (Horowitz 2014), no memory
-  traffic. It is a model, not a measurement.
+  borders exact; per image, over all T steps. A layer that reads real numbers and not
+  spikes does MACs and no SOPs: the first one, one behind average pooling, and the
+  shortcut of a pre-activation ResNet. A first layer that reads spikes or counts of
+  events does SOPs, n for a count of n events.
+- Energy: 4.6 pJ a MAC of the layers that read real numbers (as often as they run) and
+  0.9 pJ a SOP, in mJ an image: 45 nm arithmetic in 32-bit floating point (Horowitz
+  2014), no memory traffic. It is a model, not a measurement.
 - Firing rate: spikes / (T * N * neurons), of the network over all its neurons, not the
   mean of the layers' rates.
 """
@@ -181,20 +181,23 @@ def count(net, batches, alive=None):
     was_training = net.training
     net.eval()
     layers = prunable_layers(net)
-    first = next(iter(layers))
     layer_macs = macs(net.config)
+    reads_numbers = set(net.reads_numbers)
+    if net.encoding == "direct":
+        reads_numbers.add(next(iter(layers)))
     sums, runs, images_seen = {}, {}, 0
 
     def arrive(name, x):
+        runs[name] = runs.get(name, 0) + len(x)
+        if name in reads_numbers:
+            return
         # The sum over T * N as a product with ones: many times faster than sum(0) on a
         # CPU, and as exact, since float32 holds whole numbers to 2**24.
         rows = x.movedim(1, -1)  # as channels_last has it in memory
         flat = rows.flatten(1).float()
         spikes = (flat.new_ones(len(flat)) @ flat).double()
         spikes = spikes.view(rows.shape[1:]).movedim(-1, 0)
-        spikes = spikes * net.averaged.get(name, 1)
         sums[name] = sums[name] + spikes if name in sums else spikes
-        runs[name] = runs.get(name, 0) + len(x)
 
     with firing(net) as spikes, hooks(layers, before=arrive):
         for images in batches:
@@ -204,22 +207,21 @@ def count(net, batches, alive=None):
 
     rate, by_layer = rates(spikes)
     steps = max(runs.values()) / images_seen
-    reads_numbers = net.encoding == "direct"
-    first_macs = layer_macs[first] * runs[first] / images_seen  # once, or every step
+    real_macs = sum(layer_macs[name] * runs[name] / images_seen  # once, or every step
+                    for name in reads_numbers)
     nominal, sops = 0.0, {}
     for name, module in layers.items():
-        if name == first and reads_numbers:
+        if name in reads_numbers:
             continue
         if alive is None:
             mask = torch.ones_like(module.weight, dtype=torch.bool)
         else:
             mask = alive[f"{name}.weight"]
         sops[name] = fan_out(module, mask, sums[name]) / images_seen
-        share = (float(sums[name].sum()) / (runs[name] * sums[name].numel())
-                 / net.averaged.get(name, 1))
+        share = float(sums[name].sum()) / (runs[name] * sums[name].numel())
         nominal += share * layer_macs[name] * steps
     total = sum(sops.values())
-    picojoules = PJ_PER_MAC * first_macs * reads_numbers + PJ_PER_SOP * total
+    picojoules = PJ_PER_MAC * real_macs + PJ_PER_SOP * total
     return (parameters(net, alive)
             | conventions(layer_macs, round(steps), net.encoding)
             | dict(sops=total, sops_nominal=nominal, layer_sops=sops,

@@ -17,7 +17,8 @@ Time: layers without state see [T*N, ...] in one call; only the LIF sees T. Dire
 coding: an image is the same at every step, so the first convolution and its BN run once
 and not T times. BN has one set of parameters for all steps and takes its statistics
 over T*N*H*W together. LTH-SNN's code calls BN once a step instead (statistics over
-N*H*W), which is slower.
+N*H*W), which is slower; so does the criticality paper's published code for channels:
+bn_per_step.
 
 uint8 images are normalised by the network itself: (x / 255 - mean) / std. Images that
 are floating point already are taken as they are. Other encodings of the input:
@@ -26,7 +27,6 @@ are floating point already are taken as they are. Other encodings of the input:
   prediction is always the same;
 - "events": frames [T, N, 2, H, W] of event counts, taken as they are.
 """
-import math
 import zipfile
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -45,17 +45,19 @@ FORMAT = 1  # of model.pt; raised when old files can no longer be read
 
 
 def build(name, num_classes, in_channels, image_size, time_steps, widths=None,
-          encoding="direct", neuron=None):
+          encoding="direct", neuron=None, bn_per_step=False):
     """Return a freshly initialised network; torch's global generator draws its weights.
 
     name: one of NAMES, the rows of plans.NETWORKS.
     image_size: pixels, of square images.
     widths: the channels of each layer (see default_widths), one number a convolution or
     hidden linear layer. ResNet-19 has 18: the stem, then inner and outer channels of
-    each of the 8 blocks, then fc1.
+    each of the 8 blocks, then fc1. The pre-activation one has 26 (see PreResNet19).
     encoding: of the input, "direct" | "rate" | "events".
     neuron: a dict of arguments of LIF; those that it does not name are the network's
     own.
+    bn_per_step: whether BN takes its statistics, in training, at each time step by
+    itself. An image that is the same at each step is seen once all the same.
     Raises ValueError for names, sizes and widths that do not make a network.
     """
     plans.check_name(name)
@@ -65,25 +67,30 @@ def build(name, num_classes, in_channels, image_size, time_steps, widths=None,
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{key} is {value!r}, expected a whole number of at least "
                              f"1")
-    usual = default_widths(name)
+    plan, usual = plans.NETWORKS[name], default_widths(name)
     widths = usual if widths is None else list(widths)
-    are_numbers = all(isinstance(width, int) and width >= 1 for width in widths)
+    least = 0 if plan.preactivation else 1  # a block may be left without inner channels
+    are_numbers = all(isinstance(width, int) and width >= least for width in widths)
     if len(widths) != len(usual) or not are_numbers:
         raise ValueError(f"{name} got widths {widths}, expected {len(usual)} whole "
-                         f"numbers of at least 1, such as {usual}")
+                         f"numbers of at least {least}, such as {usual}")
     if encoding not in ENCODINGS:
         raise ValueError(f"encoding is {encoding!r}, expected one of "
                          f"{', '.join(ENCODINGS)}")
-    plan = plans.NETWORKS[name]
     neuron = plan.neuron | (neuron or {})
-    network = ResNet19 if plan.stages else VGG
+    network = VGG
+    if plan.stages:
+        network = PreResNet19 if plan.preactivation else ResNet19
     net = network(plan, num_classes, in_channels, image_size, time_steps, widths,
                   neuron)
     if plan.start == "lth-snn":
         start_as_lth_snn(net)
+    for module in net.modules():
+        if isinstance(module, (ConvBN, PickBN)):
+            module.bn_per_step = bn_per_step
     net.encoding = encoding
     net.config = dict(name=name, **sizes, widths=widths, encoding=encoding,
-                      neuron=neuron)
+                      neuron=neuron, bn_per_step=bn_per_step)
     return net
 
 
@@ -115,31 +122,72 @@ class PointwiseConv2d(nn.Conv2d):
         return F.conv2d(x[..., ::rows, ::columns], self.weight, self.bias)
 
 
-class ConvBN(nn.Sequential):
-    """Convolution without bias, then batch normalisation: [N, C, H, W] -> [N, C', H',
-    W']. Without `norm` it is the convolution alone, with or without a bias."""
+def normalised(bn, x_seq, per_step):
+    """Apply batch normalisation to [T, N, C, H, W]. per_step: in training, to each time
+    step by itself. In eval mode that is the same."""
+    if per_step and bn.training:
+        return torch.stack([bn(x) for x in x_seq])
+    return fused(bn, x_seq)
+
+
+def conv2d(in_channels, channels, kernel=3, stride=1, bias=False):
+    """Return a convolution that keeps the size of a map, divided by its stride."""
+    Conv2d = PointwiseConv2d if kernel == 1 else nn.Conv2d
+    return Conv2d(in_channels, channels, kernel, stride, kernel // 2, bias=bias)
+
+
+class ConvBN(nn.Module):
+    """Convolution without bias, then batch normalisation: [T, N, C, H, W] -> [T, N, C',
+    H', W']. Without `norm` it is the convolution alone, with or without a bias."""
+
+    bn_per_step = False  # see build()
 
     def __init__(self, in_channels, channels, kernel=3, stride=1, norm=True, bias=True):
         super().__init__()
-        Conv2d = PointwiseConv2d if kernel == 1 else nn.Conv2d
-        self.conv = Conv2d(in_channels, channels, kernel, stride, kernel // 2,
-                           bias=bias and not norm)
+        self.conv = conv2d(in_channels, channels, kernel, stride, bias and not norm)
         if norm:
             self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x_seq):
+        x_seq = fused(self.conv, x_seq)
+        if hasattr(self, "bn"):
+            x_seq = normalised(self.bn, x_seq, self.bn_per_step)
+        return x_seq
+
+
+class PickBN(nn.Module):
+    """Batch normalisation of some channels of a stream: [T, N, C, H, W] -> [T, N,
+    channels, H, W].
+
+    The stream keeps its width. picked: [channels] their indices in it, at first all.
+    """
+
+    bn_per_step = False  # see build()
+
+    def __init__(self, stream, channels):
+        super().__init__()
+        self.stream = stream
+        self.register_buffer("picked", torch.arange(channels))
+        self.bn = nn.BatchNorm2d(channels)
+
+    def forward(self, x_seq):
+        if len(self.picked) < self.stream:
+            x_seq = x_seq.index_select(2, self.picked)
+        return normalised(self.bn, x_seq, self.bn_per_step)
 
 
 class SpikingNet(nn.Module):
     """What the networks share: normalisation, padding and the first layer of direct
     coding.
 
-    averaged: {name of a layer: number of spikes that each of its inputs is the average
-    of}; empty where all layers but the first read spikes.
+    reads_numbers: names of the layers beyond the first that read averages of spikes or
+    other real numbers, a set; empty where they all read spikes.
     """
 
     def __init__(self, in_channels, time_steps):
         super().__init__()
         self.time_steps, self.encoding = time_steps, "direct"
-        self.averaged = {}
+        self.reads_numbers = set()
         # not in the state_dict: they belong to the data, and model.pt has a place for
         # them
         self.register_buffer("mean", torch.zeros(in_channels), persistent=False)
@@ -151,12 +199,13 @@ class SpikingNet(nn.Module):
         self.mean.copy_(torch.as_tensor(mean))
         self.std.copy_(torch.as_tensor(std))
 
-    def _encode(self, first, lif, x, pad_to=1):
-        """Return the spikes of the first LIF, [T, N, C, H, W].
+    def _input(self, x, pad_to=1):
+        """Return the input over time, [1, N, C, H, W] where it is the same at each
+        step, else [T, N, C, H, W].
 
-        x: [N, C, H, W], which the first conv + BN see once, or [T, N, C, H, W] for data
-        with a time axis, of which the first time_steps count. Sides are padded with
-        zeros (black) to a multiple of pad_to.
+        x: [N, C, H, W], or [T, N, C, H, W] for data with a time axis, of which the
+        first time_steps count. Sides are padded with zeros (black) to a multiple of
+        pad_to.
         """
         has_time = x.dim() == 5
         if x.dim() not in (4, 5) or x.shape[-3] != len(self.mean):
@@ -176,7 +225,13 @@ class SpikingNet(nn.Module):
         if x_seq.dtype == torch.uint8:
             mean, std = self.mean.view(-1, 1, 1), self.std.view(-1, 1, 1)
             x_seq = (x_seq.to(self.mean.dtype) / 255 - mean) / std
-        return lif(fused(first, x_seq), None if has_time else self.time_steps)
+        return x_seq
+
+    def _encode(self, first, lif, x, pad_to=1):
+        """Return the spikes of the first LIF, [T, N, C, H, W]. first: the layers before
+        it, which see an image once. x, pad_to: as in _input."""
+        steps = None if x.dim() == 5 else self.time_steps
+        return lif(first(self._input(x, pad_to)), steps)
 
     @torch.compiler.disable  # one break, where the seeded generator would make many
     def _spikes(self, x):
@@ -218,7 +273,7 @@ class VGG(SpikingNet):
             if layer == "D":
                 continue
             if average:  # the layer before this one
-                self.averaged[f"convs.{len(self.convs)}.conv"] = 4
+                self.reads_numbers.add(f"convs.{len(self.convs)}.conv")
             average = layer == "A"
             if layer in ("P", "A"):
                 self.pooled[-1] = layer
@@ -240,7 +295,7 @@ class VGG(SpikingNet):
             size = width
         self.fc = nn.Linear(size, num_classes * plan.votes, plan.bias)
         if average:
-            self.averaged["hidden.0" if self.hidden else "fc"] = 4
+            self.reads_numbers.add("hidden.0" if self.hidden else "fc")
         self.lif_out = FastLIF(**neuron) if plan.spiking_output else None
 
     def forward(self, x):
@@ -250,7 +305,7 @@ class VGG(SpikingNet):
             if spikes is None:
                 spikes = self._encode(conv, next(lifs), x, self.pad_to)
             else:
-                spikes = next(lifs)(fused(conv, spikes))
+                spikes = next(lifs)(conv(spikes))
             if pooled:
                 pool = F.max_pool2d if pooled == "P" else F.avg_pool2d
                 spikes = fused(lambda maps: pool(maps, 2), spikes)
@@ -261,7 +316,7 @@ class VGG(SpikingNet):
             spikes = spikes * F.dropout(torch.ones_like(spikes[0]))
         for layer in self.hidden:
             if spikes is None:  # a network without convolutions
-                spikes = self._encode(lambda image: layer(image.flatten(1)),
+                spikes = self._encode(lambda x_seq: fused(layer, x_seq.flatten(2)),
                                       next(lifs), x)
             else:
                 spikes = next(lifs)(fused(layer, spikes))
@@ -298,7 +353,7 @@ class VGG(SpikingNet):
         return scored
 
     def removable(self):
-        return {name: Removable(i, lif, reader, repeat)
+        return {name: of_conv_bn(self, name, i, lif, reader, repeat)
                 for i, (name, lif, _, reader, repeat) in enumerate(self._layers())
                 if name.startswith("convs")}
 
@@ -318,9 +373,9 @@ class Block(nn.Module):
             self.shortcut = ConvBN(in_channels, channels, kernel=1, stride=stride)
 
     def forward(self, spikes):
-        shortcut = spikes if self.shortcut is None else fused(self.shortcut, spikes)
-        inner = self.lif1(fused(self.conv1, spikes))
-        return self.lif2(fused(self.conv2, inner) + shortcut)
+        shortcut = spikes if self.shortcut is None else self.shortcut(spikes)
+        inner = self.lif1(self.conv1(spikes))
+        return self.lif2(self.conv2(inner) + shortcut)
 
 
 class ResNet19(SpikingNet):
@@ -336,9 +391,7 @@ class ResNet19(SpikingNet):
                  neuron):
         super().__init__(in_channels, time_steps)
         stem, *pairs, hidden = widths
-        # stages halve the map, rounding up
-        side = math.ceil(image_size / 2 ** len(plan.stages))
-        self.averaged = {"fc1": side**2}
+        self.reads_numbers = {"fc1"}  # the average of a map
         self.stem, self.lif = ConvBN(in_channels, stem), FastLIF(**neuron)
         self.blocks, channels = nn.ModuleList(), stem
         for stage, count in enumerate(plan.stages):
@@ -375,9 +428,125 @@ class ResNet19(SpikingNet):
                          "fc2.weight": Scored("lif_fc", 1)}
 
     def removable(self):
-        return {f"blocks.{i}.conv1": Removable(1 + 2 * i, f"blocks.{i}.lif1",
-                                               f"blocks.{i}.conv2.conv.weight")
+        return {f"blocks.{i}.conv1": of_conv_bn(
+                    self, f"blocks.{i}.conv1", 1 + 2 * i, f"blocks.{i}.lif1",
+                    f"blocks.{i}.conv2.conv.weight")
                 for i in range(len(self.blocks))}
+
+
+class PreBlock(nn.Module):
+    """BN-LIF-conv-BN-LIF-conv, plus the shortcut of the stream, which is real-valued.
+    [T, N, C, H, W] -> [T, N, C', H / stride, W / stride]; T may be 1 before the first
+    LIF. Without inner channels it is its shortcut."""
+
+    def __init__(self, stream, picked, inner, channels, stride, **neuron):
+        super().__init__()
+        self.is_empty = inner == 0
+        self.shortcut = None
+        if not self.is_empty:
+            self.norm1, self.lif1 = PickBN(stream, picked), FastLIF(**neuron)
+            self.conv1 = ConvBN(picked, inner, stride=stride)  # its BN is the second
+            self.lif2, self.conv2 = FastLIF(**neuron), conv2d(inner, channels)
+        if stride != 1 or stream != channels:
+            self.shortcut = conv2d(stream, channels, kernel=1, stride=stride)
+
+    def forward(self, stream, time_steps):
+        shortcut = stream
+        if self.shortcut is not None:
+            shortcut = fused(self.shortcut, stream)
+        if self.is_empty:
+            return shortcut
+        spikes = self.lif1(self.norm1(stream), time_steps)
+        spikes = self.lif2(self.conv1(spikes))
+        return fused(self.conv2, spikes) + shortcut
+
+
+class PreResNet19(SpikingNet):
+    """published code: the pre-activation ResNet-19 of the criticality paper's code.
+
+    Stem convolution, stages of 3, 3, 2 blocks as in ResNet19, then BN and LIF, global
+    average pooling and the output layer. The stream between the blocks is real-valued;
+    the shortcuts are 1x1 convolutions without BN, or the identity.
+
+    Its widths are 26: the stem; of each block the channels of the stream that its first
+    convolution reads, its inner and its outer channels; the channels of the stream that
+    the output layer reads. A block with 0 inner channels is its shortcut alone.
+    """
+
+    def __init__(self, plan, num_classes, in_channels, image_size, time_steps, widths,
+                 neuron):
+        super().__init__(in_channels, time_steps)
+        stream, *rows, last = widths
+        self.stem, self.blocks = conv2d(in_channels, stream), nn.ModuleList()
+        firsts = {sum(plan.stages[:stage]) for stage in range(len(plan.stages))}
+        for i in range(sum(plan.stages)):
+            picked, inner, out = rows[3 * i:3 * i + 3]
+            stride = 2 if i in firsts else 1
+            is_whole = (out == stream or stride == 2) and out > 0
+            if not is_whole or not (inner == 0 or 1 <= picked <= stream):
+                raise ValueError(f"block {i} got widths {picked}, {inner}, {out}, on a "
+                                 f"stream of {stream} channels: expected it to read "
+                                 f"some of them, and equal outputs in a stage")
+            self.blocks.append(PreBlock(stream, picked, inner, out, stride, **neuron))
+            stream = out
+        if not 1 <= last <= stream:
+            raise ValueError(f"the output layer reads {last} channels of a stream of "
+                             f"{stream}, expected 1 to {stream}")
+        self.norm = PickBN(stream, last)
+        if neuron.get("surrogate", "arctan") == "arctan":
+            # published code, channels: the reset of the last LIF alone is detached
+            neuron = neuron | dict(detach_reset=True)
+        self.lif = FastLIF(**neuron)
+        self.fc = nn.Linear(last, num_classes)
+        self.reads_numbers = {"fc"} | {f"blocks.{i}.shortcut"
+                                       for i, block in enumerate(self.blocks)
+                                       if block.shortcut is not None}
+
+    def forward(self, x):
+        stream = fused(self.stem, self._input(x))
+        time_steps = len(stream) if x.dim() == 5 else self.time_steps
+        for block in self.blocks:
+            stream = block(stream, time_steps)
+        spikes = self.lif(self.norm(stream), time_steps)
+        return fused(self.fc, spikes.mean((3, 4)))
+
+    def scored_by(self):
+        # published code: the LIF that the stream enters next scores what is added to it
+        blocks = {i: f"blocks.{i}" for i, block in enumerate(self.blocks)
+                  if not block.is_empty}
+
+        def enters(i):
+            after = [name for j, name in blocks.items() if j >= i]
+            return f"{after[0]}.lif1" if after else "lif"
+
+        scored = {"stem.weight": Scored(enters(0), 0)}
+        for i, block in enumerate(self.blocks):
+            name = f"blocks.{i}"
+            if not block.is_empty:
+                scored[f"{name}.conv1.conv.weight"] = Scored(f"{name}.lif2", 0)
+                scored[f"{name}.conv2.weight"] = Scored(enters(i + 1), 0)
+            if block.shortcut is not None:
+                scored[f"{name}.shortcut.weight"] = Scored(enters(i + 1), 0)
+        return scored | {"fc.weight": Scored("lif", 1)}
+
+    def removable(self):
+        # published code: all channels behind a BN
+        groups = {}
+        for i, block in enumerate(self.blocks):
+            name = f"blocks.{i}"
+            if block.is_empty:
+                continue
+            groups[f"{name}.norm1"] = Removable(
+                1 + 3 * i, f"{name}.lif1", f"{name}.norm1.bn", None,
+                (f"{name}.norm1.picked", *of_bn(f"{name}.norm1.bn")),
+                f"{name}.conv1.conv.weight", feeds=f"{name}.conv1")
+            groups[f"{name}.conv1"] = of_conv_bn(
+                self, f"{name}.conv1", 2 + 3 * i, f"{name}.lif2",
+                f"{name}.conv2.weight")._replace(may_be_empty=True)
+        groups["norm"] = Removable(
+            len(self.config["widths"]) - 1, "lif", "norm.bn", None,
+            ("norm.picked", *of_bn("norm.bn")), "fc.weight")
+        return groups
 
 
 class Scored(NamedTuple):
@@ -407,28 +576,56 @@ def scored_by(net):
 
 
 class Removable(NamedTuple):
-    """Where the output channels of a ConvBN go.
+    """A group of channels that can be removed, and where they are.
 
     width: the place of their number in the list of widths.
     lif: the LIF that they feed.
+    bn: the batch normalisation whose gamma ranks them; None without one.
+    weight: the weight whose rows make them; None where they are picked from a stream.
+    rows: names of the tensors with a row for each channel.
     reader: the weight that reads them, along its dimension 1.
     repeat: how many neighbouring indices of that dimension one channel owns: more than
     one where a map was flattened.
+    may_be_empty: whether all of them may go.
+    feeds: a group that goes with this one: without channels there, none are needed
+    here. None where there is no such group.
     """
 
     width: int
     lif: str
+    bn: str | None
+    weight: str | None
+    rows: tuple
     reader: str
     repeat: int = 1
+    may_be_empty: bool = False
+    feeds: str | None = None
+
+
+def of_bn(name):
+    """Return the names of the tensors of a batch normalisation with a row for each
+    channel."""
+    return tuple(f"{name}.{part}"
+                 for part in ("weight", "bias", "running_mean", "running_var"))
+
+
+def of_conv_bn(net, name, width, lif, reader, repeat=1):
+    """Return the Removable of the output channels of a ConvBN."""
+    bn, weight = f"{name}.bn", f"{name}.conv.weight"
+    rows = (weight, f"{name}.conv.bias", *of_bn(bn))
+    if not hasattr(net.get_submodule(name), "bn"):
+        bn = None
+    return Removable(width, lif, bn, weight, rows, reader, repeat)
 
 
 def removable(net):
-    """Return {name of a ConvBN whose channels can be removed: Removable}, in the
+    """Return {name of a layer whose channels can be removed: Removable}, in the
     network's order.
 
     VGG: every convolution, with BN or without. ResNet-19: the inner channels of each
     block; block outputs are added to each other, so their number is that of the whole
-    stage.
+    stage. The pre-activation ResNet-19: all channels behind a BN. What a block, or the
+    output layer, reads of the stream is picked from it, and the stream keeps its width.
     """
     return net.removable()
 
@@ -527,7 +724,8 @@ def unpack(packed, source="model.pt"):
     try:
         net = build(**{key: packed[key] for key in arguments},
                     encoding=packed.get("encoding", "direct"),  # not in older files
-                    neuron=packed.get("neuron"))
+                    neuron=packed.get("neuron"),
+                    bn_per_step=packed.get("bn_per_step", False))
         net.load_state_dict(packed["state_dict"])
         normalisation = packed["normalisation"]
         net.set_normalisation(normalisation["mean"], normalisation["std"])
@@ -541,6 +739,12 @@ def unpack(packed, source="model.pt"):
         if not tensor.isfinite().all():
             raise ValueError(f"{source}: {name} is not finite (NaN or infinite), "
                              f"expected numbers")
+    for name, module in net.named_modules():
+        if isinstance(module, PickBN):
+            picked = module.picked
+            if picked.min() < 0 or picked.max() >= module.stream:
+                raise ValueError(f"{source}: {name} picks channels that a stream of "
+                                 f"{module.stream} does not have")
     for name in scored_by(net):
         if masks.pop(name, None) != (net.get_parameter(name).shape, torch.bool):
             raise ValueError(f"{source} holds no mask that fits {name}")

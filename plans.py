@@ -22,6 +22,10 @@ class Plan(NamedTuple):
     stages: () for a network like VGG; of a ResNet-19 the number of blocks in each
         stage. Its layers are the widths of the stem, of each block (inner, outer) and,
         after "F", of the hidden linear layer.
+    preactivation: of a ResNet-19, whether BN and LIF come before a convolution. Its
+        layers are the widths of the stem, of each block (the channels of the stream
+        that its first convolution reads; inner; outer) and of what the output layer
+        reads of the stream.
     neuron: arguments of neurons.LIF that differ from its defaults.
     spiking_output: whether LIFs follow the output layer, so that "logits" are spikes.
     votes: outputs for each class; their mean counts.
@@ -33,6 +37,7 @@ class Plan(NamedTuple):
 
     layers: list
     stages: tuple = ()
+    preactivation: bool = False
     neuron: dict = {}
     spiking_output: bool = False
     votes: int = 1
@@ -49,7 +54,11 @@ NETWORKS = {
     "resnet19": Plan([64, *[128] * 6, *[256] * 6, *[512] * 4, "F", 256],
                      stages=(3, 3, 2)),
     "small": Plan([16, "P", 32, "P", 64, 64, "P"], start="lth-snn"),
-    # published code of the criticality paper: average pooling
+    # published code of the criticality paper: a pre-activation ResNet-19, and average
+    # pooling
+    "resnet19-pre": Plan([64, 64, 128, 128, *[128] * 6, 128, 256, 256, *[256] * 6,
+                          256, 512, 512, *[512] * 3, 512],
+                         stages=(3, 3, 2), preactivation=True),
     "vgg16-avg": Plan([64, 64, "A", 128, 128, "A", 256, 256, 256, "A",
                        512, 512, 512, "A", 512, 512, 512, "A"],
                       pad_to=32, start="lth-snn"),

@@ -38,8 +38,9 @@ PRUNE_RATIOS = {"vgg16": 0.4522, "resnet19": 0.512}
 def prunable(net):
     """Return {layer: weight} of what GReg prunes: in VGGs all convolutions but the
     first, in ResNets the first of each block."""
-    return {name: net.get_submodule(name).conv.weight for name in models.removable(net)
-            if name != "convs.0"}
+    return {name: net.get_parameter(group.weight)
+            for name, group in models.removable(net).items()
+            if group.weight is not None and name != "convs.0"}
 
 
 def mean_size(weight):

@@ -96,10 +96,13 @@ def prunable_layers(net):
     *hidden, output = models.scored_by(net)
     readers = {}
     for name, group in models.removable(net).items():
-        if name == "convs.0" and net.config["name"] in ("small", "sdsnn-small"):
+        if group.weight is None:  # picked from a stream
+            continue
+        small = ("small", "small-avg", "sdsnn-small")
+        if name == "convs.0" and net.config["name"] in small:
             continue
         is_hidden = group.reader != output
-        readers[f"{name}.conv.weight"] = group.reader if is_hidden else None
+        readers[group.weight] = group.reader if is_hidden else None
     linear = [name for name in hidden if net.get_parameter(name).dim() == 2]
     return readers | dict.fromkeys(linear)
 

@@ -14,6 +14,7 @@ is removed physically: the network is smaller and faster.
     python prune_structured.py --target-macs 0.5     # remove half of the MACs
     python prune_structured.py --prune-ratio 0       # dense, on the same schedule
     python prune_structured.py --metric random       # other ways to regenerate
+    python prune_structured.py --as-published        # as the published code, not the text
     torchrun --nproc-per-node=2 prune_structured.py  # two processes, a GPU each
 
 A run leaves its folder, runs/NAME/: config.json, metrics.jsonl (a line an epoch),
@@ -27,7 +28,7 @@ import torch
 import channels
 import training
 from channels import Choice
-from harness import flags, removal
+from harness import flags, published, removal
 from harness.runfolder import finished
 from masks import prune_further, select
 
@@ -36,6 +37,8 @@ from masks import prune_further, select
 REGEN_RATES = {"vgg16": {0.4522: 0.1, 0.6764: 0.05},
                "resnet19": {0.512: 0.3, 0.658: 0.1},
                "small": {0.5: 0.3}}
+REGEN_RATES |= {"vgg16-avg": REGEN_RATES["vgg16"],
+                "resnet19-pre": REGEN_RATES["resnet19"]}
 
 # ---- the scores ----------------------------------------------------------------------
 # A score function returns a number for each channel, [M] in float64. The pruned
@@ -66,13 +69,15 @@ def random(run):
 SCORES = {"criticality": criticality, "gradient": gradient, "random": random}
 
 
-def prune_and_regenerate(gamma, scores, sizes, ratio, regen, base="kept"):
+def prune_and_regenerate(gamma, scores, sizes, ratio, regen, base="kept",
+                         may_be_empty=None):
     """Choose the channels that stay, as Algorithm 2 does; without regeneration this is
     network slimming.
 
     gamma, scores: |gamma| and the score of every channel, [M]; None where regen is 0.
     sizes: the number of channels of each layer. ratio: p, the share that is gone in the
-    end. regen: r. base: what r is a share of, "kept" | "pruned". Returns a Choice.
+    end. regen: r. base: what r is a share of, "kept" | "pruned". may_be_empty: for each
+    layer whether all its channels may go; None: no layer may. Returns a Choice.
     """
     # INTERPRETATION: Eq. 7 as in Algorithm 1, so that a share r of the channels that
     # stay came back. "pruned" takes r as a share of what is cut at first: that is
@@ -91,7 +96,27 @@ def prune_and_regenerate(gamma, scores, sizes, ratio, regen, base="kept"):
 
     # No layer ends empty. Nothing goes elsewhere for it: the ratio may be missed
     kept = kept | regenerated
-    rescued = channels.largest_of_empty_layers(kept, gamma, sizes)
+    rescued = channels.largest_of_empty_layers(kept, gamma, sizes, may_be_empty)
+    return Choice(kept | rescued, regenerated, rescued)
+
+
+def prune_and_regenerate_as_published(gamma, scores, sizes, ratio, regen,
+                                      may_be_empty=None):
+    """Choose the channels as the published code does ("count" of --as-published).
+    Arguments as in prune_and_regenerate. Returns a Choice."""
+    total = len(gamma)
+    gone = int(ratio * total)  # published code: counts are truncated
+    count = int((total - gone) * regen)
+    # published code: the channel at the threshold goes too, and all that equal it
+    threshold = gamma.sort().values[min(gone + count, total - 1)]
+    kept = gamma > threshold
+
+    # published code: all come back that equal the last one
+    regenerated = torch.zeros_like(kept)
+    if count > 0:
+        regenerated = ~kept & (scores >= scores[~kept].topk(count).values[-1])
+    kept = kept | regenerated
+    rescued = channels.largest_of_empty_layers(kept, gamma, sizes, may_be_empty)
     return Choice(kept | rescued, regenerated, rescued)
 
 
@@ -116,7 +141,7 @@ def run_name(args):
         name += f"-r{args.regen:g}"
         # readings that are not the default have names of their own
         name += "-pruned" * (args.regen_base == "pruned")
-    name += "-l1" * args.finetune_l1
+    name += "-l1" * args.finetune_l1 + published.suffix(args, "structured")
     return f"{name}-seed{args.seed}"
 
 
@@ -145,6 +170,10 @@ def complete(args, explicit):
     if args.epochs_pretrain == 0 and args.init is None:
         raise ValueError("--epochs-pretrain is 0, expected at least 1, or a network by "
                          "--init")
+    published.complete(args, explicit, "structured")
+    if "count" in args.as_published and args.regen_base == "pruned":
+        raise ValueError("--regen-base is pruned, which --as-published count does not "
+                         "use. Leave one of them out")
     too_much = args.target_macs is None and ratio > 1 - args.regen
     if args.regen_base == "pruned" and too_much:
         raise ValueError(f"--regen is {args.regen:g}, which prunes more than all "
@@ -179,6 +208,7 @@ def parse_args(argv):
         help="epochs of the dense network (with --init: 0)")
     add("--epochs-finetune", type=flags.whole(0), metavar="N",
         help="epochs of the small network")
+    published.add_flag(add, "structured")
     return flags.parse(parser, argv, "structured", complete, run_name)
 
 
@@ -208,8 +238,11 @@ def main(argv=None):
                 scores, spiked = SCORES[args.metric](run)  # Eq. 6, of all channels
 
             def choose(ratio):
-                return prune_and_regenerate(gamma, scores, sizes, ratio, args.regen,
-                                            args.regen_base)
+                settings = gamma, scores, sizes, ratio, args.regen
+                may_be_empty = channels.may_be_empty(run.net)
+                if "count" in args.as_published:
+                    return prune_and_regenerate_as_published(*settings, may_be_empty)
+                return prune_and_regenerate(*settings, args.regen_base, may_be_empty)
 
             ratio = removal.ratio_for(run, choose)
             choice = choose(ratio)  # prune further, Eq. 7; regenerate, Eq. 5

@@ -501,7 +501,7 @@ def test_resnet_block_adds_before_the_neuron():
     x = (torch.rand(3, 2, 2, 6, 6, generator=generator()) > 0.5).double()
 
     def at_each_step(layer, maps):
-        return torch.stack([layer(step) for step in maps])
+        return torch.stack([layer(step[None])[0] for step in maps])
 
     inner = block.lif1(at_each_step(block.conv1, x))
     current = at_each_step(block.conv2, inner) + at_each_step(block.shortcut, x)
@@ -1218,7 +1218,9 @@ def synaptic_operations_one_by_one(net, alive, images):
                        before=lambda n, x: inputs.setdefault(n, x.detach())):
         net(images)
     for name in names[1:]:
-        module, x = modules[name], inputs[name] * net.averaged.get(name, 1)
+        if name in net.reads_numbers:
+            continue
+        module, x = modules[name], inputs[name]
         mask = alive[f"{name}.weight"]
         if isinstance(module, torch.nn.Linear):
             total += sum(float(x[n, i]) for n, i, o in itertools.product(
@@ -1235,14 +1237,15 @@ def synaptic_operations_one_by_one(net, alive, images):
     return total / len(images)
 
 
-@pytest.mark.parametrize("name", ["small", "resnet19"])
+@pytest.mark.parametrize("name", ["small", "resnet19", "small-avg", "resnet19-pre"])
 def test_synaptic_operations_equal_loops(name):
+    """Layers that read averages, or the real-valued stream, do MACs and no synaptic operations."""
     torch.manual_seed(0)
-    net = models.build(
-        name, 3, 1, 10, 2, models.default_widths(name, 0.03 if name == "resnet19" else 0.2))
+    factor = 0.03 if name.startswith("resnet19") else 0.2
+    net = models.build(name, 3, 1, 10, 2, models.default_widths(name, factor))
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.bias.data.fill_(0.6)  # lively neurons
+            module.bias.data.fill_(1.2 if name == "small-avg" else 0.6)  # lively neurons
     if name == "resnet19":
         net.fc1.bias.data.fill_(1.5)
     net.eval()
@@ -1252,11 +1255,17 @@ def test_synaptic_operations_equal_loops(name):
     counts = metrics.count(net, images.split(2), masks.alive)  # two batches, the last one smaller
     assert counts["sops"] == pytest.approx(synaptic_operations_one_by_one(net, masks.alive, images))
     assert counts["sops"] > 100 and counts["sops"] < counts["sops_nominal"]
-    assert counts["energy_mj"] == pytest.approx(
-        (4.6 * counts_first(net) + 0.9 * counts["sops"]) * 1e-9)
+    layers, times = metrics.macs(net.config), dict.fromkeys(net.reads_numbers, 2)  # T = 2
+    first, *_ = layers
+    times |= {first: 1}
+    if name == "resnet19-pre":
+        times["blocks.0.shortcut"] = 1  # its stream is the same at each step
+    real = sum(layers[layer] * n for layer, n in times.items())
+    assert layers[first] == counts_first(net)
+    assert counts["energy_mj"] == pytest.approx((4.6 * real + 0.9 * counts["sops"]) * 1e-9)
 
 
-@pytest.mark.parametrize("name, expected", [("vgg16", 245_617_664), ("resnet19", 470_264_320)])
+@pytest.mark.parametrize("name, expected", [("vgg16", 245_617_664), ("resnet19", 468_167_168)])
 def test_synaptic_operations_at_rate_one(name, expected):
     """All inputs of all layers but the first spike: the sheet's totals, borders exact."""
     net, inputs = models.build(name, 10, 3, 32, 1).eval(), {}
@@ -1265,8 +1274,8 @@ def test_synaptic_operations_at_rate_one(name, expected):
     with metrics.hooks(layers, before=lambda n, x: inputs.update({n: x[0].shape})):
         net(torch.zeros(1, 3, 32, 32))
     total = sum(metrics.fan_out(module, torch.ones_like(module.weight, dtype=torch.bool),
-                                torch.full(inputs[n], float(net.averaged.get(n, 1))))
-                for n, module in list(layers.items())[1:])
+                                torch.ones(inputs[n]))
+                for n, module in list(layers.items())[1:] if n not in net.reads_numbers)
     assert total == expected
 
 

@@ -232,7 +232,7 @@ def score_channels(net, pairs, args, metric="criticality", aggregate="max",
         raise ValueError(f'metric is {metric!r}, expected "criticality" or "gradient"')
     groups, device = models.removable(net), net.mean.device
     neurons = {name: net.get_submodule(group.lif) for name, group in groups.items()}
-    gammas = [net.get_submodule(name).bn.weight for name in groups]
+    gammas = [net.get_submodule(group.bn).weight for group in groups.values()]
     sizes = [len(gamma) for gamma in gammas]
     scores = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
     spiked = {name: torch.zeros(size, dtype=torch.bool, device=device)

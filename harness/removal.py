@@ -121,8 +121,11 @@ def finish(run, dense, script, method, **own):
     names, sizes = channels.layers(net)
     history = {}  # {layer: [epochs, C]}
     if notes["gamma"]:
-        of_layers = torch.stack(notes["gamma"]).split(sizes, dim=1)
-        history = {name: rows.numpy() for name, rows in zip(names, of_layers)}
+        rows = torch.stack(notes["gamma"])
+        # a layer that has lost all its channels has none to show
+        history = {name: rows[:, :0].numpy() for name in channels.layers(dense)[0]}
+        history |= {name: part.numpy()
+                    for name, part in zip(names, rows.split(sizes, dim=1))}
     files.save_arrays(run.folder / "gamma.npz", history)
     cost = sum(1 - row["sparsity"] for row in run.rows) / len(run.rows)
     own = notes | channels.compared_with_dense(dense, net) | own

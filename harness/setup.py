@@ -19,7 +19,7 @@ import data
 import models
 import plans
 import training
-from harness import processes
+from harness import processes, published
 from harness.flags import SMOKE_IMAGES
 
 
@@ -102,7 +102,8 @@ def build(args, images, widths=None):
     """
     *_, channels, side = images.x_train.shape[:-1]
     check_images(args, images, side)
-    name = plans.as_published(args.model, vars(args).get("as_published", []))
+    items = vars(args).get("as_published", [])  # not all scripts have the flag
+    name = plans.as_published(args.model, items)
     if widths is None:
         widths = models.default_widths(name, args.width)
     neuron = dict(tau=args.tau, v_threshold=args.threshold, alpha=args.alpha,
@@ -111,9 +112,11 @@ def build(args, images, widths=None):
                   strict=args.strict)
     neuron = {key: value for key, value in neuron.items() if value is not None}
     net = models.build(name, images.num_classes, channels, side, args.time_steps,
-                       widths, args.encoding, neuron)
+                       widths, args.encoding, neuron, bn_per_step="bn" in items)
     check_last_batch(args, images, net.config)
     net.set_normalisation(images.mean, images.std)
+    if "normalisation" in items:
+        net.set_normalisation(*published.CIFAR10)
     is_resumed = args.resume and Path(args.run_dir, "checkpoint.pt").exists()
     if args.init is not None and not is_resumed:
         start_from(net, args.init)

@@ -163,7 +163,7 @@ def test_every_tensor_is_copied(name, factor):
             assert state[key].data_ptr() != net.state_dict()[key].data_ptr()
     assert torch.equal(small.mean, net.mean) and torch.equal(small.std, net.std)
     assert small.config["widths"] == channels.kept_widths(net, kept)
-    assert small.averaged == net.averaged and not small.training
+    assert small.reads_numbers == net.reads_numbers and not small.training
     assert all(parameter.requires_grad for parameter in small.parameters())
     again = models.unpack(models.pack(small)).double()  # through a file: widths and tensors
     with torch.inference_mode():
