@@ -78,12 +78,13 @@ def drop_unread(net, alive):
     return kept
 
 
-def constant_current(net, group):
+def constant_current(net, name):
     """Return the input current of a layer's channels if no weight brings any, [C].
 
     It is what BN makes of 0 in eval mode; without BN it is the bias of the
-    convolution, or 0. group: a models.Removable.
+    convolution, or 0.
     """
+    group = models.removable(net)[name]
     if group.bn is not None:
         bn = net.get_submodule(group.bn)
         zeros = torch.zeros_like(bn.weight).view(1, -1, 1, 1)
@@ -118,7 +119,7 @@ def drop_silent(net, alive, kept):
             inputs = inputs[:, kept[read_by[group.weight]]]
         is_fed = inputs.flatten(1).any(1)
         lif = net.get_submodule(group.lif)
-        fires = lif.limit(constant_current(net, group)) >= lif.v_threshold
+        fires = lif.limit(constant_current(net, name)) >= lif.v_threshold
         left = kept[name] & (is_fed | fires)
         if not group.may_be_empty:
             left = keep_one(left, kept[name], alive[group.weight])

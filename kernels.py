@@ -8,9 +8,9 @@ are those, and if it agrees with neurons.LIF on small inputs: in the spikes, the
 gradient and the score. Otherwise FastLIF runs the plain loop of neurons.py. So a change
 in neurons.py takes effect.
 
-ArctanLIF, the neuron of the paper's text: arctan surrogate, detached hard reset, decayed
-input, a spike where the potential reaches the threshold, a fixed tau. The backward
-pass. With g_t = dL/ds_t and the reset detached, for t = T ... 1:
+ArctanLIF, the neuron of the paper's text: arctan surrogate, detached hard reset,
+decayed input, a spike where the potential reaches the threshold, a fixed tau. Its
+backward pass, with g_t = dL/ds_t and the reset detached, for t = T ... 1:
 
     dL/dh_t     = g_t * f'(h_t - v_threshold) + dL/dv_t * (1 - s_t)
     dL/dx_t     = dL/dh_t / tau

@@ -14,7 +14,7 @@ is removed physically: the network is smaller and faster.
     python prune_structured.py --target-macs 0.5     # remove half of the MACs
     python prune_structured.py --prune-ratio 0       # dense, on the same schedule
     python prune_structured.py --metric random       # other ways to regenerate
-    python prune_structured.py --as-published        # as the published code, not the text
+    python prune_structured.py --as-published        # as the published code has it
     torchrun --nproc-per-node=2 prune_structured.py  # two processes, a GPU each
 
 A run leaves its folder, runs/NAME/: config.json, metrics.jsonl (a line an epoch),

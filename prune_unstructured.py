@@ -12,7 +12,7 @@ network is fine-tuned with the mask fixed.
     python prune_unstructured.py --regen 0               # GMP, the baseline
     python prune_unstructured.py --sparsity 0            # dense, on the same schedule
     python prune_unstructured.py --metric random         # other ways to regenerate
-    python prune_unstructured.py --as-published    # as the published code, not the text
+    python prune_unstructured.py --as-published          # as the published code has it
     torchrun --nproc-per-node=2 prune_unstructured.py    # two processes, a GPU each
 
 A run writes its folder, runs/NAME/: config.json, metrics.jsonl (a line an epoch),

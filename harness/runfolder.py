@@ -281,7 +281,8 @@ class Run:
         for name in update.rescued:
             self.say(f"  note: {name} would have lost all weights; its largest one is "
                      f"kept")
-        counts = self.masks.record_update(update.pruned, update.regenerated, update.plain)
+        counts = self.masks.record_update(update.pruned, update.regenerated,
+                                          update.plain)
         row = dict(update=len(self.updates) + 1, iteration=self.iteration,
                    target=target, before=update.before, **counts, **more)
         for key, values in (layers or {}).items():
