@@ -570,7 +570,8 @@ def scored_by(net):
     INTERPRETATION: a weight inherits the score of the LIF channel that it feeds
     (post-synaptic, the neuron's "synapses"). In a residual block conv2 and the shortcut
     both feed lif2. A classifier that feeds no LIF takes, for each weight, the score of
-    the channel that it reads.
+    the channel that it reads. Confirmed by the published code, which does not
+    regenerate the classifier, and has a ResNet-19 of its own (PreResNet19).
     """
     return net.scored_by()
 

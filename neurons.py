@@ -133,7 +133,9 @@ class LIF(nn.Module):
 
     INTERPRETATION: the paper leaves out tau and alpha. Its set-up follows LTH-SNN
     (arXiv 2207.01382), whose public code has tau = 4/3, alpha = 2, a decayed input and
-    a detached reset.
+    a detached reset. Confirmed by the published code for channels, but for the reset.
+    published code, for weights: decay_input=False, v_threshold=0.5, strict=True,
+    surrogate="tanh", detach_reset=False.
     """
 
     def __init__(self, tau=4 / 3, v_threshold=1.0, v_reset=0.0, alpha=2.0,
@@ -250,7 +252,7 @@ def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max", name="arctan
 
     INTERPRETATION: mean over T, then max over H x W, then mean over the samples. The
     paper says that the aggregation acts on the structure, and the average on the
-    samples.
+    samples. Confirmed by the published code.
     """
     if aggregate not in ("max", "mean"):
         raise ValueError(f'aggregate is {aggregate!r}, expected "max" or "mean"')

@@ -74,8 +74,8 @@ def prune_and_regenerate(masks, target, regen, score, candidates, generator):
 
     # Eq. 5: regenerate the highest-scored pruned weights, until the sparsity is s.
     # INTERPRETATION: "all pruned units in the pruned model" are candidates, those of
-    # earlier updates too. With "new" the schedule would fix how many of the pruned
-    # weights survive.
+    # earlier updates too. Confirmed by the published code. With "new" the schedule
+    # would fix how many of the pruned weights survive.
     # All weights of a channel have one score: the larger |w| comes first
     dead = ~masks.flat if candidates == "all" else pruned
     count = masks.keep_at(target) - masks.n_alive
@@ -265,11 +265,12 @@ def main(argv=None):
             for x, y in run.batches(epoch):
                 update, rest = divmod(run.iteration, args.interval)
                 is_update = rest == 0 and update <= num_updates
-                # INTERPRETATION: the samples of Eq. 6 are those of this batch
+                # INTERPRETATION: the samples of Eq. 6 are those of this batch.
+                # Confirmed by the published code
                 record = args.aggregate if is_update else None
                 # INTERPRETATION of "cosine": one for each stage, from lr to 0
                 lr = training.cosine(args.lr, *run.position)
-                if "cosine" in items:  # published code: one over both, an epoch a step
+                if "cosine" in items:  # published code: one over both, a step an epoch
                     lr = training.cosine(args.lr, epoch, run.stages.epochs)
                 scores = training.step(run, x, y, lr, record, by)  # Eqs. 1-4, 6
                 masks.apply(optimizer)  # w <- w * m, and its momentum

@@ -76,7 +76,8 @@ def loss_over_time(logits, labels, kind="ce"):
     """Return the loss of logits [T, N, K] and labels [N], a mean over T and the batch.
 
     kind "ce": the cross-entropy of the output at each time step. INTERPRETATION: the
-    paper names no loss; this is LTH-SNN's.
+    paper names no loss; this is LTH-SNN's. Confirmed by the published code for
+    channels.
     kind "mean-ce", published code: the cross-entropy of the mean over T of the output,
     divided by T.
     kind "mse": the squared distance between the one-hot label and the mean of the

@@ -68,7 +68,7 @@ ROWS = {
         # l1: a short run needs more than the paper's 1e-4. Over a stage the penalty
         # moves a gamma by l1 * sum(lr) / (1 - momentum), and a gamma starts at 1 and
         # must reach 0. INTERPRETATION of weight_decay: the paper gives none here; this
-        # is that of network slimming
+        # is that of network slimming. published code: 0
         structured=dict(
             method="criticality", metric="criticality", regen_base="kept",
             prune_ratio=None, regen=None, target_macs=None, l1=3e-3, finetune_l1=False,

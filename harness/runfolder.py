@@ -683,6 +683,11 @@ class Run:
         for name, accuracy in accuracies.items():
             if accuracy is not None:
                 self.say(f"  {name:<24}{100 * accuracy:6.2f} % test accuracy")
+        tuned = [row["test_accuracy"] for row in self.rows if row["stage"] == "finetune"]
+        if values["as_published"] and tuned:
+            self.say(f"  best epoch              {100 * max(tuned):6.2f} % of the "
+                     f"fine-tuning, chosen by the test set: what the published code "
+                     f"reports")
         n_alive = sum(layer["alive"] for layer in values["layers"])
         n_weights = sum(layer["weights"] for layer in values["layers"])
         self.say(
