@@ -683,7 +683,8 @@ class Run:
         for name, accuracy in accuracies.items():
             if accuracy is not None:
                 self.say(f"  {name:<24}{100 * accuracy:6.2f} % test accuracy")
-        tuned = [row["test_accuracy"] for row in self.rows if row["stage"] == "finetune"]
+        tuned = [row["test_accuracy"] for row in self.rows
+                 if row["stage"] == "finetune"]
         if values["as_published"] and tuned:
             self.say(f"  best epoch              {100 * max(tuned):6.2f} % of the "
                      f"fine-tuning, chosen by the test set: what the published code "
