@@ -220,7 +220,9 @@ def main(argv=None):
     run, dense = removal.set_up(args, pretrain=args.epochs_pretrain,
                                 finetune=args.epochs_finetune)
 
-    with run.under_way(f"{method_of(args)}: {removal.goal(args)}, r = {args.regen:g}"):
+    reading = published.words(vars(args), "structured")
+    plan = f"{method_of(args)}: {removal.goal(args)}, r = {args.regen:g}"
+    with run.under_way(f"{plan}, {reading}" if reading else plan):
         # Algorithm 2. Pretrain on L + l1 * sum |gamma|
         for epoch in run.epochs("pretrain"):
             for x, y in run.batches(epoch):

@@ -237,8 +237,10 @@ def set_up(args):
 
 def plan_of(args, num_updates):
     """Return what the run does, in a line."""
+    reading = published.words(vars(args), "unstructured")
+    reading = f", {reading}" if reading else ""
     return (f"{method_of(args)}: {num_updates} updates to {100 * args.sparsity:g} % "
-            f"sparse, r = {args.regen:g}")
+            f"sparse, r = {args.regen:g}{reading}")
 
 
 def results(args, run):

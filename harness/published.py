@@ -37,7 +37,7 @@ ITEMS = {
         "momentum": ("dead weights keep their momentum, which goes on collecting their "
                      "gradient", {}),
         "ties": ("equal scores all come back, so that the target is missed by up to a "
-                 "channel; counts are truncated", {}),
+                 "channel, and counts are truncated", {}),
         "cosine": ("one cosine over both stages, a step an epoch", {}),
         "loss": ("cross-entropy of the mean output, divided by T",
                  dict(loss="mean-ce")),
@@ -67,11 +67,22 @@ class Items(argparse.Action):
 
 def add_flag(add, script):
     """Add --as-published to a group of flags. add: its add_argument."""
-    items = "; ".join(f"{item}: {text}" for item, (text, _) in ITEMS[script].items())
+    texts = []
+    for item, (text, implied) in ITEMS[script].items():
+        flags = " ".join(as_flag(*pair) for pair in implied.items())
+        texts.append(f"{item}: {text}" + (f"; it sets {flags}" if flags else ""))
     add("--as-published", nargs="*", action=Items, choices=ITEMS[script],
         metavar="ITEM",
         help=f"do these items, or without a name all that fit network and data set, as "
-             f"the published code does instead of the paper's text. {items}")
+             f"the published code does instead of the paper's text. {'. '.join(texts)}")
+
+
+def as_flag(flag, value):
+    """Return a flag with its value, as on a command line."""
+    name = flag.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value:g}" if isinstance(value, float) else f"--{name} {value}"
 
 
 def complete(args, explicit, script):
@@ -120,26 +131,26 @@ def implied(config):
     return {flag for item in items for flag in ITEMS[script][item][1]}
 
 
-def is_whole(config):
-    """Return whether a run has all items that fit it."""
-    script = config["script"].removeprefix("prune_")
-    args = SimpleNamespace(**config | dict(as_published=["all"]))
-    complete(args, {}, script)
-    return config["as_published"] == args.as_published
+def words(config, script=None):
+    """Return how a run differs from the text in words: "as published" where it has all
+    items that fit it, else "published cosine + zero"; "" if it does not differ.
 
-
-def words(config):
-    """Return how a run differs from the text in words: "as published", "published
-    cosine + zero"; "" if it does not."""
+    config: its config.json, or its flags. script: "unstructured" | "structured"; None:
+    as config says.
+    """
     items = config.get("as_published")
     if not items:
         return ""
-    return "as published" if is_whole(config) else f"published {' + '.join(items)}"
+    script = script or config["script"].removeprefix("prune_")
+    whole = SimpleNamespace(**config | dict(as_published=["all"]))
+    complete(whole, {}, script)
+    if items == whole.as_published:
+        return "as published"
+    return f"published {' + '.join(items)}"
 
 
 def suffix(args, script):
     """Return the words of a run's name for its items: "-published",
     "-published-cosine-zero", or ""."""
-    text = words(vars(args) | dict(script=f"prune_{script}"))
-    parts = text.removeprefix("as ").replace("+", "").split()
+    parts = words(vars(args), script).removeprefix("as ").replace("+", "").split()
     return "".join(f"-{part}" for part in parts)
