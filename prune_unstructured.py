@@ -100,6 +100,9 @@ def prune_and_regenerate_as_published(masks, target, regen, score, candidates,
     """
     has_ties = "ties" in items
     magnitudes, alive_before = masks.magnitudes(), masks.flat.clone()
+    masks.require_finite(magnitudes, "the weights")
+    masks.require_finite(score, "the scores")
+    # published code, "ties": counts are truncated
     keep = int(masks.total * (1 - target)) if has_ties else masks.keep_at(target)
     in_classifier = torch.zeros_like(masks.flat)
     in_classifier[masks.total - masks.sizes[-1]:] = True
@@ -114,7 +117,7 @@ def prune_and_regenerate_as_published(masks, target, regen, score, candidates,
             return torch.zeros_like(places)
         return places & (magnitudes > magnitudes[places].topk(count).values[-1])
 
-    # the classifier keeps what a plain cut to the target leaves it, and nothing else
+    # published code, "classifier": it keeps what a plain cut to the target leaves it
     fixed = torch.zeros_like(masks.flat)
     if "classifier" in items:
         fixed = largest(torch.ones_like(fixed), keep) & in_classifier
@@ -122,25 +125,24 @@ def prune_and_regenerate_as_published(masks, target, regen, score, candidates,
     else:
         others = torch.ones_like(fixed)
 
-    # Eq. 7: of the rest prune a share r further
+    # Eq. 7: keep of the others the rest, less a share r
     rest = keep - int(fixed.count_nonzero())
     count = int(rest * regen) if has_ties else round(rest * regen)
     masks.flat.copy_(fixed | largest(others, rest - count))
     pruned, before = alive_before & ~masks.flat, masks.sparsity
-    if "zero" in items:  # what comes back now has lost its value
+    if "zero" in items:  # published code: what comes back now has lost its value
         masks.apply(optimizer)
 
     # Eq. 5: regenerate the highest-scored pruned weights
     dead = others & ~masks.flat
     if candidates == "new":
         dead &= pruned
-    if not has_ties:
-        regenerated = masks.regenerate(count, dead, [score, magnitudes], generator)
-    elif count == 0:
-        regenerated = torch.zeros_like(dead)
-    else:  # all that equal the last one: a channel has one score
+    if has_ties and count > 0:  # published code: all that equal the last one return
+        count = min(count, int(dead.count_nonzero()))
         regenerated = dead & (score >= score[dead].topk(count).values[-1])
         masks.flat |= regenerated
+    else:
+        regenerated = masks.regenerate(count, dead, [score, magnitudes], generator)
     return Update(pruned, before, regenerated, masks.rescue_empty_layers(), plain)
 
 
