@@ -12,12 +12,16 @@ depth below the folders named. Each figure is a PNG, a PDF, and a CSV of what is
 over several seeds it shows the mean and the standard deviation. What a run did not
 write (features, entropies, scores, activity) is computed once, from its model.pt, and
 kept in its folder as analysis.npz.
+
+Where the published code (harness/published.py) measures otherwise than the paper's text
+says, a figure shows both: survival, importance, variance, similarity.
 """
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from harness import flags
@@ -27,7 +31,7 @@ from harness import records
 from harness.plots import by_layer, canvas, layer_ticks, legend, plot, spread, style_of
 from harness.records import (BASELINE, CHANNELS, WEIGHTS, Unfit, all_runs, analysis_of,
                              compared, layers_of, read, runs_of)
-from metrics import spearman
+from metrics import inverted, spearman
 
 DEMO = Path("runs", "demo")
 
@@ -119,7 +123,9 @@ def survival(runs):
     """Fig. 2(a): what an update prunes and brings back; what is alive in the end and
     had come back.
 
-    In the paper the first is above 50 %, the second is in PAPER_SURVIVAL.
+    In the paper the first is above 50 %, the second is in PAPER_SURVIVAL. The second is
+    no measurement of a method: what the last update brought back equals r by
+    construction (Eq. 7), and the rest came back in earlier ones.
     """
     panels = compared(runs, "criticality")
     if not panels:
@@ -127,43 +133,120 @@ def survival(runs):
     figure, (axes,) = canvas(1 + (WEIGHTS in panels))
     rows, says = [], []
     if WEIGHTS in panels:
-        rows, mean = survival_of_updates(axes[0], panels[WEIGHTS]["criticality"])
-        says = [f"of the weights that an update prunes, {np.nanmin(mean):.0f} to "
-                f"{np.nanmax(mean):.0f} % come back in it (paper: above 50 %)"]
-    right, label = axes[-1], "criticality"
+        rows, says = survival_of_updates(axes[0], panels[WEIGHTS]["criticality"])
+    right, labels = axes[-1], dict(paper="paper", bar="criticality",
+                                   rate="r by construction")
     for x, (pruned, paper) in enumerate(PAPER_SURVIVAL.items()):
-        right.plot([x - 0.3, x + 0.3], [paper, paper], "k--", linewidth=1,
-                   label=None if x else "paper")
+        across = [x - 0.3, x + 0.3]
+        right.plot(across, [paper, paper], "k--", linewidth=1,
+                   label=labels.pop("paper", None))  # one entry of the legend does
         if pruned not in panels:
             continue
+        mine = panels[pruned]["criticality"]
         mean, std = spread([100 * run.summary["survived_by_regeneration"]
-                            for run in panels[pruned]["criticality"]])
-        right.bar(x, mean, 0.4, yerr=std or None, capsize=2, label=label,
-                  color=style_of("criticality")[0])
-        label = None  # one entry of the legend does
+                            for run in mine])
+        right.bar(x, mean, 0.4, yerr=std or None, capsize=2,
+                  label=labels.pop("bar", None), color=style_of("criticality")[0])
         rows.append(dict(what=f"alive {pruned}", x=None, share=mean, std=std))
-        says.append(f"{mean:.1f} % of the {pruned} that are alive in the end came back "
-                    f"(paper: {paper} %)")
+        text = (f"{mean:.1f} % of the {pruned} that are alive in the end had come back "
+                f"(paper: {paper} %)")
+        if mine[0].config.get("regen_base") != "pruned":  # else r and p make it
+            fixed, std = spread([100 * fixed_share(run) for run in mine])
+            right.plot(across, [fixed, fixed], ":", color=plots.ORANGE, linewidth=2,
+                       label=labels.pop("rate", None))
+            rows.append(dict(what=f"r of {pruned}", x=None, share=fixed, std=std))
+            text += (f"; what the last update brought back, {fixed:.3g} %, equals r by "
+                     f"construction{but_classifier(mine[0])}")
+        says.append(text)
     right.set_xticks([0, 1], list(PAPER_SURVIVAL))
     right.set(ylabel="Alive by regeneration (%)", xlim=(-0.5, 1.5), ylim=(0, 100))
-    legend(right)
+    legend(right, 1)
     return figure, rows, all_runs(panels), "; ".join(says)
 
 
+def but_classifier(run):
+    """Return what r is no share of, in words. published code: it neither prunes the
+    classifier further nor regenerates it."""
+    fixed = "classifier" in run.config["as_published"]
+    return " (but the classifier)" if fixed else ""
+
+
+def fixed_share(run):
+    """Return which share of what is alive in the end the last update brought back, by
+    Eq. 7 alone: r of all that it regenerates in."""
+    alive = [layer["alive"] for layer in run.summary["layers"]]
+    rest = alive[:-1] if but_classifier(run) else alive
+    return run.regen * sum(rest) / sum(alive)
+
+
+# The shares of an update: {name in the CSV: (label, look)}
+SHARES = {
+    "pruned in update": (
+        "of what the update cuts (to s'): back in it", {}),
+    "plain cut": (  # published code: its survival
+        "of what a plain cut to s would take: alive after it",
+        dict(color=plots.ORANGE, marker="s")),
+    "alive after update": (
+        "of those alive after it: back in it, r by construction",
+        dict(color=plots.GREY, marker="None", linestyle="-.")),
+}
+
+
+def shares_of(run):
+    """Return {name of SHARES: list of shares, %, one an update}, of updates.jsonl.
+
+    A share of nothing is NaN. Logs of before there was survived_plain lack "plain cut".
+    """
+    updates = read(run, "updates.jsonl")
+    last = -1 if but_classifier(run) else None
+    alive = [sum(layer["alive"] for layer in row["layers"][:last]) for row in updates]
+    found = {
+        "pruned in update": [row["survived"] for row in updates],
+        "plain cut": [row.get("survived_plain", "absent") for row in updates],
+        "alive after update": [row["regenerated"] / count
+                               for row, count in zip(updates, alive)]}
+    return {name: [np.nan if share is None else 100 * share for share in shares]
+            for name, shares in found.items() if "absent" not in shares}
+
+
 def survival_of_updates(axis, runs):
-    """Draw which share of what an update prunes comes back in it, over the updates;
-    return rows of the CSV and the means."""
-    shares = [[np.nan if row["survived"] is None else 100 * row["survived"]
-               for row in read(run, "updates.jsonl")] for run in runs]
-    mean, std = spread(shares)
-    plot(axis, range(1, len(mean) + 1), mean, std, "criticality")
+    """Draw over the updates which shares come back, by the definitions of the text and
+    of the published code; return rows of the CSV and what they say, a list."""
+    found = [shares_of(run) for run in runs]
+    rows, says = [], []
+    for name, (label, look) in SHARES.items():
+        if not all(name in shares for shares in found):
+            says.append("what a plain cut would take is not in these logs")
+            continue
+        if name == "alive after update":
+            label += but_classifier(runs[0])
+        mean, std = spread([shares[name] for shares in found])
+        updates = range(1, len(mean) + 1)
+        plot(axis, updates, mean, std, "criticality", label=label, **look)
+        rows += [dict(what=name, x=update, share=m, std=s)
+                 for update, m, s in zip(updates, mean, std)]
+        if np.isfinite(mean).any():
+            ends = f"{np.nanmin(mean):.0f}", f"{np.nanmax(mean):.0f}"
+            says.append(f"{label}, {' to '.join(dict.fromkeys(ends))} %")
     axis.axhline(50, color="black", linestyle="--", linewidth=1,
                  label="paper: above this")
-    axis.set(xlabel="Mask update", ylabel="Pruned and regenerated (%)", ylim=(0, 103))
-    legend(axis)
-    rows = [dict(what="pruned in update", x=update, share=m, std=s)
-            for update, (m, s) in enumerate(zip(mean, std), 1)]
-    return rows, mean
+    axis.set(xlabel="Mask update", ylabel="Share (%)", ylim=(0, 103))
+    legend(axis, 1)
+    steps = records.listed(run.config.get("interval") for run in runs)
+    return rows, [f"{len(updates)} updates with {steps} steps between them", *says]
+
+
+INVERTED_GAMMA = (
+    "Published code: its script computes (max - |gamma|) / (max - min) over the "
+    "channels that a network kept. That is inverted: its channel with the smallest "
+    "|gamma| scores 1, and a higher value means a smaller |gamma| in that network.")
+# {name in the CSV: (label of the axis, function of |gamma| [E + 1, M])}
+IMPORTANCES = {
+    "share of the mean": (r"$|\gamma|$ / mean of the network",
+                          lambda gamma: gamma / gamma.mean(1, keepdims=True)),
+    "published code": ("Inverted $|\\gamma|$\n(published code)",
+                       lambda gamma: inverted(torch.from_numpy(gamma)).numpy()),
+}
 
 
 def importance(runs):
@@ -171,33 +254,38 @@ def importance(runs):
     method kept.
 
     INTERPRETATION of "normalised": |gamma| / the mean over the channels of that network
-    at that epoch, so that 1 is a channel like any other.
+    at that epoch, so that 1 is a channel like any other. Beside it: the published code.
     """
     with_l1 = [run for run in runs if run.config.get("finetune_l1")]
     panels = compared(with_l1, "criticality", "baseline")
     if not panels:
         return None
-    traces = {method: [] for method in panels[CHANNELS]}
-    for couple in zip(*panels[CHANNELS].values()):
-        for run, trace in zip(couple, importance_of(couple)):
-            traces[run.method].append(trace)
-    figure, ((axis,),) = canvas(1)
+    figure, (axes,) = canvas(len(IMPORTANCES))
     rows, says = [], []
-    for method, values in traces.items():
-        mean, std = spread(values)
-        plot(axis, range(len(mean)), mean, std, method, label=f"{method} alone")
-        rows += [dict(method=method, epoch=epoch, importance=m, std=s)
-                 for epoch, (m, s) in enumerate(zip(mean, std))]
-        says.append(f"channels that only {method} kept go from {mean[0]:.2f} to "
-                    f"{mean[-1]:.2f}")
-    axis.set(xlabel="Epoch of fine-tuning", ylabel=r"$|\gamma|$ / mean of the network")
-    legend(axis)
+    for axis, (kind, (label, scale)) in zip(axes, IMPORTANCES.items()):
+        traces = {method: [] for method in panels[CHANNELS]}
+        for couple in zip(*panels[CHANNELS].values()):
+            for run, trace in zip(couple, importance_of(couple, scale)):
+                traces[run.method].append(trace)
+        for method, values in traces.items():
+            mean, std = spread(values)
+            plot(axis, range(len(mean)), mean, std, method, label=f"{method} alone")
+            rows += [dict(normalisation=kind, method=method, epoch=epoch, importance=m,
+                          std=s) for epoch, (m, s) in enumerate(zip(mean, std))]
+            says.append(f"{kind}: channels that only {method} kept go from "
+                        f"{mean[0]:.2f} to {mean[-1]:.2f}")
+        axis.set(xlabel="Epoch of fine-tuning", ylabel=label)
+        legend(axis)
+    plots.note(figure, INVERTED_GAMMA)
     return figure, rows, all_runs(panels), "; ".join(says)
 
 
-def importance_of(couple):
+def importance_of(couple, scale):
     """Return for each of two runs the mean importance [E + 1], before fine-tuning and
-    after each of E epochs, of the channels that the other one did not keep."""
+    after each of E epochs, of the channels that the other one did not keep.
+
+    scale: takes |gamma| [E + 1, M] of a network and returns the importance of each.
+    """
     tables = [read(run, "channels.json")["layers"] for run in couple]
     for layer, other in zip(*tables):
         if layer["gamma"] != other["gamma"]:
@@ -215,12 +303,19 @@ def importance_of(couple):
         if not only.any():
             raise Unfit(run, "it kept no channel that the other of its pair did not "
                              "keep")
-        found.append(gamma[:, only].mean(1) / gamma.mean(1))
+        found.append(scale(gamma)[:, only].mean(1))
     return found
 
 
+INVERTED_FEATURES = (
+    "Published code: its script turns the spike counts x of a sample into (max - x) / "
+    "(max - min). That is inverted: silent channels are 1. Most features of a sparse "
+    "code are then near 1, so that the cosine is near 1 for any network.")
+
+
 def per_class(runs, key, label, better):
-    """Draw a number of each class, in the order of the baseline's.
+    """Draw a number of each class, in the order of the baseline's: above with features
+    of unit length, below with those of the published code.
 
     better: "lower" or "higher". Runs that regenerated by another metric, at the same
     rate and seeds, stand by as controls.
@@ -229,29 +324,49 @@ def per_class(runs, key, label, better):
     if not panels:
         return None
     panels = records.with_controls(runs, panels)
-    figure, axes = canvas(len(panels))
+    used = all_runs(panels)
+    kinds = {"unit length": (key, label)}
+    older = [run for run in used if f"{key}_published" not in analysis_of(run)]
+    if not older:
+        kinds["published code"] = f"{key}_published", f"{label}\n(published code)"
+    figure, axes = canvas(len(panels), len(kinds))
     rows, says = [], []
-    for axis, (pruned, methods) in zip(axes[0], panels.items()):
-        values = {method: np.array([analysis_of(run)[key] for run in mine])
-                  for method, mine in methods.items()}  # [seeds, K]
-        base = values[BASELINE[pruned]]
-        order = base.mean(0).argsort()
-        for method, found in values.items():
-            mean, std = spread(found[:, order])
-            plot(axis, range(len(order)), mean, std, method, linestyle="none")
-            rows += [dict(pruned=pruned, method=method, label=k, mean=m, std=s)
-                     for k, m, s in zip(order, mean, std)]
-            if found is not base:
-                won = found < base if better == "lower" else found > base
-                says.append(f"{pruned}: {method} is {better} in "
-                            f"{100 * won.mean():.0f} % of the classes (each seed "
-                            f"counted), {found.mean():.4f} against {base.mean():.4f} "
-                            f"of {BASELINE[pruned]}")
-        if len(order) <= 20:
-            axis.set_xticks(range(len(order)), order)
-        axis.set(xlabel=f"Class ({pruned} pruned)", ylabel=label)
-        legend(axis)
-    return figure, rows, all_runs(panels), "; ".join(says)
+    for line, (kind, (key, label)) in zip(axes, kinds.items()):
+        for axis, (pruned, methods) in zip(line, panels.items()):
+            found, texts = draw_classes(axis, methods, pruned, key, better)
+            rows += [dict(normalisation=kind, pruned=pruned) | row for row in found]
+            says += [f"{kind}, {pruned}: {text}" for text in texts]
+            axis.set(xlabel=f"Class ({pruned} pruned)", ylabel=label)
+            legend(axis)
+    if older:
+        says.append(f"not drawn as the published code: analysis.npz of {len(older)} "
+                    f"runs is older, and model.pt or the images are missing")
+    else:
+        plots.note(figure, INVERTED_FEATURES)
+    return figure, rows, used, "; ".join(says)
+
+
+def draw_classes(axis, methods, pruned, key, better):
+    """Draw a number of each class, for each method; return rows of the CSV and how the
+    methods compare with the baseline, a list of texts."""
+    values = {method: np.array([analysis_of(run)[key] for run in mine])
+              for method, mine in methods.items()}  # [seeds, K]
+    base = values[BASELINE[pruned]]
+    order = base.mean(0).argsort()
+    rows, texts = [], []
+    for method, found in values.items():
+        mean, std = spread(found[:, order])
+        plot(axis, range(len(order)), mean, std, method, linestyle="none")
+        rows += [dict(method=method, label=k, mean=m, std=s)
+                 for k, m, s in zip(order, mean, std)]
+        if found is not base:
+            won = found < base if better == "lower" else found > base
+            texts.append(f"{method} is {better} in {100 * won.mean():.0f} % of the "
+                         f"classes (each seed counted), {found.mean():.4f} against "
+                         f"{base.mean():.4f} of {BASELINE[pruned]}")
+    if len(order) <= 20:
+        axis.set_xticks(range(len(order)), order)
+    return rows, texts
 
 
 def variance(runs):
@@ -308,6 +423,38 @@ def curves_of(axes, runs, method):
 
 
 # ---- beyond the paper ---------------------------------------------------------------
+
+
+def interval(runs):
+    """Accuracy over the number of steps between two updates: does what comes back need
+    time to grow?
+
+    The pruning stage has the same length throughout: longer intervals mean fewer
+    updates, and larger cuts.
+    """
+    for group in records.comparable_groups(runs, WEIGHTS, ["interval"]):
+        gmp, ours = runs_of(group, "gmp"), runs_of(group, "criticality")
+        shared = ({run.config["interval"] for run in gmp}
+                  & {run.config["interval"] for run in ours})
+        if len(shared) >= 2:
+            break
+    else:
+        return None
+    used = gmp + ours
+    for method in records.rankings(group):
+        theirs = [run for run in group
+                  if run.method == method and run.regen == ours[0].regen]
+        if method != "criticality" and len({run.config["interval"]
+                                            for run in theirs}) >= 2:
+            used += theirs
+    figure, ((axis,),) = canvas(1)
+    rows = accuracy_over(axis, used, "interval", lambda run: run.config["interval"],
+                         "Steps between two updates")
+    axis.set_xticks(sorted({row["interval"] for row in rows}))
+    legend(axis)
+    return figure, rows, used, "; ".join(
+        f"{row['method']} {row['accuracy']:.1f} % with {row['interval']} steps"
+        for row in rows)
 
 
 def in_two_rows(runs, values):
@@ -444,7 +591,8 @@ FIGURES = {  # name: (function, what to look for, commands of the runs that it n
         f"--regen $r; done; done"),
     "survival": (
         survival, "In the paper more than half of what an update prunes comes back in "
-        "it, and about half of what is alive in the end had been regenerated.",
+        "it, and about half of what is alive in the end had come back. What the last "
+        "update brought back equals r by construction.",
         f"{UNSTRUCTURED}; {STRUCTURED}"),
     "importance": (
         importance, "In the paper the channels that criticality brought back gain in "
@@ -459,6 +607,11 @@ FIGURES = {  # name: (function, what to look for, commands of the runs that it n
     "curves": (
         curves, "In the paper criticality ends higher on the test set, with less "
         "distance between training and test.", PAIRS),
+    "interval": (
+        interval, "If what comes back needs time to grow, criticality gains on GMP as "
+        "the interval grows.",
+        f"for n in 25 94 235; do for r in 0 0.5; do {UNSTRUCTURED} --interval $n "
+        f"--regen $r; done; done"),
     "entropy": (
         entropy, "A positive correlation says that the score picks the channels whose "
         "spike counts carry information.", WITH_DENSE),
@@ -490,8 +643,8 @@ def draw_figure(name, runs, out):
     folders = ", ".join(str(run.folder) for run in used)
     plots.save(out / name, figure, rows,
                f"{name}: {records.describe(used)}\nruns: {folders}")
-    rates = records.rates_of(used)
-    of = f"of {len(used)} runs, {rates}" if rates else f"of {len(used)} runs"
+    of = ", ".join(filter(None, [f"of {len(used)} runs", records.readings_of(used),
+                                 records.rates_of(used)]))
     print(f"{name:<12}{out / name}.png  {of}: {says}")
     return drawn
 
@@ -506,13 +659,18 @@ def flags_of(run):
 
 def demo_commands():
     """Return {name of the run: script and flags} of the short runs for all figures."""
-    short = "--train-limit 3000 --epochs-finetune 2 --interval 10"
-    weights = f"prune_unstructured {short}"
+    short = "--train-limit 3000 --epochs-finetune 2"
+    weights = f"prune_unstructured {short} --interval 10"
     wanted = {"dense": f"{weights} --epochs-prune 4 --sparsity 0"}
     for length in (4, 2, 8):
         for rate in (0, 0.5):
             wanted[f"epochs{length}-r{rate}"] = (
                 f"{weights} --epochs-prune {length} --regen {rate}")
+    for steps in (5, 20):  # 10 is epochs4
+        for rate in (0, 0.5):
+            wanted[f"interval{steps}-r{rate}"] = (
+                f"prune_unstructured {short} --interval {steps} --epochs-prune 4 "
+                f"--regen {rate}")
     for rate in (0.1, 0.3, 0.7):  # 0.5 is epochs4-r0.5
         wanted[f"criticality-r{rate}"] = (
             f"{weights} --epochs-prune 4 --metric criticality --regen {rate}")
@@ -522,7 +680,7 @@ def demo_commands():
                 f"{weights} --epochs-prune 4 --metric {metric} --regen {rate}")
     for rate in (0.1, 0.3, 0.5, 0.7):
         wanted[f"granet-r{rate}"] = (
-            f"prune_granet {short} --epochs-prune 4 --death-rate {rate}")
+            f"prune_granet {short} --interval 10 --epochs-prune 4 --death-rate {rate}")
 
     channels = ("prune_structured --train-limit 3000 --epochs-pretrain 4 "
                 "--epochs-finetune 4 --l1 0.01")
@@ -583,12 +741,14 @@ def read_runs(folders):
 def write_report(path, drawn):
     """Write figures, {name: what draw_figure returned}, into one HTML page."""
     sections = []
-    for name, (_, _, used, says) in drawn.items():
+    for name, (figure, _, used, says) in drawn.items():
         make, look_for, _ = FIGURES[name]
         heading = " ".join(make.__doc__.split("\n\n")[0].split())  # first sentence
-        texts = (look_for, f"Here: {says}.", records.describe(used))
+        texts = (plots.note_of(figure), look_for, f"Here: {says}.",
+                 records.describe(used))
         commands = "\n".join(dict.fromkeys(map(records.command_of, used)))
-        sections.append((path.with_name(f"{name}.png"), heading, texts, commands))
+        sections.append((path.with_name(f"{name}.png"), heading,
+                         filter(None, texts), commands))
     plots.page(path, "Pruning spiking neural networks", sections)
     print(f"report      {path}")
 

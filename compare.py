@@ -17,7 +17,9 @@ line that names its log.
 With --runs nothing is run: a folder with a config.json is a run, and runs are found at
 any depth below the folders named. There is a table for each data set, network and
 schedule; runs of a method that differ in a flag are rows of their own, and of two runs
-that differ in nothing the first counts. The columns:
+that differ in nothing the first counts. Runs by --as-published say so in their name:
+"gmp, as published", "criticality, published cosine"; a name without such words is the
+paper's text. Differences between the two: --baseline "gmp, as published". The columns:
 
     test accuracy   mean and standard deviation over the seeds, last epoch
     against the baseline
@@ -48,6 +50,7 @@ import data
 from harness import flags
 from harness import plots
 from harness import presets
+from harness import published
 from harness import records
 from harness.files import write_whole
 
@@ -81,10 +84,11 @@ COLUMNS = ("method", "target", "test accuracy, %", "against the baseline, points
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 # A row is not named after these values: they are our reading of the paper
 USUAL = dict(aggregate="max", candidates="all")
-# What does not make runs of one method differ: the target is a column of its own, and
-# GraNet's death rate counts as a regeneration rate, `regen`
-NO_VARIANT = {*records.NOT_FLAGS, "seed", "sparsity", "target_macs", "prune_ratio",
-              "data_dir", "save_every", "death_rate"}
+# What does not make runs of one method differ: the target is a column of its own,
+# GraNet's death rate counts as a regeneration rate, `regen`, and published.words() has
+# words for the items of --as-published
+NO_VARIANT = {*records.NOT_FLAGS, "as_published", "seed", "sparsity", "target_macs",
+              "prune_ratio", "data_dir", "save_every", "death_rate"}
 
 
 # ---- running ------------------------------------------------------------------------
@@ -188,15 +192,17 @@ def run_all(jobs, at_a_time):
 
 def setting_of(run):
     """Return what runs of a table share, in words: "weights" or "channels", data set,
-    network, T and epochs, and each flag that is not the usual one."""
+    network, T and epochs, and each flag that is not the usual one. What --as-published
+    has set stands in the name of a row."""
     config, usual = run.config, presets.of(run.config["dataset"])
     first = "epochs_pretrain" if run.pruned == records.CHANNELS else "epochs_prune"
     words = [Path(config["dataset"]).stem, config["model"],
              f"T = {config['time_steps']}",
              f"{config.get(first)} + {config['epochs_finetune']} epochs"]
+    said = {"dataset", "model", "time_steps", "epochs_finetune"}
     for flag in (*records.SHARED, "precision"):
-        if flag in ("dataset", "model", "time_steps", "epochs_finetune"):
-            continue  # said already
+        if flag in said | published.implied(config):
+            continue
         if config.get(flag) != usual.get(flag):
             words.append(f"{flag.replace('_', ' ')} {config.get(flag)}")
     return f"{run.pruned}: {', '.join(words)}"
@@ -245,24 +251,28 @@ def gather(*folders):
     for (setting, target, method), runs in found.items():
         variants = [variant_of(run) for run in runs.values()]
         names = dict.fromkeys(flag for variant in variants for flag in variant)
-        vary = [flag for flag in names
-                if len({str(variant.get(flag)) for variant in variants}) > 1]
+        vary = [flag for flag in names if len({
+            str(variant.get(flag)) for run, variant in zip(runs.values(), variants)
+            if flag not in published.implied(run.config)}) > 1]
         for run, variant in zip(runs.values(), variants):
             words = [f"{flag.replace('_', ' ')} {variant[flag]}" for flag in vary
                      if flag in variant and variant[flag] != USUAL.get(flag)]
-            name = ", ".join([method, *words])
+            reading = published.words(run.config)
+            name = ", ".join(filter(None, [method, reading, *words]))
             seeds = told_apart.setdefault((setting, target, name), {})
             seeds.setdefault(run.seed, run)
     return told_apart, notes
 
 
 def variant_of(run):
-    """Return {flag: value} of what tells runs of one method apart, seed and target not
-    among it. A flag that is off is as one that the run's version did not have."""
+    """Return {flag: value} of what tells runs of one method apart, seed, target and
+    what --as-published sets not among it. A flag that is off is as one that the run's
+    version did not have."""
     values = run.config | {"regen": run.regen or None}
+    hidden = NO_VARIANT | published.implied(run.config)
     return {flag: value for flag, value in values.items()
             if value is not None and value is not False
-            and flag not in NO_VARIANT and not flag.startswith("version_")}
+            and flag not in hidden and not flag.startswith("version_")}
 
 
 def cost(run):
@@ -310,10 +320,11 @@ def tabulate(found, versus=None):
     tables = {}
     for (setting, target, method), by_seed in found.items():
         name = versus or records.BASELINE[next(iter(by_seed.values())).pruned]
-        level = "-" if versus == "dense" else target
+        level = "-" if style_name(name) == "dense" else target
         baseline = found.get((setting, level, name), {})
         dense = [cost(run) for (kind, _, name), runs in found.items()
-                 for run in runs.values() if (kind, name) == (setting, "dense")]
+                 for run in runs.values()
+                 if (kind, style_name(name)) == (setting, "dense")]
         tables.setdefault(setting, []).append(
             dict(method=method, target=target) | row_of(by_seed, baseline, dense))
     for rows in tables.values():
@@ -439,7 +450,7 @@ def plot_targets(axis, rows, targets, low):
         for row in rows:
             if row["method"] != method:
                 continue
-            if method == "dense":
+            if style == "dense":
                 axis.axhline(row["accuracy"], color="black", linestyle=":", linewidth=1)
             if row["target"] not in targets:
                 continue

@@ -2,7 +2,8 @@
 
     counts = metrics.count(net, batches_of_images, masks.alive)
     counts["sops"], counts["energy_mj"], counts["firing_rate"]
-    mean, variance = metrics.class_statistics(net, labelled_batches, num_classes=10)
+    found = metrics.class_statistics(net, labelled_batches, num_classes=10)
+    mean, variance = found["unit"]  # or "published"
 
 Costs are parameters, sparsity, MACs, synaptic operations, energy and firing rates.
 Inside are features, their spread over each class, and the entropy of spike counts.
@@ -258,30 +259,64 @@ def speedup(dense, small, images, seconds=2.0):
 # ---- what can be seen inside ---------------------------------------------------------
 
 
+def inverted(rows):
+    """Return (max - x) / (max - min) within each row of [N, F]: the largest value is
+    0, the smallest 1.
+
+    published code: it normalises features and importances like this.
+    INTERPRETATION: a row of equal values, such as a silent sample, is 1 throughout,
+    as silent channels are; the formula has 0 / 0 there.
+    """
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    return torch.where(high > low, (high - rows) / (high - low), 1.0)
+
+
 @torch.inference_mode()
 def class_statistics(net, batches, num_classes):
     """Return the mean feature of each class, [K, F], and its intra-cluster variance,
-    [K], both float64. A class without a sample gets NaN.
+    [K], both float64, for two kinds of features: {kind: (mean, variance)}. A class
+    without a sample gets NaN.
 
-    batches: an iterable of (images, labels). A feature is what enters the classifier,
-    averaged over T and divided by its L2 norm (INTERPRETATION of "normalize"; one
-    without a spike stays 0). The variance of a class is the mean squared Euclidean
-    distance of its samples to their mean, E|x|^2 - |E x|^2: it takes one pass, and
-    memory for classes x features.
+    batches: an iterable of (images, labels). It takes one pass, and memory for classes
+    x features. The kinds:
+
+    unit: what enters the classifier, averaged over T and divided by its L2 norm
+        (INTERPRETATION of "normalize"; one without a spike stays 0). The variance is
+        the mean squared Euclidean distance of the samples to their mean.
+    published: published code. The spikes of the last LIF before the classifier, summed
+        over T and the map, [C], and inverted(). The variance is that of each feature,
+        unbiased, averaged over the features; NaN for a class of one sample.
     """
     classifier = list(prunable_layers(net))[-1]
-    seen, sums, squares, count = {}, 0, 0, 0
-    with hooks({classifier: net.get_submodule(classifier)}, before=seen.__setitem__):
+    seen, count = {}, 0
+
+    def enter(_, x):  # a spiking output may follow
+        seen["entering"], seen["last"] = x, seen["spikes"]
+
+    sums, squares = dict(unit=0, published=0), dict(unit=0, published=0)
+    with (hooks(lifs(net), after=lambda _, spikes: seen.update(spikes=spikes)),
+          hooks({classifier: net.get_submodule(classifier)}, before=enter)):
         for images, labels in batches:
             net(images)
-            by_step = seen[classifier].unflatten(0, (-1, len(labels)))  # [T, N, F]
-            feature = F.normalize(by_step.double().mean(0))  # [N, F]
+            by_step = seen["entering"].unflatten(0, (-1, len(labels)))  # [T, N, F]
+            spikes = seen["last"].double().sum(0)  # [N, C, ...]
+            spikes = spikes.flatten(2).sum(2) if spikes.dim() > 2 else spikes
+            features = dict(unit=F.normalize(by_step.double().mean(0)),
+                            published=inverted(spikes))
             member = F.one_hot(labels, num_classes).double().T  # [K, N]
-            sums, count = sums + member @ feature, count + member.sum(1)
-            squares = squares + member @ feature.square().sum(1)
-    mean = sums / count[:, None]
-    variance = squares / count - mean.square().sum(1)
-    return mean, variance.clamp(min=0)  # 0, and not -1e-17
+            count = count + member.sum(1)
+            for kind, feature in features.items():
+                sums[kind] = sums[kind] + member @ feature
+                squares[kind] = squares[kind] + member @ feature.square().sum(1)
+    found = {}
+    for kind in sums:
+        mean = sums[kind] / count[:, None]
+        # E|x|^2 - |E x|^2, and 0, not -1e-17
+        variance = (squares[kind] / count - mean.square().sum(1)).clamp(min=0)
+        if kind == "published":
+            variance = variance * count / (count - 1) / mean.shape[1]
+        found[kind] = mean, variance
+    return found
 
 
 @torch.inference_mode()

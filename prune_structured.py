@@ -28,17 +28,9 @@ import torch
 import channels
 import training
 from channels import Choice
-from harness import flags, published, removal
+from harness import flags, presets, published, removal
 from harness.runfolder import finished
 from masks import prune_further, select
-
-# The paper's r for each p, {network: {p: r}}; the first p is the default. Networks that
-# are not listed have the values of `small`
-REGEN_RATES = {"vgg16": {0.4522: 0.1, 0.6764: 0.05},
-               "resnet19": {0.512: 0.3, 0.658: 0.1},
-               "small": {0.5: 0.3}}
-REGEN_RATES |= {"vgg16-avg": REGEN_RATES["vgg16"],
-                "resnet19-pre": REGEN_RATES["resnet19"]}
 
 # ---- the scores ----------------------------------------------------------------------
 # A score function returns a number for each channel, [M] in float64. The pruned
@@ -157,7 +149,7 @@ def complete(args, explicit):
                     f"slimming does not use. Leave one of them out")
             setattr(args, flag, value)
 
-    rates = REGEN_RATES.get(args.model, REGEN_RATES["small"])
+    rates = presets.channel_rates(args.model)  # {p: r}
     ratio = next(iter(rates)) if args.prune_ratio is None else args.prune_ratio
     args.prune_ratio = ratio if args.target_macs is None else None
     if ratio == 0:

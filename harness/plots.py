@@ -4,6 +4,7 @@ column of a paper.
     figure, ((axis,),) = plots.canvas(1)
     mean, std = plots.spread(values)                 # over the seeds
     plots.plot(axis, x, mean, std, "criticality")
+    plots.note(figure, "what a reader must know")    # under the panels
     plots.save(Path("figures/name"), figure, rows, "what it is of")
     plots.draw_curves(rows, path)                    # of metrics.jsonl, after each run
 """
@@ -11,6 +12,7 @@ import base64
 import csv
 import html
 import io
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -123,6 +125,17 @@ def legend(axis, ncols=2):
     """Put the legend above the panel, where it covers nothing."""
     axis.legend(frameon=False, fontsize=7, ncols=ncols, loc="lower center",
                 bbox_to_anchor=(0.5, 1), borderaxespad=0.1)
+
+
+def note(figure, text):
+    """Write a text in small letters under the panels of a figure."""
+    letters = int(22 * figure.get_figwidth())  # that fit in a line
+    figure.supxlabel(textwrap.fill(text, letters), fontsize=6, x=0.01, ha="left")
+
+
+def note_of(figure):
+    """Return the text under the panels of a figure in a line, "" if there is none."""
+    return " ".join(figure.get_supxlabel().split())
 
 
 def save(path, figure, rows, header):

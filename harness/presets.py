@@ -32,6 +32,15 @@ LENGTH = {"unstructured": "weights", "granet": "weights", "lottery": "weights",
 #   rules        the numbers of SD-SNN's rules
 NOT_FLAGS = {"unstructured": {"regen_rates"}, "gradr": {"adam_lr"}, "sdsnn": {"rules"}}
 
+# The paper's regeneration rate r for each share p of the channels that it lists, by
+# network: {network: {p: r}}. The first p is the default of prune_structured.py.
+# Networks that are not here have the values of `small`
+CHANNEL_RATES = {"vgg16": {0.4522: 0.1, 0.6764: 0.05},
+                 "resnet19": {0.512: 0.3, 0.658: 0.1},
+                 "small": {0.5: 0.3}}
+CHANNEL_RATES |= {"vgg16-avg": CHANNEL_RATES["vgg16"],
+                  "resnet19-pre": CHANNEL_RATES["resnet19"]}
+
 # SD-SNN's rules, by kind of layer: convolution or fully connected
 #   alpha        early and late factor on the growth of a fully connected layer's rate
 #   divisor      that growth is divided by it
@@ -255,6 +264,11 @@ def of(dataset, script=None):
     for columns in (default, row):
         settings |= columns.get(LENGTH[script], {}) | columns.get(script, {})
     return settings
+
+
+def channel_rates(model):
+    """Return the paper's regeneration rates of the channels of a network, {p: r}."""
+    return CHANNEL_RATES.get(model, CHANNEL_RATES["small"])
 
 
 def smoke(script):

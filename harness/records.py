@@ -21,6 +21,9 @@ A run has these attributes:
                 weights grow as die
     files       dict, what read() has read
 
+config["as_published"] lists what a run does as the published code, and not as the
+paper's text; it is empty for the text.
+
 A method that is named nowhere in this file is compared like the others: runs are told
 apart by what their config.json and summary.json say.
 """
@@ -39,6 +42,7 @@ from tqdm import tqdm
 import metrics
 import models
 from harness import presets
+from harness import published
 from harness import runfolder
 from harness import setup
 from harness.files import save_arrays
@@ -46,21 +50,20 @@ from harness.files import save_arrays
 WEIGHTS, CHANNELS = "weights", "channels"
 ALGORITHMS = ("prune_unstructured", "prune_structured")  # Algorithms 1 and 2
 BASELINE = {WEIGHTS: "gmp", CHANNELS: "slimming"}
-USUAL_RATE = {WEIGHTS: 0.5, CHANNELS: 0.3}  # r in the paper's main settings
-
 # The order in which figures name the methods; those that are not here follow by name
 METHODS = ("dense", "gmp", "slimming", "criticality", "gradient", "random", "granet",
            "greg1", "greg2", "imp", "eb", "et", "gradr", "deepr", "sdsnn", "pq")
 
 # The flags that are equal in runs that are compared
 SHARED = ("dataset", "model", "width", "encoding", "tau", "threshold", "surrogate",
-          "alpha", "reset", "detach_reset", "loss", "train_limit", "time_steps",
-          "batch_size", "lr", "smoke", "epochs_finetune")
+          "alpha", "reset", "detach_reset", "decay_input", "strict", "loss",
+          "train_limit", "time_steps", "batch_size", "lr", "smoke", "epochs_finetune")
+# Runs with equal items of --as-published have equal flags that these imply
 SAME = {
-    WEIGHTS: (*SHARED, "epochs_prune", "sparsity", "interval", "aggregate",
-              "candidates"),
-    CHANNELS: (*SHARED, "epochs_pretrain", "prune_ratio", "target_macs", "regen_base",
-               "l1", "finetune_l1"),
+    WEIGHTS: (*SHARED, "as_published", "epochs_prune", "sparsity", "interval",
+              "aggregate", "candidates"),
+    CHANNELS: (*SHARED, "as_published", "epochs_pretrain", "prune_ratio", "target_macs",
+               "regen_base", "l1", "finetune_l1"),
 }
 # Of these, the flags that mean nothing to a method
 MEANINGLESS = {
@@ -75,6 +78,7 @@ MEANINGLESS = {
 # The keys of config.json that are no flags, or say only where and on what a run ran
 NOT_FLAGS = {"run_dir", "script", "device", "device_name", "threads", "processes",
              "commit"}
+LATER_KEYS = {"as_published"}  # of summary.json, which older runs lack
 
 
 class Unfit(Exception):
@@ -98,12 +102,13 @@ def read_run(folder):
     folder = Path(folder)
     config = read_object(folder / "config.json", ("dataset", "model", "seed"),
                          "it is no run: it has no config.json")
-    summary = read_object(folder / "summary.json", runfolder.SUMMARY_KEYS,
+    wanted = [key for key in runfolder.SUMMARY_KEYS if key not in LATER_KEYS]
+    summary = read_object(folder / "summary.json", wanted,
                           "the run is not finished: it has no summary.json")
     method = summary["method"]
     script, config = as_written_today(summary["script"], method, config)
     # A flag that did not exist yet had its default
-    config = presets.of("default") | config
+    config = presets.of("default") | dict(as_published=[]) | config
     by_channel = "target_macs" in config or "prune_ratio" in config
     rate = config["death_rate"] if script == "prune_granet" else summary["regen"]
     return SimpleNamespace(
@@ -176,21 +181,33 @@ def read(run, name):
 def analysis_of(run):
     """Return what analysis.npz of a run holds, a dict of arrays. Raises Unfit.
 
-    Where there is no such file, it is computed from model.pt and the images, in eval
-    mode and without augmentation, and kept. K classes, C channels of a LIF layer:
+    Where there is no such file, or an older one without the keys *_published, it is
+    computed from model.pt and the images, in eval mode and without augmentation, and
+    kept. An older file whose network is gone is returned as it is. K classes, C
+    channels of a LIF layer:
 
-        variance         [K]  intra-cluster variance of each class, test set
-        similarity       [K]  cosine of its mean features in training and test set
-        entropy/LIF      [C]  entropy of the spike counts, bits, test set
-        criticality/LIF  [C]  score of the channels (Eq. 6), test set
-        rate/LIF         []   firing rate, spikes a step and neuron, test set
-        sops/LAYER       []   synaptic operations an image, test set
+        variance              [K]  intra-cluster variance of each class, test set
+        similarity            [K]  cosine of its mean features in training and test set
+        variance_published    [K]  the same two, with the features of the published code
+        similarity_published  [K]
+        entropy/LIF           [C]  entropy of the spike counts, bits, test set
+        criticality/LIF       [C]  score of the channels (Eq. 6), test set
+        rate/LIF              []   firing rate, spikes a step and neuron, test set
+        sops/LAYER            []   synaptic operations an image, test set
     """
     path = run.folder / "analysis.npz"
-    if not path.exists():
-        run.files[path.name] = analyse(run)
-        save_arrays(path, run.files[path.name])
-    return read(run, path.name)
+    old = read(run, path.name) if path.exists() else {}
+    if "variance_published" in old:
+        return old
+    try:
+        found = analyse(run)
+    except Unfit:
+        if old:
+            return old
+        raise
+    save_arrays(path, found)
+    run.files[path.name] = found
+    return found
 
 
 def analyse(run):
@@ -218,14 +235,17 @@ def analyse(run):
         return counted(x for x, _ in test)
 
     with bar:
-        of_train, _ = metrics.class_statistics(net, counted(train), images.num_classes)
-        of_test, variance = metrics.class_statistics(net, counted(test),
-                                                     images.num_classes)
+        of_train = metrics.class_statistics(net, counted(train), images.num_classes)
+        of_test = metrics.class_statistics(net, counted(test), images.num_classes)
         spikes = metrics.spike_counts(net, test_images())
         counts = metrics.count(net, test_images(), masks)
 
-    found = {"variance": variance.cpu().numpy(),
-             "similarity": torch.cosine_similarity(of_train, of_test).cpu().numpy()}
+    found = {}
+    for kind, suffix in (("unit", ""), ("published", "_published")):
+        (train_mean, _), (test_mean, variance) = of_train[kind], of_test[kind]
+        cosine = torch.cosine_similarity(train_mean, test_mean)
+        found[f"variance{suffix}"] = variance.cpu().numpy()
+        found[f"similarity{suffix}"] = cosine.cpu().numpy()
     for name, (entropy, score) in spikes.items():
         found[f"entropy/{name}"] = entropy.cpu().numpy()
         found[f"criticality/{name}"] = score.cpu().numpy()
@@ -269,6 +289,12 @@ def meaningless_to(run):
     return found
 
 
+def values_of(run, flags):
+    """Return the values of some flags of a run, a tuple that can be a key."""
+    values = [run.config.get(flag) for flag in flags]
+    return tuple(tuple(value) if isinstance(value, list) else value for value in values)
+
+
 def comparable_groups(runs, pruned, free=()):
     """Return lists of runs that may be compared, the largest first.
 
@@ -280,35 +306,53 @@ def comparable_groups(runs, pruned, free=()):
     same = [flag for flag in SAME[pruned] if flag not in free]
     # Groups form around the runs to which each flag means something
     anchors = [run for run in mine if not meaningless_to(run)] or mine
-    settings = dict.fromkeys(tuple(run.config.get(flag) for flag in same)
-                             for run in anchors)
+    settings = dict.fromkeys(values_of(run, same) for run in anchors)
     groups = []
     for setting in settings:
         members = {}
         for run in mine:
             meaningless = meaningless_to(run)
-            agrees = all(flag in meaningless or run.config.get(flag) == value
-                         for flag, value in zip(same, setting))
+            agrees = all(flag in meaningless or own == value for flag, own, value
+                         in zip(same, values_of(run, same), setting))
             if agrees:
-                differs = tuple(run.config.get(flag) for flag in free)
-                key = (run.method, run.regen or 0, run.seed, differs)
+                key = (run.method, run.regen or 0, run.seed, values_of(run, free))
                 members.setdefault(key, run)
         groups.append(list(members.values()))
     return sorted(groups, key=len, reverse=True)
+
+
+def paper_rate(run):
+    """Return the paper's regeneration rate r for the target of a run: that of the
+    nearest sparsity, or share of the channels, which the paper lists."""
+    config = run.config
+    if run.script == "prune_granet":
+        return presets.of(config["dataset"], "granet")["death_rate"]
+    if run.pruned == WEIGHTS:
+        rates = presets.of(config["dataset"], "unstructured")["regen_rates"]
+        target = config.get("sparsity")
+    else:
+        rates = presets.channel_rates(config["model"])
+        target = config.get("prune_ratio")
+    if target is None:  # --target-macs: as in prune_structured.py, the first one
+        return next(iter(rates.values()))
+    return rates[min(rates, key=lambda listed: abs(listed - target))]
 
 
 def runs_of(group, method):
     """Return the runs of a method in a group, by seed, at one regeneration rate.
 
     Of several rates the one with the most seeds counts, then the one nearest to the
-    paper's, never the one with the best result.
+    paper's for this target, of two as near the higher one; never the one with the best
+    result.
     """
     mine = [run for run in group if run.method == method]
     if not mine:
         return []
-    usual = USUAL_RATE[mine[0].pruned]
+    usual = paper_rate(mine[0])
     seeds = Counter(run.regen or 0 for run in mine)
-    rate = max(seeds, key=lambda rate: (seeds[rate], -abs(rate - usual)))
+    # rounded: 0.1 and 0.3 are as near to 0.2
+    rate = max(seeds, key=lambda rate: (seeds[rate], -round(abs(rate - usual), 9),
+                                        rate))
     return sorted((run for run in mine if (run.regen or 0) == rate),
                   key=lambda run: run.seed)
 
@@ -341,15 +385,17 @@ def with_controls(runs, panels):
 
     They are added where they have the rate and the seeds of the criticality runs.
     """
+    rates = {pruned: methods["criticality"][0].regen
+             for pruned, methods in panels.items()}
     for method in rankings(runs):
         if method == "criticality":
             continue
-        beside = compared(runs, "criticality", "baseline", method)
+        at_rate = [run for run in runs
+                   if run.method != method or run.regen == rates.get(run.pruned)]
+        beside = compared(at_rate, "criticality", "baseline", method)
         for pruned, found in beside.items():
-            ours = panels[pruned]["criticality"]
-            theirs = found["criticality"]
-            same_runs = ([run.folder for run in ours] == [run.folder for run in theirs])
-            if same_runs and found[method][0].regen == theirs[0].regen:
+            ours, theirs = panels[pruned]["criticality"], found["criticality"]
+            if [run.folder for run in ours] == [run.folder for run in theirs]:
                 panels[pruned][method] = found[method]
     return panels
 
@@ -365,24 +411,27 @@ def all_runs(panels):
 
 def command_of(run):
     """Return the command that makes a run: each flag of its config.json that is not a
-    default of all scripts."""
-    usual = presets.of(run.config["dataset"])
+    default of all scripts, and that --as-published does not set."""
+    usual = presets.of(run.config["dataset"]) | dict(as_published=[])
     if run.pruned == CHANNELS:
         usual["weight_decay"] = None  # always written: it differs between scripts
     ranks = run.config.get("processes", 1)
     starter = ["python"] if ranks == 1 else ["torchrun", f"--nproc-per-node={ranks}"]
     words = [*starter, f"{run.script}.py"]
+    implied = published.implied(run.config)
     for flag, value in run.config.items():
         name = flag.replace("_", "-")
         if flag in NOT_FLAGS or flag.startswith("version_") or value is None:
             continue
-        if flag in usual and usual[flag] == value:
+        if flag in implied or (flag in usual and usual[flag] == value):
             continue
         if value is True:
             words.append(f"--{name}")
         elif value is False:
             if flag in usual:
                 words.append(f"--no-{name}")
+        elif isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
         else:
             words += [f"--{name}", str(value)]
     return shlex.join(words)
@@ -401,7 +450,28 @@ def rates_of(runs):
         return ""
     if len(found) == 1:
         return f"r = {', '.join(found.values())}"
-    return "r = " + ", ".join(f"{text} ({pruned})" for pruned, text in found.items())
+    return f"r = {by_pruned(found)}"
+
+
+def by_pruned(found):
+    """Return {"weights": text, "channels": text} as "text (weights), text
+    (channels)"."""
+    return ", ".join(f"{text} ({pruned})" for pruned, text in found.items())
+
+
+def readings_of(runs):
+    """Return in words what runs do as the published code, "as published" or "published
+    cosine"; "" where all are the paper's text."""
+    found = {}
+    for pruned in BASELINE:
+        mine = [published.words(run.config) or "as the text" for run in runs
+                if run.pruned == pruned]
+        if mine:
+            found[pruned] = listed(mine)
+    texts = set(found.values())
+    if texts <= {"as the text"}:
+        return ""
+    return texts.pop() if len(texts) == 1 else by_pruned(found)
 
 
 def listed(values):
@@ -424,7 +494,7 @@ def aim_of(run):
 
 def describe(runs):
     """Return in a line what runs have in common: data set, network, what was pruned,
-    rates, seeds, how many they are."""
+    the reading if it is not the text's, rates, seeds, how many they are."""
     dataset = listed(run.config["dataset"] for run in runs)
     if limits := listed(run.config.get("train_limit") for run in runs):
         dataset += f" (training images: {limits})"
@@ -433,5 +503,6 @@ def describe(runs):
     model = listed(run.config["model"] for run in runs)
     aim = listed(aim_of(run) for run in runs) or "dense"
     seeds = f"seeds {listed(sorted({run.seed for run in runs}))}"
-    parts = [dataset, model, aim, rates_of(runs), seeds, f"{len(runs)} runs"]
+    parts = [dataset, model, aim, readings_of(runs), rates_of(runs), seeds,
+             f"{len(runs)} runs"]
     return "; ".join(part for part in parts if part)

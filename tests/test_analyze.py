@@ -20,6 +20,7 @@ from torch import nn
 import analyze
 import metrics
 import models
+import prune_structured
 import prune_unstructured
 from harness import plots
 from harness import records
@@ -33,23 +34,32 @@ ROOT = Path(__file__).parent.parent
 # ---- statistics ----------------------------------------------------------------------------------
 
 
+class Given(LIF):
+    """A LIF whose spikes are what comes in."""
+
+    def forward(self, x):
+        return x
+
+
 class Reads(nn.Module):
-    """A classifier that reads its input at each of T = 2 steps, the second time tripled."""
+    """A classifier that reads spikes [N, C, H, W] at each of T = 2 steps, at the second one three
+    times as many. LIFs follow its output."""
 
     def __init__(self, features):
         super().__init__()
-        self.fc = nn.Linear(features, 2)
+        self.lif, self.fc = Given(), nn.Linear(features, 2)
+        self.lif_out = Given()
 
     def scored_by(self):
         return {"fc.weight": None}
 
     def forward(self, x):
-        return self.fc(torch.stack([x, 3 * x]).flatten(0, 1))
+        return self.lif_out(self.fc(self.lif(torch.stack([x, 3 * x])).flatten(2).flatten(0, 1)))
 
 
 def test_class_statistics_of_three_points_and_two_classes():
     points, labels = torch.tensor([[3.0, 4.0], [0.0, 2.0], [5.0, 0.0]]), torch.tensor([0, 0, 1])
-    mean, variance = metrics.class_statistics(Reads(2), [(points, labels)], 2)
+    mean, variance = metrics.class_statistics(Reads(2), [(points, labels)], 2)["unit"]
     # unit vectors (0.6, 0.8), (0, 1) and (1, 0)
     assert mean.tolist() == [pytest.approx([0.3, 0.9]), [1, 0]]
     assert variance.tolist() == pytest.approx([0.1, 0])
@@ -57,19 +67,45 @@ def test_class_statistics_of_three_points_and_two_classes():
     assert torch.cosine_similarity(mean, other).tolist() == pytest.approx([3 / math.sqrt(10), 1])
 
 
+def test_published_statistics_by_hand():
+    """Three channels, maps of two pixels. The spikes over T and map: (0, 8, 16) and (4, 4, 12) of
+    class 0, inverted (1, 1/2, 0) and (1, 1, 0); a silent sample of class 1."""
+    maps = torch.tensor([[[0, 0], [2, 0], [1, 3]], [[1, 0], [0, 1], [3, 0]], [[0, 0]] * 3]).float()
+    batch = maps[:, :, None], torch.tensor([0, 0, 1])
+    mean, variance = metrics.class_statistics(Reads(6), [batch], 2)["published"]
+    assert mean.tolist() == [[1, 0.75, 0], [1, 1, 1]]
+    assert variance[0] == pytest.approx((0 + 1 / 8 + 0) / 3)  # of 1/2 and 1, unbiased: 1/8
+    assert variance[1].isnan()  # one sample
+    other = torch.tensor([[1.0, 0.0, 0.0]])
+    assert torch.cosine_similarity(mean[:1], other).item() == pytest.approx(1 / 1.25)
+
+
+def test_inverted_rows():
+    rows = torch.tensor([[1.0, 3, 5], [0, 0, 0], [2, 2, 2], [4, 0, 0]]).double()
+    assert metrics.inverted(rows).tolist() == [[1, 0.5, 0], [1, 1, 1], [1, 1, 1], [0, 1, 1]]
+
+
 def test_class_statistics_agree_with_numpy_however_they_are_batched():
     x = torch.rand(50, 7, generator=torch.manual_seed(0))
     x[3] = 0  # a feature without a spike
     y = torch.arange(50) % 3
     unit = (x / x.norm(dim=1, keepdim=True).clamp(min=1e-12)).double().numpy()
+    high, low = x.amax(1, keepdim=True), x.amin(1, keepdim=True)
+    published = ((high - x) / (high - low)).double().numpy()
+    published[3] = 1
     for size in (50, 7):
-        mean, variance = metrics.class_statistics(
-            Reads(7), zip(x.split(size), y.split(size)), 4)
+        found = metrics.class_statistics(Reads(7), zip(x.split(size), y.split(size)), 4)
         for k in range(3):
+            mean, variance = found["unit"]
             mine = unit[y.numpy() == k]
             assert mean[k].numpy() == pytest.approx(mine.mean(0))
             assert variance[k] == pytest.approx(((mine - mine.mean(0)) ** 2).sum(1).mean())
-        assert mean[3].isnan().all() and variance[3].isnan()  # a class without a sample
+            mean, variance = found["published"]
+            mine = published[y.numpy() == k]
+            assert mean[k].numpy() == pytest.approx(mine.mean(0), rel=1e-5)
+            assert variance[k] == pytest.approx(mine.var(0, ddof=1).mean(), rel=1e-5)
+        for mean, variance in found.values():
+            assert mean[3].isnan().all() and variance[3].isnan()  # a class without a sample
 
 
 @pytest.mark.parametrize("counts, bits", [
@@ -165,6 +201,44 @@ def test_the_rate_with_the_most_seeds_counts_then_the_usual_one_and_never_the_be
     more = [*rates, fake("criticality", 1, 0.9)]
     assert [run.seed for run in records.runs_of(more, "criticality")] == [0, 1]
     assert records.runs_of(rates, "gmp") == []
+    sparser = [fake("criticality", 0, r, sparsity=0.95) for r in (0.1, 0.3, 0.5)]
+    assert records.runs_of(sparser, "criticality") == [sparser[1]]  # as near to 0.2 as 0.1
+
+
+def test_the_usual_rate_is_the_paper_s_for_the_target():
+    def rate(**config):
+        return records.paper_rate(fake("criticality", **config))
+
+    assert [rate(sparsity=s) for s in (0.9, 0.94, 0.98, 0.99)] == [0.5, 0.2, 0.1, 0.1]
+    assert rate(dataset="tiny-imagenet", sparsity=0.95) == 0.1
+    assert rate(script="prune_granet", sparsity=0.98) == 0.5  # its death rate
+    for model, target, expected in (("vgg16", 0.7, 0.05), ("resnet19", 0.5, 0.3),
+                                    ("resnet19", None, 0.3), ("mine", 0.9, 0.3)):
+        run = fake("criticality", model=model, prune_ratio=target)
+        run.pruned = "channels"
+        assert records.paper_rate(run) == expected
+
+
+def test_the_text_and_the_published_code_are_groups_of_their_own():
+    """A run without the key is one of the text. What the items imply keeps nobody apart."""
+    neuron = dict(surrogate="tanh", threshold=0.5, detach_reset=False)
+    runs = [fake("gmp", as_published=[]), fake("criticality", 0, 0.5, as_published=[]),
+            fake("criticality", 0, 0.5, as_published=["neuron"], **neuron),
+            fake("gmp", as_published=["neuron"], **neuron),
+            fake("criticality", 0, 0.5, as_published=["zero"]),
+            fake("granet", 0, 0.5, script="prune_granet", as_published=[])]
+    groups = records.comparable_groups(runs, "weights")
+    assert sorted(groups, key=len) == [[runs[4]], runs[2:4], [*runs[:2], runs[5]]]
+    for text, published in (([], ["zero"]), (["zero"], [])):
+        apart = [fake("gmp", as_published=text), fake("criticality", 0, 0.5,
+                                                      as_published=published)]
+        assert records.compared(apart, "criticality", "baseline") == {}
+
+
+@pytest.mark.parametrize("flag", ["decay_input", "strict", "detach_reset"])
+def test_runs_of_another_neuron_are_not_compared(flag):
+    runs = [fake("gmp"), fake("criticality", 0, 0.5, **{flag: False})]
+    assert records.compared(runs, "criticality", "baseline") == {}
 
 
 def saved(folder, method, script="prune_unstructured", regen=0.5, seed=0, accuracy=0.8,
@@ -293,6 +367,103 @@ def test_what_a_figure_says_names_its_rates(capsys):
     assert records.rates_of(runs) == "r = 0.5 (weights), 0.2 (channels)"
 
 
+def test_what_a_figure_says_names_the_reading(capsys):
+    for seed in (0, 1):
+        for method, rate in (("gmp", 0.0), ("criticality", 0.5)):
+            saved(f"text/{method}{seed}", method, regen=rate, seed=seed)
+            saved(f"zero/{method}{seed}", method, regen=rate, seed=seed, as_published=["zero"])
+    analyze.main(["layers", "--runs", "zero", "--out", "a"])
+    analyze.main(["layers", "--runs", "text", "--out", "b"])
+    out = capsys.readouterr().out
+    assert "of 4 runs, published zero, r = 0.5: " in out and "of 4 runs, r = 0.5: " in out
+    assert "; published zero; r = 0.5; seeds 0, 1" in table("a/layers.csv")[0][0]
+    assert "; 90 % of the weights pruned; r = 0.5; " in table("b/layers.csv")[0][0]
+    analyze.main(["layers", "--runs", "text", "zero"])  # the two do not mix
+    assert "zero" not in Path("figures/layers.csv").read_text()
+    runs = [records.read_run("zero/gmp0"), records.read_run("text/gmp0")]
+    assert records.readings_of(runs) == "published zero, as the text"
+    runs[1].pruned = "channels"
+    assert records.readings_of(runs) == "published zero (weights), as the text (channels)"
+
+
+def test_a_run_as_published_from_its_flags_to_its_figure():
+    """The command of a run has its items, and not the flags that these imply."""
+    given = "--smoke --as-published --interval 2 --sparsity 0.5".split()
+    for rate in ("0", "0.3"):
+        prune_unstructured.main([*given, "--regen", rate, "--run-dir", f"runs/r{rate}"])
+    prune_unstructured.main([*given[:1], *given[2:], "--as-published", "zero", "neuron",
+                             "--run-dir", "runs/items"])
+    runs = [records.read_run(f"runs/{name}") for name in ("r0.3", "items")]
+    whole, part = map(records.command_of, runs)
+    assert ("--as-published neuron pooling score classifier zero momentum ties cosine loss --"
+            in whole and "mean-ce" not in whole)
+    assert "--as-published neuron zero --" in part
+    assert not re.search("tanh|detach|threshold|strict|decay-input", whole + part)
+    for run in runs:
+        assert_made_again(run)
+    text = fake("gmp", as_published=[])
+    text.config["dataset"] = "fashion-mini"
+    assert "published" not in records.command_of(text)
+    drawn = analyze.main(["survival", "--runs", "runs"])
+    assert drawn["survival"][2][0].folder == Path("runs/r0.3")
+    assert "; as published; r = 0.3; " in table("figures/survival.csv")[0][0]
+
+
+# ---- survival by hand ----------------------------------------------------------------------------
+
+
+def with_updates(folder, rows, classifier=False, **given):
+    """A finished run with two layers; rows: (alive of the layers, regenerated, survived,
+    survived_plain or None without it)."""
+    items = ["classifier"] if classifier else []
+    saved(folder, "criticality", as_published=items, **given)
+    text = ""
+    for update, (alive, back, survived, plain) in enumerate(rows, 1):
+        row = dict(update=update, regenerated=back, survived=survived,
+                   layers=[dict(alive=n) for n in alive])
+        text += json.dumps(row | ({} if plain is None else dict(survived_plain=plain))) + "\n"
+    Path(folder, "updates.jsonl").write_text(text)
+    path = Path(folder, "summary.json")
+    layers = [dict(name="a", alive=30, weights=90), dict(name="b", alive=10, weights=10)]
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(
+        survived_by_regeneration=0.6, layers=layers)))
+
+
+def shares_drawn(folder):
+    drawn = analyze.main(["survival", "--runs", folder])
+    _, rows = table("figures/survival.csv")
+    found = {}
+    for row in rows:
+        found.setdefault(row["what"], []).append(float(row["share"]))
+    return found, drawn["survival"][3]
+
+
+def test_survival_by_both_definitions():
+    with_updates("a", [([60, 20], 40, 0.8, 0.75), ([30, 10], 20, 0.5, 0.25)])
+    found, says = shares_drawn("a")
+    assert found == {"pruned in update": [80, 50], "plain cut": [75, 25],
+                     "alive after update": [50, 50], "alive weights": [60], "r of weights": [50]}
+    assert "would take: alive after it, 25 to 75 %" in says
+    assert "back in it, r by construction, 50 %" in says and "25 steps between" in says
+    assert "what the last update brought back, 50 %, equals r by construction" in says
+
+
+def test_survival_of_logs_without_the_plain_cut():
+    with_updates("a", [([60, 20], 40, 0.8, None), ([30, 10], 20, None, None)])
+    found, says = shares_drawn("a")
+    assert found["pruned in update"] == [80, pytest.approx(math.nan, nan_ok=True)]
+    assert "plain cut" not in found and found["alive after update"] == [50, 50]
+    assert "what a plain cut would take is not in these logs" in says
+
+
+def test_a_classifier_that_is_not_regenerated_is_no_part_of_r():
+    """r = 0.5 of 30 of the 40 weights that are alive in the end: 37.5 %."""
+    with_updates("a", [([60, 20], 30, 0.8, 0.75), ([30, 10], 15, 0.5, 0.25)], classifier=True)
+    found, says = shares_drawn("a")
+    assert found["alive after update"] == [50, 50] and found["r of weights"] == [37.5]
+    assert "37.5 %, equals r by construction (but the classifier)" in says
+
+
 # ---- the demo's runs, shrunk, and their figures --------------------------------------------------
 
 
@@ -360,6 +531,10 @@ def test_no_panel_is_empty_and_all_axes_are_named(shop, name, monkeypatch):
         assert axis.get_ylabel() and (axis.lines or axis.patches)
     assert any(axis.get_legend() for axis in figure.axes)
     assert used and says and not any(run.method == "dense" for run in used) * (name == "layers")
+    note = plots.note_of(figure)
+    assert ("inverted" in note) == (name in ("importance", "variance", "similarity"))
+    assert len(figure.axes) == {"importance": 2, "variance": 4, "similarity": 4}.get(
+        name, len(figure.axes))
     plt.close(figure)
 
 
@@ -382,13 +557,38 @@ def test_ratio_and_epochs_draw_what_the_summaries_say(shop):
         for method, rate in (("gmp", 0), ("criticality", 0.5)) for length in "248"}
 
 
+def test_interval_draws_what_the_summaries_say(shop):
+    _, rows = table(shop / "figures/demo/interval.csv")
+    names = {"5": "interval5", "10": "epochs4", "20": "interval20"}
+    assert {(row["method"], row["interval"]): float(row["accuracy"]) for row in rows} == {
+        (method, steps): pytest.approx(100 * summary(shop, f"{name}-r{rate}")["test_accuracy"])
+        for method, rate in (("gmp", 0), ("criticality", 0.5)) for steps, name in names.items()}
+
+
+def test_interval_draws_other_rankings_at_the_same_rate():
+    for steps in (5, 10):
+        for method, rate in (("gmp", 0.0), ("criticality", 0.5), ("random", 0.5),
+                             ("random", 0.1), ("gradient", 0.3)):
+            saved(f"runs/{method}{rate}{steps}", method, regen=rate, interval=steps)
+    saved("runs/longer", "random", interval=5, epochs_prune=9)
+    saved("runs/once", "magnitude", interval=5)
+    drawn = analyze.main(["interval"])
+    assert [run.folder.name for run in drawn["interval"][2]] == [
+        "gmp0.010", "gmp0.05", "criticality0.510", "criticality0.55", "random0.510",
+        "random0.55"]
+
+
 def test_survival_draws_what_the_logs_say(shop):
     _, rows = table(shop / "figures/demo/survival.csv")
     updates = [json.loads(line) for line in (
         shop / "runs/demo/epochs4-r0.5/updates.jsonl").read_text().splitlines()]
-    drawn = [float(row["share"]) for row in rows if row["what"] == "pruned in update"]
-    assert drawn == pytest.approx([100 * row["survived"] for row in updates])
+    for what, key in (("pruned in update", "survived"), ("plain cut", "survived_plain")):
+        drawn = [float(row["share"]) for row in rows if row["what"] == what]
+        assert drawn == pytest.approx([100 * row[key] for row in updates])
+    drawn = [float(row["share"]) for row in rows if row["what"] == "alive after update"]
+    assert drawn == pytest.approx([50] * len(updates), abs=0.1)  # r, to a weight
     final = {row["what"]: float(row["share"]) for row in rows}
+    assert (final["r of weights"], final["r of channels"]) == (50, 30)
     for what, name in (("weights", "epochs4-r0.5"), ("channels", "channels-criticality")):
         assert final[f"alive {what}"] == pytest.approx(
             100 * summary(shop, name)["survived_by_regeneration"])
@@ -396,7 +596,10 @@ def test_survival_draws_what_the_logs_say(shop):
 
 def test_importance_follows_the_channels_that_only_one_kept(shop):
     _, rows = table(shop / "figures/demo/importance.csv")
-    drawn = {(row["method"], int(row["epoch"])): float(row["importance"]) for row in rows}
+    drawn = {(row["method"], int(row["epoch"])): float(row["importance"]) for row in rows
+             if row["normalisation"] == "share of the mean"}
+    published = {(row["method"], int(row["epoch"])): float(row["importance"]) for row in rows
+                 if row["normalisation"] == "published code"}
     kept, gammas, start = {}, {}, {}
     for method in ("criticality", "slimming"):
         folder = shop / "runs/demo" / f"channels-{method}-l1"
@@ -409,26 +612,37 @@ def test_importance_follows_the_channels_that_only_one_kept(shop):
     for method, other in (("criticality", "slimming"), ("slimming", "criticality")):
         only = kept[method] - kept[other]
         assert only
-        assert drawn[method, 0] == pytest.approx(
-            np.mean([start[method][c] for c in only]) / np.mean(list(start[method].values())))
-        for epoch in (1, 2):
-            now = {c: gamma[epoch - 1] for c, gamma in gammas[method].items()}
+        for epoch in (0, 1, 2):
+            now = start[method]
+            if epoch:
+                now = {c: gamma[epoch - 1] for c, gamma in gammas[method].items()}
+            mine, high, low = [now[c] for c in only], max(now.values()), min(now.values())
             assert drawn[method, epoch] == pytest.approx(
-                np.mean([now[c] for c in only]) / np.mean(list(now.values())))
-    assert (drawn["criticality", 0] < drawn["slimming", 0])  # slimming keeps the largest
+                np.mean(mine) / np.mean(list(now.values())))
+            assert published[method, epoch] == pytest.approx(
+                np.mean([(high - gamma) / (high - low) for gamma in mine]))
+    assert drawn["criticality", 0] < drawn["slimming", 0]  # slimming keeps the largest
 
 
 def test_variance_and_similarity_of_a_run_are_those_of_numpy(shop, monkeypatch):
     monkeypatch.chdir(shop)
     folder = Path("runs/demo/channels-criticality")
-    net, features = models.load(folder / "model.pt"), []
+    net, features, spikes = models.load(folder / "model.pt"), [], []
     net.fc.register_forward_pre_hook(lambda _, given: features.append(given[0]))
+    net.lifs[-1].register_forward_hook(lambda *given: spikes.append(given[2]))
     images = np.load("few.npz")
-    means = {}
+    means, published = {}, {}
     for part in ("train", "test"):
         features.clear()
+        spikes.clear()
         with torch.no_grad():
             net(torch.from_numpy(images[f"x_{part}"])[:, None])
+        counts = spikes[0].sum((0, 3, 4)).double().numpy()
+        high, low = counts.max(1, keepdims=True), counts.min(1, keepdims=True)
+        inverted = np.where(high > low, (high - counts) / np.maximum(high - low, 1), 1)
+        rows = [inverted[images[f"y_{part}"] == k] for k in range(4)]
+        published[part] = [row.mean(0) for row in rows]
+        published["variance"] = [row.var(0, ddof=1).mean() for row in rows]
         found = features[0].unflatten(0, (2, -1)).mean(0).double().numpy()
         found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
         classes = [found[images[f"y_{part}"] == k] for k in range(4)]
@@ -440,16 +654,62 @@ def test_variance_and_similarity_of_a_run_are_those_of_numpy(shop, monkeypatch):
     assert look["similarity"] == pytest.approx([
         a @ b / np.linalg.norm(a) / np.linalg.norm(b)
         for a, b in zip(means["train"], means["test"])])
+    assert look["variance_published"] == pytest.approx(published["variance"])
+    assert look["similarity_published"] == pytest.approx([
+        a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+        for a, b in zip(published["train"], published["test"])])
+    for name in ("variance", "similarity"):
+        _, rows = table(f"figures/demo/{name}.csv")
+        for kind, key in (("unit length", name), ("published code", f"{name}_published")):
+            drawn = {int(row["label"]): float(row["mean"]) for row in rows
+                     if (row["normalisation"], row["pruned"], row["method"])
+                     == (kind, "channels", "criticality")}
+            assert drawn == {k: pytest.approx(v) for k, v in enumerate(look[key])}
     _, rows = table("figures/demo/variance.csv")
-    drawn = {int(row["label"]): float(row["mean"]) for row in rows
-             if (row["pruned"], row["method"]) == ("channels", "criticality")}
-    assert drawn == {k: pytest.approx(v) for k, v in enumerate(look["variance"])}
+    rows = [row for row in rows if row["normalisation"] == "unit length"]
     for pruned, methods in (("weights", {"gmp", "criticality", "gradient", "random"}),
                             ("channels", {"slimming", "criticality"})):
         assert {row["method"] for row in rows if row["pruned"] == pruned} == methods
     control = records.analysis_of(records.read_run("runs/demo/random-r0.5"))["variance"]
     assert {int(row["label"]): float(row["mean"]) for row in rows if row["method"] == "random"} == {
         k: pytest.approx(v) for k, v in enumerate(control)}
+
+
+def without_published(folder):
+    """Make analysis.npz of a run one of before there were features of the published code."""
+    path = folder / "analysis.npz"
+    with np.load(path) as file:
+        old = {name: value for name, value in file.items() if not name.endswith("_published")}
+    np.savez(path, **old)
+    return old
+
+
+def test_an_older_analysis_is_made_again_where_the_network_is(there):
+    folder = Path("runs/demo/channels-slimming")
+    with np.load(folder / "analysis.npz") as file:
+        before = dict(file)
+    without_published(folder)
+    found = records.analysis_of(records.read_run(folder))
+    with np.load(folder / "analysis.npz") as file:
+        kept = dict(file)
+    assert found.keys() == kept.keys() == before.keys()
+    for name in before:
+        assert np.array_equal(found[name], before[name])
+        assert np.array_equal(kept[name], before[name])
+
+
+def test_an_older_analysis_without_its_network_is_drawn_by_one_normalisation(there, capsys):
+    folder = Path("runs/demo/channels-slimming")
+    old = without_published(folder)
+    (folder / "model.pt").unlink()
+    before = [row for row in table("figures/demo/variance.csv")[1]
+              if row["normalisation"] == "unit length"]
+    drawn = analyze.main(["variance", "--runs", "runs/demo"])
+    assert table("figures/variance.csv")[1] == before
+    assert ("not drawn as the published code: analysis.npz of 1 runs is older, and model.pt or the "
+            "images are missing" in capsys.readouterr().out)
+    assert plots.note_of(drawn["variance"][0]) == ""
+    assert records.analysis_of(records.read_run(folder)).keys() == old.keys()
 
 
 def test_controls_are_of_the_same_runs_and_rate(there):
@@ -629,6 +889,9 @@ def test_the_report_is_one_file_with_all_figures(shop):
     for name, image in images:
         assert base64.b64decode(image) == (shop / f"figures/demo/{name}.png").read_bytes()
     assert "python prune_structured.py" in text and "of the classes" in text
+    # what the inversion does stands under the pictures, and in the page
+    assert text.count("the cosine is near 1 for any network.</p>") == 2
+    assert text.count("a higher value means a smaller |gamma| in that network.</p>") == 1
     assert not re.search(r'(src|href)="(?!data:|#)', text)  # it needs no other file
     assert text.count("<figure") == text.count("</figure>") == len(analyze.FIGURES)
 

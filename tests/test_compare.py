@@ -171,6 +171,79 @@ def test_what_differs_is_in_the_name():
     assert [row["accuracy"] for row in rows if row["method"] == "gmp"] == [pytest.approx(80)]
 
 
+# What --as-published implies of --loss and the neuron, in config.json
+LOSS = dict(as_published=["loss"], loss="mean-ce")
+NEURON = dict(surrogate="tanh", threshold=0.5, detach_reset=False, decay_input=False, strict=True)
+WHOLE = NEURON | LOSS | dict(as_published=(
+    "neuron pooling score classifier zero momentum ties cosine loss").split())
+
+
+def test_runs_as_published_are_rows_of_their_own_in_the_table_of_the_text():
+    for seed in (0, 1):
+        for method, regen, ours, theirs in (("gmp", None, 0.8, 0.82),
+                                            ("criticality", 0.5, 0.79, 0.85)):
+            old = seed == 0  # of a version that had no such flag
+            written(f"t{method}{seed}", method, seed, ours, regen=regen, loss="ce",
+                    **({} if old else dict(as_published=[])))
+            written(f"p{method}{seed}", method, seed, theirs, regen=regen, **WHOLE)
+        written(f"c{seed}", "criticality", seed, 0.8, regen=0.5, as_published=["cosine"],
+                loss="ce")
+        written(f"l{seed}", "criticality", seed, 0.7, regen=0.5, cutout=0, **LOSS)
+        written(f"d{seed}", "dense", seed, 0.9, sparsity=0, cost=3, **WHOLE)
+    tables = compare.main(["--runs", "logs", "--baseline", "gmp, as published"])
+    ((setting, rows),) = tables.items()
+    assert setting == "weights: fashion-mini, small, T = 4, 8 + 4 epochs"
+    assert {row["method"]: row["seeds"] for row in rows} == dict.fromkeys((
+        "gmp", "criticality", "gmp, as published", "criticality, as published",
+        "criticality, published cosine", "criticality, published loss",
+        "dense, as published"), "0 1")
+    differences = {row["method"]: row["against"] for row in rows}
+    assert differences["criticality, as published"] == pytest.approx(3)
+    assert differences["gmp"] == pytest.approx(-2)
+    assert "gmp, as published" in Path("logs/compare-gmp-as-published.md").read_text()
+    # the dense network of either reading is what the training cost is a share of
+    assert {row["training_cost"] for row in rows} == {1 / 3, 1}
+    figure = compare.plot_tables(tables)  # the text's rows alone, or all of them
+    assert [bars.get_label() for bars in figure.axes[1].containers] == ["gmp", "criticality"]
+    only = {setting: [row for row in rows if "as published" in row["method"]]}
+    left, right = compare.plot_tables(only).axes
+    assert {bars.lines[0].get_color() for bars in right.containers} == {
+        compare.plots.style_of(name)[0] for name in ("dense", "gmp", "criticality")}
+    assert [line.get_ydata()[0] for line in left.lines
+            if line.get_linestyle() == ":"] == [pytest.approx(90)]
+    differences = {row["method"]: row["against"] for row in compare.tabulate(
+        compare.gather(Path("logs"))[0], "dense, as published")[setting]}
+    assert differences["gmp"] == pytest.approx(-10)  # of any target
+
+
+def test_a_row_as_published_is_named_after_other_flags_as_well():
+    """Flags that the items imply are no difference, in either direction; a rate is one."""
+    written("a", "criticality", regen=0.5, loss="ce", cutout=0)
+    written("b", "criticality", regen=0.5, **WHOLE)
+    written("c", "criticality", regen=0.2, **WHOLE)
+    written("d", "criticality", regen=0.2, cutout=16, as_published=["cutout"], loss="ce")
+    found, _ = compare.gather(Path("logs"))
+    assert {name for _, _, name in found} == {
+        "criticality, regen 0.5", "criticality, as published, regen 0.5",
+        "criticality, as published, regen 0.2", "criticality, published cutout, regen 0.2"}
+    assert len({setting for setting, _, _ in found}) == 1
+    written("e", "criticality", regen=0.5, loss="ce", cutout=16)  # now the text's differ in it
+    found, _ = compare.gather(Path("logs"))
+    assert {name for _, _, name in found} >= {
+        "criticality, cutout 0, regen 0.5", "criticality, cutout 16, regen 0.5",
+        "criticality, published cutout, regen 0.2"}
+
+
+def test_a_neuron_of_the_text_with_other_settings_is_another_table():
+    written("a")
+    written("b", strict=True)
+    written("c", decay_input=False)
+    found, _ = compare.gather(Path("logs"))
+    usual = "weights: fashion-mini, small, T = 4, 8 + 4 epochs"
+    assert [setting for setting, _, _ in found] == [
+        usual, f"{usual}, strict True", f"{usual}, decay input False"]
+
+
 def test_runs_are_found_at_any_depth_and_in_several_folders():
     for seed in (0, 1):
         written(f"study/one/g{seed}", seed=seed, accuracy=0.8)
