@@ -20,7 +20,6 @@ from torch import nn
 import analyze
 import metrics
 import models
-import prune_structured
 import prune_unstructured
 from harness import plots
 from harness import records
