@@ -276,8 +276,9 @@ def choice_record(net, ratio, choice, scores=None, spiked=None):
     such numbers.
     """
     names, sizes = layers(net)
-    kept, regenerated, rescued = choice
-    left = stored(net, dict(zip(names, kept.split(sizes))))
+    left = stored(net, dict(zip(names, choice.kept.split(sizes))))
+    in_left = torch.cat([left[name] for name in names])
+    kept, regenerated, rescued = (row & in_left for row in choice)
     alike = {name: torch.arange(size) >= min(size - 1, round(ratio * size))
              for name, size in zip(names, sizes)}  # the same ratio in each layer
     never_spiked = None

@@ -149,10 +149,13 @@ class ConvBN(nn.Module):
             self.bn = nn.BatchNorm2d(channels)
 
     def forward(self, x_seq):
-        x_seq = fused(self.conv, x_seq)
-        if hasattr(self, "bn"):
-            x_seq = normalised(self.bn, x_seq, self.bn_per_step)
-        return x_seq
+        if not hasattr(self, "bn"):
+            return fused(self.conv, x_seq)
+        if self.bn_per_step:
+            return normalised(self.bn, fused(self.conv, x_seq), self.bn_per_step)
+        # in one call, so that BN sees the convolution's own layout in memory: for a
+        # single channel two layouts are possible, which round differently
+        return fused(lambda x: self.bn(self.conv(x)), x_seq)
 
 
 class PickBN(nn.Module):
@@ -470,7 +473,8 @@ class PreResNet19(SpikingNet):
 
     Its widths are 26: the stem; of each block the channels of the stream that its first
     convolution reads, its inner and its outer channels; the channels of the stream that
-    the output layer reads. A block with 0 inner channels is its shortcut alone.
+    the output layer reads. A block with 0 inner channels reads 0, and is its shortcut
+    alone.
     """
 
     def __init__(self, plan, num_classes, in_channels, image_size, time_steps, widths,
@@ -482,11 +486,13 @@ class PreResNet19(SpikingNet):
         for i in range(sum(plan.stages)):
             picked, inner, out = rows[3 * i:3 * i + 3]
             stride = 2 if i in firsts else 1
-            is_whole = (out == stream or stride == 2) and out > 0
-            if not is_whole or not (inner == 0 or 1 <= picked <= stream):
+            streams_fit = min(stream, out) > 0 and (out == stream or stride == 2)
+            reads_some = 1 <= picked <= stream and inner > 0
+            if not streams_fit or not (reads_some or picked == inner == 0):
                 raise ValueError(f"block {i} got widths {picked}, {inner}, {out}, on a "
                                  f"stream of {stream} channels: expected it to read "
-                                 f"some of them, and equal outputs in a stage")
+                                 f"some of them, or 0 with 0 inner ones, and equal "
+                                 f"outputs in a stage")
             self.blocks.append(PreBlock(stream, picked, inner, out, stride, **neuron))
             stream = out
         if not 1 <= last <= stream:
@@ -511,7 +517,8 @@ class PreResNet19(SpikingNet):
         return fused(self.fc, spikes.mean((3, 4)))
 
     def scored_by(self):
-        # published code: the LIF that the stream enters next scores what is added to it
+        # published code: the LIF that the stream enters next scores what is added to
+        # it. Its channels are those of the stream as long as none has been removed
         blocks = {i: f"blocks.{i}" for i, block in enumerate(self.blocks)
                   if not block.is_empty}
 
@@ -742,10 +749,11 @@ def unpack(packed, source="model.pt"):
                              f"expected numbers")
     for name, module in net.named_modules():
         if isinstance(module, PickBN):
-            picked = module.picked
-            if picked.min() < 0 or picked.max() >= module.stream:
-                raise ValueError(f"{source}: {name} picks channels that a stream of "
-                                 f"{module.stream} does not have")
+            picked = module.picked.tolist()
+            if sorted({*picked} & {*range(module.stream)}) != picked:
+                raise ValueError(f"{source}: {name} picks other than channels of a "
+                                 f"stream of {module.stream}, expected each one once "
+                                 f"and in order")
     for name in scored_by(net):
         if masks.pop(name, None) != (net.get_parameter(name).shape, torch.bool):
             raise ValueError(f"{source} holds no mask that fits {name}")

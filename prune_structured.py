@@ -97,10 +97,13 @@ def prune_and_regenerate_as_published(gamma, scores, sizes, ratio, regen,
     """Choose the channels as the published code does ("count" of --as-published).
     Arguments as in prune_and_regenerate. Returns a Choice."""
     total = len(gamma)
+    if ratio == 0:  # the dense reference
+        all_channels = torch.ones_like(gamma, dtype=torch.bool)
+        return Choice(all_channels, ~all_channels, ~all_channels)
     gone = int(ratio * total)  # published code: counts are truncated
     count = int((total - gone) * regen)
     # published code: the channel at the threshold goes too, and all that equal it
-    threshold = gamma.sort().values[min(gone + count, total - 1)]
+    threshold = gamma.sort().values[gone + count]
     kept = gamma > threshold
 
     # published code: all come back that equal the last one

@@ -119,6 +119,8 @@ def misfit(args, item):
         return f"--model {args.model}, expected one of {', '.join(renamed)}"
     if item == "normalisation" and args.dataset != "cifar100":
         return f"--dataset {args.dataset}, expected cifar100"
+    if item == "normalisation" and args.encoding != "direct":
+        return f"--encoding {args.encoding}, expected direct"
     if item == "cutout" and args.encoding == "events":
         return "events, expected images"
     return None

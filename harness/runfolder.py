@@ -729,6 +729,8 @@ def recount(path, layers):
     alive = zeros = 0
     for layer in layers:
         name, expected = layer["name"], layer["alive"]
+        if name not in packed["masks"] and expected == 0:
+            continue  # it was removed as a whole
         found = int(packed["masks"][name].count_nonzero())
         if found != expected:
             raise Broken(f"{path} has {found:,} weights of {name} alive, expected "
