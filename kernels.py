@@ -57,6 +57,8 @@ class FastLIF(LIF):
         methods = [LIF.forward, LIF.over_time, Spike.forward, Spike.backward]
         self.path = path_of(tuple(settings.items()), *functions, *methods,
                             *neurons.SURROGATES[self.surrogate])
+        # torch.compile cannot read an attribute of the class in forward()
+        self.records = () if self.path is None else self.path.RECORDS
 
     @property
     def is_fast(self):
@@ -65,7 +67,7 @@ class FastLIF(LIF):
 
     def forward(self, x_seq, time_steps=None):
         is_recorded = self._aggregate is not None
-        if self.path is None or (is_recorded and self._by not in self.path.RECORDS):
+        if self.path is None or (is_recorded and self._by not in self.records):
             return super().forward(x_seq, time_steps)
         T = len(self.over_time(x_seq, time_steps))  # checks the shape
         spikes, near = self.path.apply(

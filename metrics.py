@@ -14,9 +14,10 @@ What is counted, and how:
   LIF update are not counted. A masked network has the count of the dense one. 1 MAC is
   2 FLOPs. There are three conventions for the first layer, whose input does not change
   over time: `macs` is one time step (what papers call "FLOPs"); `macs_first_once` is
-  all T steps with the first layer run once, as models.py does; `macs_every_step` is all
-  T steps of every layer. A first layer whose input does change, spikes drawn from
-  pixels or frames of events, runs at all steps in both.
+  all T steps with the first layer run once, as models.py does (it runs the first
+  shortcut of a pre-activation ResNet once, too: that counts T times here);
+  `macs_every_step` is all T steps of every layer. A first layer whose input does
+  change, spikes drawn from pixels or frames of events, runs at all steps in both.
 - SOPs: synaptic operations. One is a spike arriving at an alive weight: each input
   spike counts the alive weights that it meets at output positions inside the map,
   borders exact; per image, over all T steps. A layer that reads real numbers and not

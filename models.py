@@ -576,9 +576,10 @@ def scored_by(net):
 
     INTERPRETATION: a weight inherits the score of the LIF channel that it feeds
     (post-synaptic, the neuron's "synapses"). In a residual block conv2 and the shortcut
-    both feed lif2. A classifier that feeds no LIF takes, for each weight, the score of
-    the channel that it reads. Confirmed by the published code, which does not
-    regenerate the classifier, and has a ResNet-19 of its own (PreResNet19).
+    both feed lif2; in a pre-activation one they feed the first LIF of the next block. A
+    classifier that feeds no LIF takes, for each weight, the score of the channel that
+    it reads. Confirmed by the published code, which has the pre-activation ResNet-19
+    and does not regenerate the classifier.
     """
     return net.scored_by()
 

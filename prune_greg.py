@@ -30,7 +30,8 @@ from harness import flags, removal
 from harness.runfolder import finished
 
 # the defaults of prune_structured.py, {network: ratio}; of others 0.5
-PRUNE_RATIOS = {"vgg16": 0.4522, "resnet19": 0.512}
+PRUNE_RATIOS = {"vgg16": 0.4522, "vgg16-avg": 0.4522, "resnet19": 0.512,
+                "resnet19-pre": 0.512}
 
 # ---- which filters go ----------------------------------------------------------------
 

@@ -268,7 +268,7 @@ def read_config(folder, parser):
                     action.type(str(item))
                 if action.choices and item not in action.choices:
                     raise ValueError
-    except (ValueError, AttributeError, argparse.ArgumentTypeError):
+    except (ValueError, TypeError, AttributeError, argparse.ArgumentTypeError):
         raise ValueError(f"{path} is damaged, expected a JSON object. Start again with "
                          f"--overwrite") from None
     return config

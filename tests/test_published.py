@@ -422,6 +422,16 @@ def test_batch_normalisation_of_each_step_by_hand(kind):
     assert not torch.allclose(at_once, torch.stack(expected)) and layer.bn.num_batches_tracked == 6
 
 
+def test_batch_normalisation_sees_the_convolution_s_layout():
+    """Of a single channel two layouts are possible, which round differently: the text's bits."""
+    layer, strides = models.ConvBN(3, 1).to(memory_format=torch.channels_last), []
+    x = torch.randn(8, 3, 6, 6).to(memory_format=torch.channels_last)
+    with metrics.hooks({"": layer.conv}, after=lambda _, y: strides.append(y.stride())):
+        with metrics.hooks({"": layer.bn}, before=lambda _, y: strides.append(y.stride())):
+            layer(x.unflatten(0, (4, 2)))
+    assert strides[0] == strides[1] == (36, 1, 6, 1)
+
+
 @pytest.mark.parametrize("name", ["small-avg", "resnet19-pre"])
 def test_batch_normalisation_of_each_step_in_a_network(name):
     nets = [lively(name, 0.1 if name == "small-avg" else 0.05, 16, bn_per_step=per_step)
@@ -821,6 +831,11 @@ def test_a_run_goes_on_with_its_own_items(script, capsys):
             args = parse("--resume", "--run-dir", folder, *given.split())
             assert args.as_published == items
             assert args.detach_reset is (False if items else None)
+    for wrong in ("neuron", 5, [["neuron"]], ["nonsense"]):
+        Path("all/config.json").write_text(json.dumps(config | dict(as_published=wrong)))
+        with pytest.raises(SystemExit) as stop:
+            parse("--resume", "--run-dir", "all")
+        assert stop.value.code == 2 and "config.json is damaged" in one_line(capsys)
 
 
 def test_cifar_100_normalised_as_cifar_10():

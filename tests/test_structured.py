@@ -222,6 +222,7 @@ def test_a_worked_block():
 
 @pytest.mark.parametrize("name, ratio, only, removed, reported", [
     ("resnet19", 0.512, None, 50.56, 49.46), ("resnet19", 0.658, None, 64.70, 69.47),
+    ("resnet19-pre", 0.512, None, 61.62, 49.46), ("resnet19-pre", 0.658, None, 74.68, 69.47),
     ("vgg16", 0.4522, None, 69.95, 43.76), ("vgg16", 0.6764, None, 89.37, 58.02),
     ("vgg16", 0.4522, 512, 32.13, 43.76), ("vgg16", 0.6764, 512, 38.59, 58.02)])
 def test_the_macs_of_the_paper_s_ratios(name, ratio, only, removed, reported, capsys):
