@@ -553,7 +553,7 @@ class Run:
         with fits(self.folder / "checkpoint.pt"):
             for flag, value in self._flags().items():
                 saved = state["flags"].get(flag)
-                is_new = flag not in state["flags"]  # the run's version had no such flag
+                is_new = flag not in state["flags"]  # to the run's version
                 if saved != value and not (is_new and not value):
                     raise ValueError(f"it was made with {flag} {saved}, not {value}")
             self._restore_position(state)

@@ -94,7 +94,7 @@ def test_the_global_cut_is_zeroed_before_the_layers_regrow():
     net.b.weight.grad = torch.zeros(1, 2)
     masks = Masks(net)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    pruned, before, back, _ = prune_and_swap(masks, optimizer, 1 / 6, 0.34, generator())
+    pruned, before, back, *_ = prune_and_swap(masks, optimizer, 1 / 6, 0.34, generator())
     assert flat_indices(pruned) == [1, 2, 3, 5] and flat_indices(back) == [2, 3, 5]
     assert before == pytest.approx(4 / 6)
     masks.apply(optimizer)
@@ -107,7 +107,7 @@ def test_the_largest_weight_of_a_layer_that_the_global_cut_would_empty_stays():
     for weight in (net.a.weight, net.b.weight):
         weight.grad = torch.zeros_like(weight)
     masks, optimizer = Masks(net), torch.optim.SGD(net.parameters(), 0.1)
-    *_, rescued = prune_and_swap(masks, optimizer, 5 / 7, prune_granet.LOWEST_RATE, generator())
+    *_, rescued, _ = prune_and_swap(masks, optimizer, 5 / 7, prune_granet.LOWEST_RATE, generator())
     masks.apply(optimizer)
     assert rescued == ["a.weight"] and masks.per_layer(masks.flat) == [1, 1]
     assert net.a.weight.flatten().tolist() == pytest.approx([0, -0.03, 0])
@@ -135,7 +135,7 @@ def test_counts_are_exact(rate, equal):
         train_a_little(net, masks, optimizer, update)
         before = masks.flat.clone()
         target = training.sparsity_at(update, 6, 0.9)
-        pruned, between, back, rescued = prune_and_swap(
+        pruned, between, back, rescued, _ = prune_and_swap(
             masks, optimizer, target, rate, generator(update))
         masks.apply(optimizer)
         assert masks.n_alive == masks.total - round(target * masks.total)

@@ -77,7 +77,7 @@ def both_stages(masks, keep, scores, generator, scope="layer", eta=0.0, rho=0.9)
     of each layer."""
     scopes, index = measure_scopes(masks, scope, eta)
     cut, grow = turnover(scopes.n_rewire, scopes.n_alive, scopes.n_dead, keep, rho)
-    pruned, before, grown, rescued = rewire(masks, scope, cut, grow, scores, generator)
+    pruned, before, grown, rescued, _ = rewire(masks, scope, cut, grow, scores, generator)
     assert rescued == []
     return pruned, grown, before, index
 

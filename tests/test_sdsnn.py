@@ -547,7 +547,7 @@ def test_regeneration_comes_before_pruning():
     masks, state = rest[3], rest[1]
     for name in READERS:
         masks.weights[name].detach().abs_()
-    pruned, between, regenerated, _ = develop(37, *rest)
+    pruned, between, regenerated, *_ = develop(37, *rest)
     assert between == 0 and pruned.any() and not regenerated.any()
     assert all(not state[name]["run_growth"].any() for name in READERS)
     for name in READERS:
@@ -627,7 +627,7 @@ def test_trim_keeps_the_largest_of_those_alive():
     with torch.no_grad():
         masks.weights["fc.weight"][:4] = 9.0  # a dead synapse may have drifted far
     sizes, alive = masks.magnitudes(), masks.flat.clone()
-    pruned, between, regenerated, rescued = trim(0.8, masks, seeded(0))
+    pruned, between, regenerated, rescued, _ = trim(0.8, masks, seeded(0))
     keep = masks.total - round(0.8 * masks.total)
     wanted = torch.where(alive, sizes, -1).topk(keep).indices
     assert set(masks.flat.nonzero().flatten().tolist()) == set(wanted.tolist())
@@ -642,7 +642,7 @@ def test_trim_where_the_method_has_left_less():
     masks.alive["fc.weight"][:7] = False
     masks.alive["conv.weight"][:5] = False
     alive, sizes = masks.flat.clone(), masks.magnitudes()
-    pruned, between, regenerated, _ = trim(0.2, masks, seeded(0))
+    pruned, between, regenerated, *_ = trim(0.2, masks, seeded(0))
     assert masks.n_alive == masks.total - round(0.2 * masks.total)
     assert not pruned.any() and torch.equal(alive | regenerated, masks.flat)
     assert sizes[regenerated].min() >= sizes[~masks.flat].max()
