@@ -488,7 +488,7 @@ def test_a_run_and_its_folder(capsys):
     assert [row["target"] for row in updates] == pytest.approx([1 - 0.2**0.5, 0.8])
     assert [row["iteration"] for row in updates] == [8, 24]
     assert all(set(row) == {"update", "iteration", "target", "before", "sparsity", "pruned",
-                            "regenerated", "survived", "layers"} for row in updates)
+                            "regenerated", "survived", "survived_plain", "layers"} for row in updates)
     densities = [1 - row["sparsity"] for row in rows]
     assert densities == [1] + [by_round[1] / total] * 2 + [1 - (1 - alive / total)] * 2
     assert summary["training_cost"] == pytest.approx(sum(densities) / 5)

@@ -767,7 +767,7 @@ def test_a_run_and_its_folder(mine, easy_growth, capsys):
     assert [row["iteration"] for row in updates] == [16, 20, 24, 28, 28]
     assert [row["target"] for row in updates] == [None] * 4 + [0.8]
     assert set(updates[0]) == {"update", "iteration", "target", "before", "sparsity", "pruned",
-                               "regenerated", "survived", "layers"}
+                               "regenerated", "survived", "survived_plain", "layers"}
     first = {layer["name"]: layer for layer in updates[0]["layers"]}
     assert [first[f"convs.{i}.conv.weight"]["pruned"] for i in range(4)] == [
         0, 2 * 4 * 9, 4 * 8 * 9, 4 * 16 * 9]  # floor(0.3 C) whole neurons
