@@ -153,6 +153,16 @@ def _blocks(rows):
     return [slice(start, start + size) for start in range(0, n, size)]
 
 
+def _keep(ctx, x_seq, h, order, time_steps):
+    """Keep for the backward pass the potentials h, and how the rows of a step become
+    the shape of the input again. order: as in _as_rows."""
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(h)
+    ctx.order, ctx.repeated = order, len(x_seq) < time_steps
+    ctx.shape = [x_seq.shape[d] for d in order]
+    ctx.inverse = [0] + [1 + order.index(d) for d in range(1, x_seq.dim())]
+
+
 class ArctanLIF(torch.autograd.Function):
     """Run the neuron of the paper's text over time_steps steps.
 
@@ -216,12 +226,8 @@ class ArctanLIF(torch.autograd.Function):
                         near_b.copy_(slope.reciprocal_())
                     else:
                         near_b.addcdiv_(ones, slope)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(h)
-        ctx.order, ctx.tau, ctx.v_threshold, ctx.alpha = order, tau, v_threshold, alpha
-        ctx.repeated = len(x_seq) < time_steps
-        ctx.shape = [x_seq.shape[d] for d in order]
-        ctx.inverse = [0] + [1 + order.index(d) for d in range(1, x_seq.dim())]
+        _keep(ctx, x_seq, h, order, time_steps)
+        ctx.tau, ctx.v_threshold, ctx.alpha = tau, v_threshold, alpha
         if recorded:
             near = near.mul_(alpha / 2 / time_steps).unflatten(0, ctx.shape)
             near = near[None].permute(ctx.inverse)[0]
@@ -296,12 +302,8 @@ class TanhLIF(torch.autograd.Function):
                 torch.gt(h_t, threshold, out=s_t)  # fire
                 if t + 1 < time_steps:
                     torch.addcmul(h_t, h_t, s_t, value=-1, out=v)  # reset: (1 - s) h
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(h)
-        ctx.order, ctx.tau, ctx.v_threshold, ctx.alpha = order, tau, v_threshold, alpha
-        ctx.repeated = len(x_seq) < time_steps
-        ctx.shape = [x_seq.shape[d] for d in order]
-        ctx.inverse = [0] + [1 + order.index(d) for d in range(1, x_seq.dim())]
+        _keep(ctx, x_seq, h, order, time_steps)
+        ctx.tau, ctx.v_threshold, ctx.alpha = tau, v_threshold, alpha
         return s.unflatten(1, ctx.shape).permute(ctx.inverse), None
 
     @staticmethod
