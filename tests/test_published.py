@@ -637,6 +637,29 @@ def stopped_and_resumed(script, monkeypatch, given, again):
         "whole/config.json")["as_published"]
 
 
+def without_new_flags(folder):
+    """Make a stopped run one of a version without these flags."""
+    new = ("as_published", "decay_input", "strict")
+    state = models.read_tensors(f"{folder}/checkpoint.pt")
+    state["flags"] = {flag: value for flag, value in state["flags"].items() if flag not in new}
+    torch.save(state, f"{folder}/checkpoint.pt")
+    config = {flag: value for flag, value in read_json(f"{folder}/config.json").items()
+              if flag not in new}
+    Path(folder, "config.json").write_text(json.dumps(config))
+
+
+def test_a_run_that_is_older_than_the_flag_goes_on_as_the_text(monkeypatch, capsys):
+    run("unstructured", monkeypatch, "--run-dir", "whole")
+    stop_after(6, monkeypatch, lambda *a: run("unstructured", monkeypatch, *a), "--run-dir", "r")
+    without_new_flags("r")
+    with pytest.raises(SystemExit):  # it cannot become another reading under way
+        run("unstructured", monkeypatch, "--as-published", "zero", "--resume", "--run-dir", "r")
+    assert "it was made with as_published None, not ['zero']" in capsys.readouterr().err
+    run("unstructured", monkeypatch, "--resume", "--run-dir", "r")
+    ours, theirs = (models.read(f"{name}/model.pt")["state_dict"] for name in ("r", "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize("model", ["small", "resnet19"])
 def test_weights_as_published_and_a_resume(model, monkeypatch):
     given = [*(RESNET if model == "resnet19" else ()), "--as-published"]
