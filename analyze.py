@@ -20,6 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import harness  # first: what is not installed is then one line
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -27,6 +29,7 @@ from tqdm import tqdm
 from harness import flags
 from harness import plots
 from harness import presets
+from harness import processes
 from harness import records
 from harness.plots import by_layer, canvas, layer_ticks, legend, plot, spread, style_of
 from harness.records import (BASELINE, CHANNELS, WEIGHTS, Unfit, all_runs, analysis_of,
@@ -150,13 +153,15 @@ def survival(runs):
         rows.append(dict(what=f"alive {pruned}", x=None, share=mean, std=std))
         text = (f"{mean:.1f} % of the {pruned} that are alive in the end had come back "
                 f"(paper: {paper} %)")
-        if mine[0].config.get("regen_base") != "pruned":  # else r and p make it
+        if mine[0].config.get("regen_base") != "pruned":
             fixed, std = spread([100 * fixed_share(run) for run in mine])
             right.plot(across, [fixed, fixed], ":", color=plots.ORANGE, linewidth=2,
                        label=labels.pop("rate", None))
             rows.append(dict(what=f"r of {pruned}", x=None, share=fixed, std=std))
             text += (f"; what the last update brought back, {fixed:.3g} %, equals r by "
                      f"construction{but_classifier(mine[0])}")
+        else:
+            text += "; it follows from r and the share that is cut, by construction"
         says.append(text)
     right.set_xticks([0, 1], list(PAPER_SURVIVAL))
     right.set(ylabel="Alive by regeneration (%)", xlim=(-0.5, 1.5), ylim=(0, 100))
@@ -232,8 +237,7 @@ def survival_of_updates(axis, runs):
                  label="paper: above this")
     axis.set(xlabel="Mask update", ylabel="Share (%)", ylim=(0, 103))
     legend(axis, 1)
-    steps = records.listed(run.config.get("interval") for run in runs)
-    return rows, [f"{len(updates)} updates with {steps} steps between them", *says]
+    return rows, says
 
 
 INVERTED_GAMMA = (
@@ -640,11 +644,16 @@ def draw_figure(name, runs, out):
         print(f"{name:<12}not drawn; the runs that it needs: {needed}")
         return None
     figure, rows, used, says = drawn
+    # what a picture says of regeneration holds at these rates and intervals alone
+    settings = [text for text in (records.rates_of(used), records.updates_of(used))
+                if text]
+    if settings:
+        plots.note(figure, f"{', '.join(settings)}.")
     folders = ", ".join(str(run.folder) for run in used)
     plots.save(out / name, figure, rows,
                f"{name}: {records.describe(used)}\nruns: {folders}")
     of = ", ".join(filter(None, [f"of {len(used)} runs", records.readings_of(used),
-                                 records.rates_of(used)]))
+                                 *settings]))
     print(f"{name:<12}{out / name}.png  {of}: {says}")
     return drawn
 
@@ -735,6 +744,8 @@ def read_runs(folders):
             skipped.setdefault(str(error), []).append(str(folder))
     for why, names in skipped.items():
         print(f"skipped {', '.join(names)}: {why}")
+    if note := records.note_of_data(runs):
+        print(note)
     return runs
 
 
@@ -759,9 +770,10 @@ def parse_args(argv):
     add("figure", nargs="?", default="all", choices=("all", "report", *FIGURES),
         metavar="FIGURE", help=f"one of {', '.join(FIGURES)}, all of them (default), "
         "or report: all of them, in one page")
-    add("--runs", nargs="+", metavar="FOLDER", default=None, help="finished runs, or "
-        "folders with runs at any depth (default: runs, without runs/demo)")
-    add("--out", metavar="DIR", default=None,
+    add("--runs", type=flags.path, nargs="+", metavar="FOLDER", default=None,
+        help="finished runs, or folders with runs at any depth (default: runs, without "
+        "runs/demo)")
+    add("--out", type=flags.path, metavar="DIR", default=None,
         help="where the figures go (default: figures)")
     add("--demo", action="store_true", default=False, help="first make short runs for "
         "all figures in runs/demo, about 20 minutes on two cores, and draw those in "
@@ -777,6 +789,7 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     with flags.exits(1, RuntimeError), flags.exits(2, ValueError, OSError):
+        processes.require_one()
         runs = read_runs(demo() if args.demo else folders_of(args.runs))
         plots.give_styles(run.method for run in runs)
         names = [args.figure] if args.figure in FIGURES else list(FIGURES)

@@ -32,13 +32,15 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import harness  # first: what is not installed is then one line
+
 import torch
 from tqdm import tqdm
 
 import metrics
 import models
 import training
-from harness import flags, plots, setup
+from harness import flags, plots, processes, setup
 from harness.files import write_json
 from harness.frameworks import Floor, SnnTorch, SpikingJelly, over_time
 from harness.machine import device_name
@@ -528,10 +530,12 @@ def parse_args(argv=None):
         help="VGG-16 only, nothing compiled, no scaling")
     add("--networks", nargs="+", choices=list(SIZES), metavar="NAME",
         help=f"of {', '.join(SIZES)} (default: all of them, and the scaling)")
-    add("--json", metavar="FILE", help="write every row and the ratios")
-    add("--figures", metavar="DIR",
+    add("--json", type=flags.path, metavar="FILE",
+        help="write every row and the ratios")
+    add("--figures", type=flags.path, metavar="DIR",
         help="draw the scaling (not with --quick or --networks) into this folder")
-    add("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    add("--device", type=flags.device, metavar="DEVICE",
+        help="cpu, cuda or cuda:1; default: the GPU where there is one")
     parser.set_defaults(quick=False, networks=None, json=None, figures=None,
                         device=None)
     args = parser.parse_args(argv)
@@ -544,6 +548,7 @@ def parse_args(argv=None):
 def main(argv=None):
     args = parse_args(argv)
     with flags.exits(2, ValueError, OSError):
+        processes.require_one()
         if args.json and not Path(args.json).absolute().parent.is_dir():
             raise ValueError(f"the folder of --json {args.json} does not exist, "
                              f"expected one. Make it")

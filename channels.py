@@ -15,6 +15,7 @@ Removing is our own code. A general graph tracer confuses channels where time is
 into the batch.
 """
 import copy
+import math
 from typing import NamedTuple
 
 import torch
@@ -92,25 +93,45 @@ def largest_of_empty_layers(kept, gamma, sizes, may_be_empty=None):
     return added
 
 
-def check_ratio(net, ratio, target=0.0):
-    """Raise ValueError if a ratio leaves fewer channels than there are layers, or if a
-    share `target` of the MACs cannot be removed."""
+def fewest(net):
+    """Return the channels that stay where as many go as can, [M] bool: one of each
+    layer, and none where a layer may be empty, or feeds one that may be."""
+    groups = models.removable(net)
+    rows = []
+    for group, size in zip(groups.values(), layers(net)[1]):
+        fed = group  # the layer that it feeds; itself where it feeds no other
+        if group.feeds in groups:
+            fed = groups[group.feeds]
+        row = torch.zeros(size, dtype=torch.bool)
+        row[0] = not (group.may_be_empty or fed.may_be_empty)
+        rows.append(row)
+    return torch.cat(rows)
+
+
+def check_ratio(net, ratio, target=0.0, least=fewest):
+    """Raise ValueError if a ratio leaves fewer channels than must stay, or if a share
+    `target` of the MACs cannot be removed.
+
+    least(net): returns the channels that a method keeps at any ratio, [M] bool.
+    """
     groups = models.removable(net)
     if not groups or any(group.bn is None for group in groups.values()):
         raise ValueError(f"{net.config['name']} has no channels with batch "
                          f"normalisation, expected some, since its gamma ranks what is "
                          f"removed. Take another --model, or prune_unstructured.py")
     names, sizes = layers(net)
-    kept = sum(sizes) - round(ratio * sum(sizes))
-    if kept < len(names):
+    kept, must_stay = sum(sizes) - round(ratio * sum(sizes)), int(fewest(net).sum())
+    if kept < must_stay:
         raise ValueError(f"--prune-ratio is {ratio:g}, which leaves {kept} of "
                          f"{sum(sizes)} channels, expected at least one for each of "
-                         f"the {len(names)} layers. Lower --prune-ratio or raise "
-                         f"--width")
-    most = macs_removed(net, dict.fromkeys(names, torch.ones(1, dtype=torch.bool)))
+                         f"the {must_stay} layers that cannot be empty. Lower "
+                         f"--prune-ratio or raise --width")
+    most = macs_removed(net, dict(zip(names, least(net).split(sizes))))
     if target > most:
-        raise ValueError(f"--target-macs is {target:g}, expected at most {most:.4f}: "
-                         f"that is removed where one channel a layer is left. Lower it")
+        # rounded down: what is named here can be asked for
+        raise ValueError(f"--target-macs is {target:g}, expected at most "
+                         f"{math.floor(1e4 * most) / 1e4:g}: that is what goes where "
+                         f"each layer keeps its fewest channels. Lower --target-macs")
 
 
 def ratio_for(net, target, choose):
@@ -127,6 +148,8 @@ def ratio_for(net, target, choose):
         return macs_removed(net, dict(zip(names, kept)))
 
     low, high = 0, total - len(names)
+    if removed(high) < target:  # some layers still have more than they must keep
+        low, high = high, total
     while high - low > 1:
         middle = (low + high) // 2
         if removed(middle) < target:
@@ -235,7 +258,7 @@ def remove(net, kept):
     state, indices = net.state_dict(), kept_indices(net, kept)
     small.load_state_dict({name: state[name][indices[name]].clone()
                            for name in small.state_dict()}, assign=True)
-    small.mean, small.std = net.mean.clone(), net.std.clone()
+    small.class_names = net.class_names
     return small.train(net.training).to(memory_format=torch.channels_last)
 
 
@@ -348,9 +371,8 @@ def savings(dense, small):
     the three conventions of metrics.py."""
     found = []
     for net in (dense, small):
-        macs = metrics.macs(net.config)
         found.append(dict(parameters=metrics.parameters(net)["parameters"])
-                     | metrics.conventions(macs, net.time_steps, net.encoding))
+                     | metrics.conventions(net.config, net.time_steps))
     return {key: (found[0][key], found[1][key]) for key in found[0]}
 
 

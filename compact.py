@@ -23,6 +23,9 @@ What is alive decides, not what is 0: an alive weight may be 0.
 """
 from pathlib import Path
 
+if __name__ == "__main__":
+    import harness  # first: what is not installed is then one line
+
 import torch
 import torch.nn.functional as F
 
@@ -192,17 +195,19 @@ def random_batch(net, n):
 
 def main(argv=None):
     # here, since the library imports nothing of harness
-    from harness import files, flags
+    from harness import files, flags, processes
 
     parser = flags.Parser(__doc__)
-    parser.add_argument("model", type=Path, metavar="MODEL.pt",
+    parser.add_argument("model", type=flags.path, metavar="MODEL.pt",
                         help="the network of a run, runs/NAME/model.pt")
-    parser.add_argument("--out", type=Path, default=None, metavar="FILE",
+    parser.add_argument("--out", type=flags.path, default=None, metavar="FILE",
                         help="where the smaller one goes (default: compact.pt beside "
                         "MODEL.pt)")
     args = parser.parse_args(argv)
-    out = args.out or args.model.with_name("compact.pt")
+    args.model = Path(args.model)
+    out = Path(args.out or args.model.with_name("compact.pt"))
     with flags.exits(2, ValueError, OSError):
+        processes.require_one()
         packed = models.read(args.model)
         net = models.unpack(packed, args.model)
         small, masks, text = make(net, packed["masks"])

@@ -32,7 +32,8 @@ paper's text. Differences between the two: --baseline "gmp, as published". The c
     training cost   epochs, each weighted by density and time steps, over those of dense
     rescued         share of what an update prunes that comes back in it, mean over the
                     updates
-    back            share of the final weights, or channels, that had been brought back
+    back            share of the final weights, or channels, that had been brought back:
+                    is about r by construction (Eq. 7), and measures no method
 """
 import os
 import re
@@ -43,6 +44,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import harness  # first: what is not installed is then one line
+
 import numpy as np
 from tqdm import tqdm
 
@@ -50,6 +53,7 @@ import data
 from harness import flags
 from harness import plots
 from harness import presets
+from harness import processes
 from harness import published
 from harness import records
 from harness.files import write_whole
@@ -87,7 +91,7 @@ USUAL = dict(aggregate="max", candidates="all")
 # What does not make runs of one method differ: the target is a column of its own,
 # GraNet's death rate counts as a regeneration rate, `regen`, and published.words() has
 # words for the items of --as-published
-NO_VARIANT = {*records.NOT_FLAGS, "as_published", "seed", "sparsity", "target_macs",
+NO_VARIANT = {*records.NO_SETTINGS, "as_published", "seed", "sparsity", "target_macs",
               "prune_ratio", "data_dir", "save_every", "death_rate"}
 
 
@@ -112,8 +116,21 @@ def as_words(values):
     return words
 
 
-def plan(args):
-    """Return [(folder, words of the command)] of all runs."""
+def frames_of(args, images):
+    """Return how many frames a recording of an own set of events has; None for images
+    and for named sets, whose presets say it. Raises ValueError if --time-steps is
+    another number."""
+    if images.x_train.dim() != 5 or args.dataset in data.NAMES:
+        return None
+    frames = images.x_train.shape[1]
+    if args.time_steps not in (None, frames):
+        raise ValueError(f"--time-steps is {args.time_steps}, but {args.dataset} has "
+                         f"{frames} frames a recording, expected as many. Leave it out")
+    return frames
+
+
+def plan(args, frames=None):
+    """Return [(folder, words of the command)] of all runs. frames: see frames_of."""
     usual = presets.of(args.dataset)
     shared = dict(dataset=args.dataset, data_dir=args.data_dir, width=args.width,
                   train_limit=args.train_limit)
@@ -122,6 +139,8 @@ def plan(args):
     # Some scripts have their own paper's network on some data sets, with its input
     for flag in ("encoding", "loss", "crop", "rotate"):
         shared[flag] = usual[flag]
+    if frames is not None:
+        shared |= dict(encoding="events", time_steps=frames)
     prune, finetune = budget_of(args.dataset)
     if args.epochs_prune is not None:
         prune = args.epochs_prune
@@ -169,7 +188,8 @@ def run_all(jobs, at_a_time):
         folder, words = job
         if not (folder / "summary.json").exists():
             shown = shlex.join(["python", Path(words[1]).name, *words[2:]])
-            with open(log_of(folder), "w") as log:
+            with open(log_of(folder), "w", encoding="utf-8",
+                      errors="backslashreplace") as log:
                 print(shown, file=log, flush=True)
                 code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT,
                                       env=environment).returncode
@@ -350,7 +370,8 @@ def row_of(by_seed, baseline, dense):
         faster = mean("speedup_batch32")
     if runs[0].regen:
         come_back = 100 * np.mean([rescued(run) for run in runs])
-    usual_cost = np.mean(dense) if dense else runs[0].summary["epochs"]
+    # NaN: without an epoch there is no cost to compare with
+    usual_cost = (np.mean(dense) if dense else runs[0].summary["epochs"]) or np.nan
     return dict(
         accuracy=accuracy, std=std, against=difference, half=half,
         seeds=" ".join(str(seed) for seed in sorted(by_seed)),
@@ -419,7 +440,8 @@ def plot_tables(tables):
         plot_costs(right, rows, targets)
         for axis in (left, right):
             axis.set(ylabel="Test accuracy (%)", ylim=(low, high))
-        left.set_title(setting, fontsize=7, loc="left")
+        # the name of a data set may have a $, which is no formula
+        left.set_title(setting, fontsize=7, loc="left", parse_math=False)
     return figure
 
 
@@ -495,10 +517,12 @@ def parse_args(argv):
     add("--epochs-prune", type=flags.whole(1), metavar="N", default=None,
         help="structure epochs of each method; for channels: epochs of pretraining and "
         "of fine-tuning (default: the scripts')")
-    add("--epochs-finetune", type=flags.whole(0), metavar="N", default=None,
-        help="epochs with the mask fixed (default: the scripts')")
-    add("--dataset", default="fashion-mini", help="as in the other scripts")
-    for flag, convert in (("data-dir", str), ("model", str),
+    add("--epochs-finetune", type=flags.whole(1), metavar="N", default=None,
+        help="epochs with the mask fixed (default: the scripts'); a lottery ticket "
+        "needs one")
+    add("--dataset", type=flags.path, default="fashion-mini",
+        help="as in the other scripts")
+    for flag, convert in (("data-dir", flags.path), ("model", str),
                           ("width", flags.number(0, 100, above=True)),
                           ("train-limit", flags.whole(1)),
                           ("time-steps", flags.whole(1)),
@@ -506,45 +530,82 @@ def parse_args(argv):
         add(f"--{flag}", type=convert, default=None, help="as in the other scripts")
     add("--jobs", type=flags.whole(1), default=1, metavar="N",
         help="runs at a time (default 1)")
-    add("--out", type=Path, default=None, metavar="DIR", help="the folder of the runs "
-        "and of the result (default runs/compare); with --runs, of the result "
+    add("--out", type=flags.path, default=None, metavar="DIR", help="the folder of the "
+        "runs and of the result (default runs/compare); with --runs, of the result "
         "(default: the first of those folders)")
-    add("--runs", type=Path, nargs="+", default=None, metavar="DIR",
+    add("--runs", type=flags.path, nargs="+", default=None, metavar="DIR",
         help="run nothing: only tabulate and draw the runs in these folders, at any "
         "depth")
     add("--baseline", default=None, metavar="METHOD", help="the row that differences "
         "are taken to, as the table names it, where a table has it; the files are then "
         "compare-METHOD.* (default: gmp, for channels slimming)")
     args = parser.parse_args(argv)
+    refuse_unused(parser, args)
     known = {**WEIGHTS, **CHANNELS}
     if args.runs is None and args.baseline not in (None, *known):
         parser.error(f"--baseline is {args.baseline}, expected a method. Choose one "
                      f"of: {', '.join(known)}")
     if args.out is None:
-        args.out = args.runs[0] if args.runs else Path("runs/compare")
+        args.out = args.runs[0] if args.runs else "runs/compare"
+    args.out = Path(args.out)
+    if args.runs is not None:
+        args.runs = [Path(folder) for folder in args.runs]
     return args
 
 
-def write(folder, name, tables, notes, count):
+def refuse_unused(parser, args):
+    """End with an error if --runs stands beside a flag of the runs to start."""
+    if args.runs is None:
+        return
+    for flag, value in vars(args).items():
+        used = flag in ("runs", "out", "baseline")
+        if not used and value != parser.get_default(flag):
+            parser.error(f"--{flag.replace('_', '-')} and --runs exclude each other, "
+                         f"since --runs starts nothing. Leave one out")
+
+
+def rates_in(runs):
+    """Return in words at which r and after how many steps the runs of the two
+    algorithms regenerated, for each target; "" where none did."""
+    found = {}  # {target: runs}
+    for run in runs:
+        if run.script in records.ALGORITHMS and run.regen:
+            found.setdefault(target_of(run), []).append(run)
+    texts = []
+    for target in sorted(found, key=by_size):
+        text = f"{records.rates_of(found[target])} at {target}"
+        if updates := records.updates_of(found[target]):
+            text += f" ({updates})"
+        texts.append(text)
+    return "; ".join(texts)
+
+
+def write(folder, name, tables, notes, runs):
     """Write the tables as NAME.md and NAME.csv and their plot, and print them."""
     text = markdown(tables, notes)
     print(text)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / f"{name}.md", lambda file: file.write(text))
     rows = [dict(setting=setting) | row for setting, mine in tables.items()
             for row in mine]
-    plots.save(folder / name, plot_tables(tables), rows, f"{count} runs")
-    write_whole(folder / f"{name}.md", lambda file: file.write(text))
+    figure, count, rates = plot_tables(tables), len(runs), rates_in(runs)
+    if rates:
+        plots.note(figure, f"In the runs of these tables {rates}.")
+    plots.save(folder / name, figure, rows, f"{count} runs")
     print(f"{folder / name}.md, .csv, .png, .pdf: {count} runs")
 
 
 def main(argv=None):
     args = parse_args(argv)
     with flags.exits(2, ValueError, OSError):
+        processes.require_one()
         if args.runs is None:
             usual = presets.of(args.dataset)
-            data.load(args.dataset, args.data_dir or "data", args.train_limit,
-                      time_steps=args.time_steps or usual["time_steps"])
+            images = data.load(args.dataset, args.data_dir or "data", args.train_limit,
+                               time_steps=args.time_steps or usual["time_steps"])
+            jobs = plan(args, frames_of(args, images))
             args.out.mkdir(parents=True, exist_ok=True)
-            run_all(plan(args), args.jobs)
+            run_all(jobs, args.jobs)
         folders = args.runs or [args.out]
         found, notes = gather(*folders)
         if not found:
@@ -552,10 +613,12 @@ def main(argv=None):
             raise ValueError(f"{', '.join(map(str, folders))} holds no finished run, "
                              f"expected those of: python compare.py. {why}")
         runs = [run for by_seed in found.values() for run in by_seed.values()]
+        if note := records.note_of_data(runs):
+            print(note)
         plots.give_styles(run.method for run in runs)
         tables = tabulate(found, args.baseline)
         name = "-".join(["compare", *re.findall(r"\w+", args.baseline or "")])
-        write(args.out, name, tables, notes, len(runs))
+        write(args.out, name, tables, notes, runs)
     return tables
 
 

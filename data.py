@@ -17,17 +17,12 @@ The network normalises images with dataset.mean and dataset.std.
 
 A named set is looked for as DATA_DIR/NAME.npz first, then in its official layout. What
 is in neither place is downloaded by torchvision, except Tiny-ImageNet, whose images are
-decoded once into DATA_DIR/tiny-imagenet.npz. Sets of event cameras are read and binned
-by events.py.
+decoded once into DATA_DIR/tiny-imagenet.npz. Folders of images are read by folders.py,
+sets of event cameras are read and binned by events.py.
 """
-import importlib
 import math
 import os
-import struct
-import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from http.client import HTTPException
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,20 +30,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 import events
+import folders
+import sources
+from sources import BAD_FILE, error, reason, unreadable
 
 TORCHVISION = {  # our name -> torchvision's class
     "mnist": "MNIST", "fashion-mnist": "FashionMNIST",
     "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 NAMES = ("fashion-mini", *TORCHVISION, "tiny-imagenet", *events.KINDS)
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+TINY = "tiny-imagenet.npz"
 
-# what numpy, Pillow and torchvision raise on missing, short or damaged files
-BAD_FILE = (OSError, EOFError, ValueError, TypeError, KeyError, IndexError,
-            AssertionError, SyntaxError, RuntimeError, MemoryError, struct.error,
-            zlib.error, HTTPException, zipfile.BadZipFile)
+# of the embedded images, whose file has none
+FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt",
+           "Sneaker", "Bag", "Ankle boot"]
 
 
 class Dataset(NamedTuple):
@@ -60,6 +57,8 @@ class Dataset(NamedTuple):
     y_train, y_test: int64 [N], 0..num_classes - 1.
     mean, std: of each channel over the training images, in 0..1; std is 1 where a
     channel is constant, so that dividing by it is safe.
+    class_names: the name of each class, by its label; None where the files have none.
+    hashes: {key: text} of KEYS, shape and hash of each: equal only for the same values.
     """
 
     name: str
@@ -70,6 +69,8 @@ class Dataset(NamedTuple):
     num_classes: int
     mean: list[float]
     std: list[float]
+    class_names: list[str] | None = None
+    hashes: dict[str, str] | None = None
 
     def to(self, device):
         """Return the same set with its four tensors on a device."""
@@ -96,46 +97,61 @@ def _time_first(x):
     return x if x.dim() == 4 else x.transpose(0, 1)
 
 
-def load(name, data_dir="data", train_limit=None, at_most=None, time_steps=None):
+def load(name, data_dir="data", train_limit=None, at_most=None, time_steps=None,
+         event_split=None):
     """Load a data set by its name (one of NAMES) or path (FILE.npz or a folder).
 
-    FILE.npz: images x_train, x_test uint8 [N, H, W, C] or [N, H, W]; labels y_train,
-    y_test integers [N].
-    Folder: train/CLASS/* and test/CLASS/* (or val/CLASS/*), images of one size. The
-    label of a class is the rank of its name in train.
+    FILE.npz: images x_train, x_test, whole numbers 0 to 255 [N, H, W, C] or [N, H, W],
+    or counts of events [N, T, 2, H, W]; labels y_train, y_test, integers [N]; and
+    class_names, text [classes], if it is there.
+    Folder: train/CLASS/** and test/CLASS/** (or val), images of one size. The label of
+    a class is the rank of its name in train.
 
     data_dir: where named sets lie, or are downloaded to.
     train_limit: keep the first so many training images, balanced over the classes, in
-    file order; mean and std are then theirs.
+    file order; mean and std are then theirs. Of a folder no other file is decoded.
     at_most: keep no more than so many of both sets, for a trial.
     time_steps: how many frames a recording of events makes; their counts have mean 0
-    and std 1.
+    and std 1. event_split: how, one of events.SPLITS; None: by "number".
     Raises ValueError or FileNotFoundError, one line each, for whatever is wrong with
     the files.
     """
     data_dir = Path(os.path.expanduser(data_dir))
-    are_events = name in events.KINDS
-    if are_events:
-        arrays = events.load(name, data_dir, time_steps)
-    else:
-        arrays = _read(name, data_dir)
-    x_train, y_train, x_test, y_test = arrays
+    found = _read(name, data_dir, time_steps, event_split)
+    source, (x_train, y_train, x_test, y_test) = found.source, found.arrays
+    is_decoded = found.notes is None
+    if is_decoded:
+        x_train, x_test = _check_images(source, x_train, x_test)
+    if name not in events.KINDS:
+        y_train, y_test = _check_labels(source, x_train, y_train, x_test, y_test)
     num_classes = int(y_train.max()) + 1
+    class_names = _check_names(source, found.class_names, num_classes)
+    _note_labels(source, y_train, y_test, class_names or range(num_classes))
     if train_limit is not None and not num_classes <= train_limit <= len(y_train):
-        raise _error(ValueError, f"--train-limit is {train_limit}",
-                     f"{num_classes} (an image for each class of {name}) to "
-                     f"{len(y_train)} (all)", "Change it or leave it out")
+        raise error(ValueError, f"--train-limit is {train_limit}",
+                    f"{num_classes} (an image for each class of {name}) to "
+                    f"{len(y_train)} (all)", "Change it or leave it out")
     limits = [limit for limit in (train_limit, at_most) if limit is not None]
-    x_train, y_train = _first_balanced(x_train, y_train, min(limits, default=None))
-    x_test, y_test = _first_balanced(x_test, y_test, at_most)
-    if are_events:
+    train = _first_balanced(y_train, min(limits, default=None))
+    test = _first_balanced(y_test, at_most)
+    x_train, x_test = _take(x_train, train), _take(x_test, test)
+    y_train, y_test = y_train[train], y_test[test]
+    if not is_decoded:
+        x_train, x_test = folders.decode(source, x_train, x_test, found.notes)
+        x_train, x_test = _check_images(source, x_train, x_test)
+        if found.made_from is not None and not limits:
+            _keep_decoded(data_dir, found, x_train, x_test)
+    _note_alike(source, training=x_train, test=x_test)
+    hashes = {key: sources.digest(array) for key, array
+              in zip(KEYS, (x_train, y_train, x_test, y_test))}
+    if x_train.ndim == 5:
         mean, std = [0.0, 0.0], [1.0, 1.0]
     else:
         mean, std = _mean_and_std(x_train)
         # channels first in shape, last in memory
         x_train, x_test = x_train.transpose(0, 3, 1, 2), x_test.transpose(0, 3, 1, 2)
     tensors = map(torch.from_numpy, (x_train, y_train, x_test, y_test))
-    return Dataset(name, *tensors, num_classes, mean, std)
+    return Dataset(name, *tensors, num_classes, mean, std, class_names, hashes)
 
 
 # ---- batches -------------------------------------------------------------------------
@@ -231,58 +247,106 @@ def _augment(images, top, left, mirror, hole_y, hole_x, pad, cutout):
 
 
 # ---- the formats ---------------------------------------------------------------------
-#
-# A reader returns the four arrays of KEYS as a list, unchecked: images [N, H, W, C] or
-# [N, H, W], labels [N].
 
 
-def _read(name, data_dir):
-    """Find a set by its name or path and return its checked arrays."""
+class Found(NamedTuple):
+    """What a reader has found.
+
+    source: the file or folder, for messages.
+    arrays: the four of KEYS, unchecked: images, or a list of files still to be decoded;
+    labels [N].
+    class_names: text, by label; None where the files have none.
+    notes: of the files still to be decoded (see folders.py); None: there are none.
+    made_from: signature of the files whose images are kept decoded; None: they are not.
+    """
+
+    source: Path
+    arrays: list
+    class_names: list | None = None
+    notes: dict | None = None
+    made_from: str | None = None
+
+
+def _read(name, data_dir, time_steps, event_split=None):
+    """Find a set by its name or path, and read it; files in a folder are listed."""
+    if name in events.KINDS:
+        arrays = events.load(name, data_dir, time_steps, event_split or "number")
+        return Found(Path(name), arrays)
     if name == "fashion-mini":
-        path = Path(__file__).parent / "assets/fashion_mini.npz"
-    else:
-        path = data_dir / f"{name}.npz" if name in NAMES else Path(name)
+        found = _read_npz(Path(__file__).parent / "assets/fashion_mini.npz")
+        return found._replace(class_names=FASHION)
+    if name == "tiny-imagenet":
+        return _read_tiny_imagenet(data_dir)
+    path = Path(os.path.expanduser(name))
+    if name in NAMES:
+        path = data_dir / f"{name}.npz"
     if name in TORCHVISION and not os.path.exists(path):
-        folder, arrays = _read_torchvision(name, data_dir)
-        return _check(folder, arrays)
-    if name == "tiny-imagenet" and not os.path.exists(path):
-        folder = data_dir / "tiny-imagenet-200"
-        arrays = _check(folder, _read_tiny_imagenet(folder))
-        _save_npz(path, arrays)
-        return arrays
-    if path.suffix == ".npz":
-        return _check(path, _read_npz(path))
+        return _read_torchvision(name, data_dir)
+    if path.suffix.lower() == ".npz":
+        return _read_npz(path)
     if os.path.isdir(path):
-        return _check(path, _read_folder(path))
+        notes = {}
+        *splits, class_names = folders.list_splits(path, notes)
+        return Found(path, _files_and_labels(*splits), class_names, notes)
     wrong = "no known name and no existing path"
     if os.path.exists(path):
         wrong = "a file of an unknown kind"
-    raise _error(FileNotFoundError, f"data set {name} is {wrong}",
-                 f"{', '.join(NAMES)}, or a path: FILE.npz or a folder with train and "
-                 "test", "Check the spelling of --dataset")
+    raise error(FileNotFoundError, f"data set {name} is {wrong}",
+                f"{', '.join(NAMES)}, or a path: FILE.npz or a folder with train and "
+                "test", "Check the spelling of --dataset")
 
 
 def _read_npz(path):
-    """Read an archive of numpy.savez or savez_compressed with the arrays of KEYS.
-    Arrays of objects are refused: they are pickles, which could run code."""
+    """Read an archive of numpy.savez or savez_compressed with the arrays of KEYS, and
+    with class_names if it is there. Arrays of objects are refused: they are pickles,
+    which could run code."""
+    with _opened(path) as file:
+        has = file.files
+        size = sum(part.file_size for part in file.zip.infolist()
+                   if part.filename.removesuffix(".npy") in KEYS)
+    missing = [key for key in KEYS if key not in has]
+    if missing:
+        raise error(ValueError, f"{path} has no {', '.join(missing)}, it has "
+                    f"{', '.join(has) or 'nothing'}", f"the arrays {', '.join(KEYS)}",
+                    "Save it with these names: np.savez(path, x_train=..., ...)")
+    sources.require_room(path, 1, size, "its arrays", "Save fewer images in it, or "
+                         "smaller ones")
+    with _opened(path) as file:
+        arrays = [np.asarray(file[key]) for key in KEYS]
+        class_names = file["class_names"] if "class_names" in has else None
+    others = [key for key in has if key not in (*KEYS, "class_names", "made_from")]
+    if others:
+        print(f"note: {path}: not used: {', '.join(others)}")
+    return Found(path, arrays, class_names)
+
+
+@contextmanager
+def _opened(path):
+    """Open an .npz file. Whatever is wrong with it is an error of one line."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            return [np.asarray(file[key]) for key in KEYS]
-    except BAD_FILE as error:
-        raise _unreadable(path, error,
-                          f"a whole .npz file with {', '.join(KEYS)}, no objects",
-                          "Check the path, or make it anew with numpy.savez") from error
+            yield file
+    except BAD_FILE as wrong:
+        raise unreadable(path, wrong,
+                         f"a whole .npz file with {', '.join(KEYS)}, no objects",
+                         "Check the path, or make it anew with numpy.savez") from wrong
+
+
+def _torchvision():
+    return sources.import_module(
+        "torchvision.datasets", "a torchvision that was built for this torch",
+        'pip install "torch>=2.11" "torchvision>=0.26"')
 
 
 def _read_torchvision(name, data_dir):
-    """Read a set in torchvision's layout, or download it; return (folder, arrays).
+    """Read a set in torchvision's layout, or download it.
 
     MNIST and Fashion-MNIST are four idx files in MNIST/raw or FashionMNIST/raw, or
     their .gz archives. CIFAR is cifar-10-batches-py or cifar-100-python, or its
     .tar.gz. CIFAR's files are pickles, which could run code: torchvision compares their
     md5 before it opens them.
     """
-    reader = getattr(_import("torchvision.datasets"), TORCHVISION[name])
+    reader = getattr(_torchvision(), TORCHVISION[name])
     if "mnist" in name:
         folder = place = data_dir / reader.__name__ / "raw"
         archives = reader.resources
@@ -299,196 +363,276 @@ def _read_torchvision(name, data_dir):
     try:
         train, test = (reader(data_dir, train=is_train, download=not is_there)
                        for is_train in (True, False))
-    except BAD_FILE as error:
+    except BAD_FILE as wrong:
         if is_there:
             kind, state, fix = ValueError, "is damaged", "Delete it, then put"
         else:
             kind, fix = FileNotFoundError, "Put"
             state = "is not complete and could not be downloaded"
         wanted = ", ".join(f"{archive} (md5 {md5})" for archive, md5 in archives)
-        raise _error(kind, f"{folder} {state} ({_reason(error)})",
-                     f"the contents of {wanted}",
-                     f"{fix} that from any mirror into {place}, or {name}.npz into "
-                     f"{data_dir}, or pass --data-dir") from error
-    return folder, [np.asarray(array) for split in (train, test)
-                    for array in (split.data, split.targets)]
+        raise error(kind, f"{folder} {state} ({reason(wrong)})",
+                    f"the contents of {wanted}",
+                    f"{fix} that from any mirror into {place}, or {name}.npz into "
+                    f"{data_dir}, or pass --data-dir") from wrong
+    arrays = [np.asarray(array) for split in (train, test)
+              for array in (split.data, split.targets)]
+    return Found(folder, arrays, train.classes)
 
 
-def _read_tiny_imagenet(root):
-    """Read the official layout: wnids.txt with a class on each line, whose number is
+def _read_tiny_imagenet(data_dir):
+    """Read tiny-imagenet.npz, or list the official folder.
+
+    An .npz that was decoded from other files than the folder has now is not used, and a
+    line says so. Where the folder is gone the .npz counts.
+    """
+    listed = None
+    caches = sources.caches(data_dir, TINY)
+    try:
+        listed = _list_tiny_imagenet(data_dir / "tiny-imagenet-200")
+    except (OSError, ValueError):
+        if not caches:
+            raise
+    for path in caches:
+        made_from = None  # of an .npz that was not decoded here
+        with _opened(path) as file:
+            if "made_from" in file.files:
+                made_from = str(file["made_from"])
+        if listed is None or made_from in (None, listed.made_from):
+            return _read_npz(path)
+        print(f"note: {path} was decoded from other files than {listed.source} has "
+              f"now; it is not used")
+    return listed
+
+
+def _list_tiny_imagenet(root):
+    """List the official layout: wnids.txt with a class on each line, whose number is
     its label; train/CLASS/images/*; val/images/*, whose classes val/val_annotations.txt
-    gives in lines "image, tab, class, tab, bounding box"."""
+    gives in lines "image, tab, class, tab, bounding box"; words.txt, the classes' names
+    in lines "class, tab, names", which may be missing."""
     fix = (f"Unzip tiny-imagenet-200.zip (from CS231n) in {root.parent}, "
            "or pass --data-dir")
 
     def lines_of(path):
         try:
             return path.read_text().splitlines()
-        except (OSError, ValueError) as error:
-            raise _unreadable(path, error,
-                              "the official folder, or tiny-imagenet.npz beside it",
-                              fix) from error
+        except (OSError, ValueError) as wrong:
+            raise unreadable(path, wrong,
+                             "the official folder, or tiny-imagenet.npz beside it",
+                             fix) from wrong
 
-    label_of = {wnid: label for label, wnid in enumerate(lines_of(root / "wnids.txt"))}
-    train, test = [], []  # pairs (file, label)
+    lists = [root / "wnids.txt", root / "val" / "val_annotations.txt"]
+    images = root / "val" / "images"
+    label_of = {wnid: label for label, wnid in enumerate(lines_of(lists[0]))}
+    notes, train, test = {}, [], []  # pairs (file, label)
     for wnid, label in label_of.items():
-        files = _list(root / "train" / wnid / "images", "images")
+        files = folders.list_images(root / "train" / wnid / "images", notes)
         train += [(file, label) for file in files]
-    annotations = root / "val" / "val_annotations.txt"
-    for line in lines_of(annotations):
+    for line in lines_of(lists[1]):
         image, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if wnid not in label_of:
-            raise _error(ValueError, f"{annotations} has the line {line!r}",
-                         "an image, a tab and a class of wnids.txt", fix)
-        test.append((root / "val" / "images" / image, label_of[wnid]))
-    return _decode(root, train, test)
-
-
-def _read_folder(root):
-    """Read train/CLASS/* and test/CLASS/* (or val/CLASS/*), found by torchvision's
-    ImageFolder. Each visible file is an image; names that start with a dot are left
-    out."""
-    ImageFolder = _import("torchvision.datasets").ImageFolder
-
-    class VisibleFolder(ImageFolder):
-        def find_classes(self, directory):
-            names = [folder.name for folder in _list(Path(directory), "class folders")]
-            return names, {name: label for label, name in enumerate(names)}
-
-    def find(folder):
-        """Return {class: files} in the order of the classes' names."""
-        found = VisibleFolder(folder, is_valid_file=_is_visible, allow_empty=True)
-        files = {name: [] for name in found.classes}
-        for file, label in found.samples:
-            files[found.classes[label]].append(Path(file))
-        for name in found.classes:
-            if not files[name]:
-                raise _error(FileNotFoundError, f"{folder / name} holds no images",
-                             "a folder of images", "Complete it, or check the path")
-        return files
-
-    train = find(root / "train")
-    test_root = root / "test" if (root / "test").exists() else root / "val"
-    test = find(test_root)
-    label_of = {name: label for label, name in enumerate(train)}
-    for name in test:
-        if name not in label_of:
-            raise _error(ValueError, f"{test_root / name} is a class without training "
-                         f"images", f"only classes of {root / 'train'}",
-                         "Rename or remove it")
-    pairs = [[(file, label_of[name]) for name in split for file in split[name]]
-             for split in (train, test)]
-    return _decode(root, *pairs)
-
-
-def _is_visible(path):
-    return not Path(path).name.startswith(".")
-
-
-def _list(folder, what):
-    """Return the visible files ("images") or sub-folders ("class folders") of a folder,
-    sorted."""
-    is_wanted = Path.is_file if what == "images" else Path.is_dir
-    expected, fix = f"a folder of {what}", "Complete it, or check the path"
-    try:
-        found = [path for path in folder.iterdir()
-                 if is_wanted(path) and _is_visible(path)]
-    except OSError as error:
-        raise _unreadable(folder, error, expected, fix) from error
-    if not found:
-        raise _error(FileNotFoundError, f"{folder} holds no {what}", expected, fix)
-    return sorted(found, key=lambda path: path.name)
-
-
-def _decode(root, train, test):
-    """Decode pairs (file, label) to [N, H, W, 1] if all the images are grey, else [N,
-    H, W, 3]."""
-    if not train or not test:
-        missing = "test" if train else "training"
-        raise _error(ValueError, f"{root} lists no {missing} images",
-                     "both training and test images", "Complete it")
-    Image = _import("PIL.Image")
+            raise error(ValueError, f"{lists[1]} has the line {line!r}",
+                        "an image, a tab and a class of wnids.txt", fix)
+        test.append((images / image, label_of[wnid]))
+    if not test:
+        raise error(ValueError, f"{root} lists no test images",
+                    "both training and test images", fix)
     files = [file for file, _ in train + test]
-    x = None
+    for file in files[len(train):]:
+        if not file.is_file():
+            raise error(FileNotFoundError, f"{file} is missing", "all that "
+                        f"{lists[1].name} lists", fix)
+    words = dict.fromkeys(label_of)
+    with suppress(OSError, ValueError):
+        for line in (root / "words.txt").read_text().splitlines():
+            wnid, _, names = line.partition("\t")
+            if wnid in words:
+                words[wnid] = names
+    class_names = [names or wnid for wnid, names in words.items()]
+    made_from = sources.signature(root, lists + files)
+    return Found(root, _files_and_labels(train, test), class_names, notes, made_from)
 
-    def decode(i):
-        nonlocal x
-        try:
-            with Image.open(files[i]) as image:
-                if image.mode[0] in "IF":  # 16 or 32 bits: convert would clip them
-                    raise ValueError(f"pixels of kind {image.mode}")
-                if x is None:
-                    x = np.empty((len(files), image.width, image.width, 3), np.uint8)
-                if not image.width == image.height == x.shape[1]:
-                    raise ValueError(f"{image.width} x {image.height} pixels")
-                x[i] = image.convert("RGB")
-                return image.mode in ("1", "L", "LA")
-        except (*BAD_FILE, Image.DecompressionBombError) as error:
-            raise _unreadable(files[i], error,
-                              f"a whole 8-bit image, square, as wide as {files[0]}",
-                              "Convert, resize or remove it") from error
 
-    are_grey = [decode(0)]
-    with ThreadPoolExecutor() as pool:
-        others = pool.map(decode, range(1, len(files)))
-        are_grey += tqdm(others, "decoding", len(files) - 1, disable=None, leave=False)
-    x = x[..., :1] if all(are_grey) else x
-    y = np.array([label for _, label in train + test])
-    return [x[:len(train)], y[:len(train)], x[len(train):], y[len(train):]]
+def _files_and_labels(*splits):
+    """Turn lists of pairs (file, label) into [files, labels, files, labels]."""
+    found = []
+    for pairs in splits:
+        labels = np.array([label for _, label in pairs], np.int64)
+        found += [[file for file, _ in pairs], labels]
+    return found
+
+
+def _keep_decoded(data_dir, found, x_train, x_test):
+    """Write the images of Tiny-ImageNet into tiny-imagenet.npz. A disk that is full is
+    a note."""
+    arrays = x_train, found.arrays[1], x_test, found.arrays[3]
+
+    def make(path):
+        with open(path, "wb") as file:
+            np.savez(file, **dict(zip(KEYS, arrays)), class_names=found.class_names,
+                     made_from=found.made_from)
+            file.flush()
+            os.fsync(file.fileno())
+
+    try:
+        sources.write(data_dir, TINY, make)
+    except OSError as wrong:
+        print(f"note: {data_dir / TINY} could not be written ({reason(wrong)}); the "
+              f"images will be decoded again next time")
 
 
 # ---- checks and small helpers --------------------------------------------------------
 
 
-def _check(source, arrays):
-    """Return four checked arrays: images uint8 [N, H, W, C], contiguous, labels int64.
+def _check_images(source, *splits):
+    """Return the images of both splits, uint8 [N, H, W, C] or [N, T, 2, H, W],
+    contiguous. source: for messages. Raises ValueError, one line.
 
-    source: the file or folder that errors name. Raises ValueError, one line.
+    Whole numbers 0 to 255 of another type are taken as they are, which loses nothing.
     """
+    checked = []
+    for split, x in zip(("train", "test"), splits):
+        found = f"{source}: x_{split} is {x.dtype} {list(x.shape)}"
+        is_whole = np.issubdtype(x.dtype, np.integer) and x.size
+        if is_whole and x.dtype != np.uint8 and 0 <= x.min() and x.max() <= 255:
+            x = x.astype(np.uint8)
+        x = x.reshape(*x.shape, 1) if x.ndim == 3 else x
+        if x.ndim == 5:
+            is_shaped = x.shape[2] == 2 and x.shape[3] == x.shape[4] >= 8
+        else:
+            is_shaped = x.ndim == 4 and x.shape[1] == x.shape[2] >= 8
+        if not (x.dtype == np.uint8 and x.size and is_shaped):
+            raise error(ValueError, found, "uint8 [N, H, W, C] or [N, H, W], or events "
+                        "[N, T, 2, H, W], with N >= 1, H = W >= 8",
+                        f"Convert it: {_conversion(x)}")
+        checked.append(np.ascontiguousarray(x))
+    x_train, x_test = checked
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise error(ValueError, f"{source}: images are {list(x_train.shape[1:])} in "
+                    f"x_train, {list(x_test.shape[1:])} in x_test",
+                    "one size and number of channels", "Convert one to the other's")
+    return checked
+
+
+def _conversion(x):
+    """Return how to convert images that are no uint8 [N, H, W, C], in words."""
+    steps = []
+    is_number = x.size and np.issubdtype(x.dtype, np.number)
+    if is_number and not np.isfinite(x).all():
+        steps.append("remove what is not finite")
+    elif x.dtype == bool:
+        steps.append("x = 255 * x.astype('uint8')")
+    elif is_number and x.dtype != np.uint8:
+        low, high = x.min().item(), x.max().item()
+        if low < 0:
+            steps.append(f"its values are {low:g} to {high:g}, undo what shifted them, "
+                         f"to 0 to 255")
+        elif high <= 1:
+            steps.append("x = (255 * x).round().astype('uint8')")
+        elif high <= 255:
+            steps.append("x = x.round().astype('uint8')")
+        else:
+            steps.append(f"its values are {low:g} to {high:g}, divide them by "
+                         f"{(high + 1) / 256:.3g}, then .astype('uint8')")
+    side = math.isqrt(x.shape[1]) if x.ndim == 2 else 0
+    colour_side = math.isqrt(x.shape[1] // 3) if x.ndim == 2 else 0
+    if side >= 8 and side ** 2 == x.shape[1]:
+        steps.append(f"x = x.reshape(-1, {side}, {side})")
+    elif colour_side >= 8 and 3 * colour_side ** 2 == x.shape[1]:
+        steps.append(f"x = x.reshape(-1, 3, {colour_side}, {colour_side})"
+                     ".transpose(0, 2, 3, 1)")
+    elif x.ndim == 4 and x.shape[1] != x.shape[2] == x.shape[3]:
+        steps.append("x = x.transpose(0, 2, 3, 1), channels last")
+    elif x.ndim == 5 and x.shape[4] == 2:
+        steps.append("x = x.transpose(0, 1, 4, 2, 3), polarities before H and W")
+    elif x.ndim == 4 and x.shape[1] != x.shape[2]:
+        steps.append("crop or pad the images to squares")
+    return "; ".join(steps) or "values 0 to 255, channels last, square images"
+
+
+def _check_labels(source, x_train, y_train, x_test, y_test):
+    """Return the labels of both splits, int64 [N]. Raises ValueError, one line."""
     def require(is_right, wrong, expected, fix):
         if not is_right:
-            raise _error(ValueError, f"{source}: {wrong}", expected, fix)
+            raise error(ValueError, f"{source}: {wrong}", expected, fix)
 
-    checked = []
-    for split, x, y in (("train", *arrays[:2]), ("test", *arrays[2:])):
-        found = f"x_{split} is {x.dtype} {list(x.shape)}"
-        x = x.reshape(*x.shape, 1) if x.ndim == 3 else x
-        are_images = x.dtype == np.uint8 and x.ndim == 4 and x.size
-        require(are_images and x.shape[1] == x.shape[2] >= 8,
-                found, "uint8 [N, H, W, C] or [N, H, W] with N >= 1, H = W >= 8",
-                "Convert it: values 0 to 255, channels last, square images")
-        require(np.issubdtype(y.dtype, np.integer) and y.shape == x.shape[:1],
-                f"y_{split} is {y.dtype} {list(y.shape)}", f"integers [{len(x)}]",
-                f"Give each image of x_{split} the number of its class")
-        checked += [np.ascontiguousarray(x), y.astype(np.int64)]
-    x_train, y_train, x_test, y_test = checked
+    for split, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
+        fix = f"Give each image of x_{split} the number of its class"
+        if y.shape == (len(x), 1):
+            fix = "y = y[:, 0]"
+        elif y.ndim == 2 and len(y) == len(x):
+            fix = "One value a class (one-hot)? y = y.argmax(1)"
+        elif y.shape == (len(x),) and y.dtype.kind == "f" and (y == np.round(y)).all():
+            fix = "y = y.astype(int)"
+        elif y.shape == (len(x),) and y.dtype.kind in "USb":
+            fix = "class_names, y = np.unique(y, return_inverse=True), of both sets"
+        require(np.issubdtype(y.dtype, np.integer) and y.shape == (len(x),),
+                f"y_{split} is {y.dtype} {list(y.shape)}", f"integers [{len(x)}]", fix)
+    y_train, y_test = y_train.astype(np.int64), y_test.astype(np.int64)
     classes = np.unique(y_train)
     require(np.array_equal(classes, np.arange(len(classes))),
             f"y_train holds {len(classes)} different labels from {classes[0]} to "
             f"{classes[-1]}", "each from 0 to the largest at least once",
             "Number the classes from 0 without a gap")
+    require(len(classes) > 1, "all training images are of one class",
+            "at least two classes to tell apart", "Check the labels, or the folders")
     require(0 <= y_test.min() and y_test.max() <= classes[-1],
             f"y_test holds labels from {y_test.min()} to {y_test.max()}",
             f"0 to {classes[-1]} as in y_train", "Remove or renumber the others")
-    require(x_train.shape[1:] == x_test.shape[1:],
-            f"images are {list(x_train.shape[1:])} in x_train, "
-            f"{list(x_test.shape[1:])} in x_test",
-            "one size and number of channels", "Convert one to the other's")
-    return checked
+    return y_train, y_test
 
 
-def _first_balanced(x, y, limit):
-    """Return the first `limit` images when the classes take turns, in file order; None:
-    all."""
+def _check_names(source, names, count):
+    """Return the names of the classes as a list of text, or None. Raises ValueError."""
+    if names is None:
+        return None
+    names = np.asarray(names)
+    if names.dtype.kind != "U" or names.ndim != 1 or len(names) < count:
+        raise error(ValueError, f"{source}: class_names is {names.dtype} "
+                    f"{list(names.shape)}", f"text [{count}], a name for each label",
+                    "Correct it or leave it out")
+    return names[:count].tolist()
+
+
+def _note_labels(source, y_train, y_test, classes):
+    """Print a line if labels can hardly be meant. classes: names or numbers."""
+    there = set(np.unique(y_test).tolist())
+    absent = [str(name) for label, name in enumerate(classes) if label not in there]
+    if absent:
+        more = ", ..." if len(absent) > 5 else ""
+        print(f"note: {source}: the test set has no images of {len(absent)} of "
+              f"{len(classes)} classes: {', '.join(absent[:5])}{more}")
+    if len(classes) == len(y_train) > 2:
+        print(f"note: {source}: each class has one training image: is y_train the "
+              f"number of the class?")
+
+
+def _note_alike(source, **splits):
+    """Print a line for each split whose images are all alike, if they are more than a
+    few: nothing can be learnt from them."""
+    for split, x in splits.items():
+        parts = (x[i:i + 100] for i in range(0, len(x), 100))
+        if len(x) >= 10 and all((part == x[0]).all() for part in parts):
+            print(f"note: {source}: all {len(x):,} {split} images are alike")
+
+
+def _take(x, places):
+    """Return the images, or the files of a list, at some places: a slice or [n]."""
+    if isinstance(places, slice):
+        return x[places]
+    return [x[i] for i in places] if isinstance(x, list) else x[places]
+
+
+def _first_balanced(y, limit):
+    """Return the places of the first `limit` labels when the classes take turns, in
+    file order; None: of all, as a slice, which copies nothing."""
     if limit is None:
-        return x, y
+        return slice(None)
     by_class = np.argsort(y, kind="stable")
     grouped = y[by_class]
     turn = np.empty_like(y)  # 0: the first image of its class, 1: the second, ...
     turn[by_class] = np.arange(len(y)) - np.searchsorted(grouped, grouped)
-    chosen = np.sort(np.lexsort((y, turn))[:limit])
-    return x[chosen], y[chosen]
+    return np.sort(np.lexsort((y, turn))[:limit])
 
 
 def _mean_and_std(x):
@@ -505,47 +649,3 @@ def _mean_and_std(x):
         mean.append(total / (255 * n))
         std.append(math.sqrt(n * squares - total ** 2) / (255 * n) or 1.0)
     return mean, std
-
-
-def _save_npz(path, arrays):
-    """Write an .npz file that is whole or not there; a disk that is full or read-only
-    is a note."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, **dict(zip(KEYS, arrays)))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        print(f"note: {path} could not be written ({_reason(error)}); "
-              "the images will be decoded again next time")
-
-
-def _import(module):
-    try:
-        return importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise _error(ValueError, f"{module} cannot be imported ({_reason(error)})",
-                     "a torchvision that was built for this torch",
-                     'pip install "torch>=2.11" "torchvision>=0.26"') from error
-
-
-def _reason(error):
-    """Return the last line of an error's text, its first sentence."""
-    text = (getattr(error, "strerror", None) or str(error)).strip()
-    text = text or type(error).__name__
-    return text.splitlines()[-1].split(". ")[0].rstrip(".")
-
-
-def _unreadable(path, error, expected, fix):
-    kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-    return _error(kind, f"{path} cannot be read ({_reason(error)})", expected, fix)
-
-
-def _error(kind, wrong, expected, fix):
-    """Make an exception whose message is one line, even if a path is not."""
-    return kind(" ".join(f"{wrong}, expected {expected}. {fix}".splitlines()))

@@ -8,6 +8,9 @@ A mask is a bool tensor shaped like its weight, True = alive. A dead weight is 0
 weight of 0 may be alive: a regenerated one starts at 0. So masks are stored, and never
 derived from the weights. Autograd still gives the gradient of dead weights.
 
+A network that was loaded with masks, by models.load or --init, starts with these, and
+net.masks stays what the masks are now.
+
 All masks are views into one flat vector over the M prunable weights of the network. So
 a global ranking is one selection over one vector. Counts are exact also with ties:
 further keys break them, and then a seeded permutation.
@@ -18,11 +21,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import scored_by
+from models import check_masks, scored_by
+
+
+class TooFew(RuntimeError):
+    """An update leaves fewer weights alive than there are layers; the flags ask for it.
+    """
 
 
 class Masks:
-    """The masks of a network, and which of its alive weights are regenerated ones.
+    """The masks of a network, and which of its alive weights are regenerated ones. They
+    start as net.masks, where it has some; else all weights are alive. From then on
+    net.masks are `alive`, in a network that has this attribute. Raises ValueError if
+    net.masks do not fit.
 
     weights: {name: parameter}, the prunable weights. sizes: their lengths. total: M.
     alive: {name: bool tensor shaped like the weight}, True = alive; views into `flat`.
@@ -35,19 +46,25 @@ class Masks:
     """
 
     def __init__(self, net, keep_momentum=False):
-        self.keep_momentum = keep_momentum
+        self.net, self.keep_momentum = net, keep_momentum
         self.scored = scored_by(net)
         self.weights = {name: net.get_parameter(name) for name in self.scored}
         self.sizes = [weight.numel() for weight in self.weights.values()]
         self.total = sum(self.sizes)
         self.device = next(iter(self.weights.values())).device
+        given = getattr(net, "masks", None) or {}  # a network of one's own has none
+        check_masks(net, given)
         self._hold(torch.ones(self.total, dtype=torch.bool, device=self.device))
+        for name, mask in given.items():
+            self.alive[name].copy_(mask)
         self.returned = torch.zeros_like(self.flat)
 
     def _hold(self, flat):
         self.flat = flat
         parts = zip(self.weights.items(), flat.split(self.sizes))
         self.alive = {name: part.view(weight.shape) for (name, weight), part in parts}
+        if hasattr(self.net, "masks"):
+            self.net.masks = self.alive  # views, and so always those of now
 
     # ---- counts ----------------------------------------------------------------------
 
@@ -151,9 +168,14 @@ class Masks:
         For each, the smallest alive weight of the other layers dies, so that the count
         stays. A layer with one alive weight keeps it.
         importance: [M], what large and small refer to; None: |w|.
+        Raises TooFew if fewer weights are alive than there are layers.
         """
         if all(self.per_layer(self.flat)):
             return []
+        if self.n_alive < len(self.sizes):
+            raise TooFew(f"an update leaves {self.n_alive} weights alive, expected at "
+                         f"least one for each of the {len(self.sizes)} layers. Lower "
+                         f"--sparsity or raise --width")
         values = self.magnitudes() if importance is None else importance
         values, parts = values.split(self.sizes), self.flat.split(self.sizes)
         rescued = []

@@ -14,10 +14,10 @@ What is counted, and how:
   LIF update are not counted. A masked network has the count of the dense one. 1 MAC is
   2 FLOPs. There are three conventions for the first layer, whose input does not change
   over time: `macs` is one time step (what papers call "FLOPs"); `macs_first_once` is
-  all T steps with the first layer run once, as models.py does (it runs the first
-  shortcut of a pre-activation ResNet once, too: that counts T times here);
-  `macs_every_step` is all T steps of every layer. A first layer whose input does
-  change, spikes drawn from pixels or frames of events, runs at all steps in both.
+  all T steps with the first layer run once, as models.py does, and with it the first
+  shortcut of a pre-activation ResNet, which reads the same stream; `macs_every_step`
+  is all T steps of every layer. A first layer whose input does change, spikes drawn
+  from pixels or frames of events, runs at all steps in both.
 - SOPs: synaptic operations. One is a spike arriving at an alive weight: each input
   spike counts the alive weights that it meets at output positions inside the map,
   borders exact; per image, over all T steps. A layer that reads real numbers and not
@@ -26,7 +26,9 @@ What is counted, and how:
   events does SOPs, n for a count of n events.
 - Energy: 4.6 pJ a MAC of the layers that read real numbers (as often as they run) and
   0.9 pJ a SOP, in mJ an image: 45 nm arithmetic in 32-bit floating point (Horowitz
-  2014), no memory traffic. It is a model, not a measurement.
+  2014), no memory traffic. It is a model, not a measurement. INTERPRETATION: a layer
+  that reads averages does the MACs of its alive weights, as SOPs count alive weights;
+  the first layer counts whole, as papers add its "FLOPs" to the SOPs.
 - Firing rate: spikes / (T * N * neurons), of the network over all its neurons, not the
   mean of the layers' rates.
 """
@@ -43,6 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from models import lifs, scored_by
+from neurons import widest
 
 PJ_PER_MAC, PJ_PER_SOP = 4.6, 0.9
 
@@ -85,7 +88,7 @@ def firing(net):
         # exact, since float32 holds whole numbers to 2**24; much faster than
         # count_nonzero
         by_image = spikes.sum(tuple(range(2, spikes.dim())), dtype=torch.float32)
-        seen[0] = seen[0] + by_image.sum(dtype=torch.float64)
+        seen[0] = seen[0] + by_image.sum(dtype=widest(spikes.device))
         seen[1] += spikes.numel()
 
     with hooks(lifs(net), after=add):
@@ -122,15 +125,16 @@ def parameters(net, alive=None):
 
 
 @torch.no_grad()
-def macs(config):
-    """Return {layer: MACs of one time step} of the network models.build(**config).
+def macs(config, time_steps=1):
+    """Return {layer: MACs} of the network models.build(**config), of one time step, or
+    of more with an input that does not change.
 
     Nothing is computed: the network is built and run on torch's meta device.
     """
     # the encoding of the input changes no count of one step
-    one_step = config | dict(time_steps=1, encoding="direct")
+    direct = config | dict(time_steps=time_steps, encoding="direct")
     with torch.device("meta"):
-        net = models.build(**one_step).eval()
+        net = models.build(**direct).eval()
         image = torch.empty(1, config["in_channels"], *[config["image_size"]] * 2)
     with FlopCounterMode(display=False) as counter:
         net(image)
@@ -140,17 +144,21 @@ def macs(config):
             for name in prunable_layers(net)}
 
 
-def conventions(layers, time_steps, encoding="direct"):
-    """Return the three MAC counts of an image, a dict, from those of macs().
+def conventions(config, time_steps):
+    """Return the three MAC counts of an image, a dict, for models.build(**config).
 
-    macs: one step. macs_first_once: all steps, of the first layer once where the
-    encoding allows it. macs_every_step: all steps of every layer.
+    macs: one step. macs_first_once: all steps, of the layers before the first LIF once
+    where the encoding allows it. macs_every_step: all steps of every layer.
     """
-    total, first = sum(layers.values()), next(iter(layers.values()))
-    times = 1 if encoding == "direct" else time_steps
-    first_once = time_steps * (total - first) + times * first
-    return dict(macs=total, macs_first_once=first_once,
-                macs_every_step=time_steps * total)
+    one_step = macs(config)
+    total = sum(one_step.values())
+    first_once = every_step = time_steps * total
+    if config["encoding"] == "direct":
+        two_steps = macs(config, 2)
+        once = sum(count for name, count in one_step.items()
+                   if two_steps[name] == count)  # a second step does not run them again
+        first_once -= (time_steps - 1) * once
+    return dict(macs=total, macs_first_once=first_once, macs_every_step=every_step)
 
 
 def fan_out(module, mask, inputs):
@@ -161,6 +169,8 @@ def fan_out(module, mask, inputs):
     weight. It is one convolution with the number of alive weights in place of the
     weights, so that borders come out right.
     """
+    # exact: neither autocast nor a GPU rounds float64 on the CPU
+    inputs, mask = inputs.cpu().double(), mask.cpu()
     arrivals = mask.sum(0, dtype=inputs.dtype)  # [C, kh, kw]: alive weights that read c
     if isinstance(module, nn.Linear):
         return float((inputs * arrivals).sum())
@@ -194,10 +204,12 @@ def count(net, batches, alive=None):
         if name in reads_numbers:
             return
         # The sum over T * N as a product with ones: many times faster than sum(0) on a
-        # CPU, and as exact, since float32 holds whole numbers to 2**24.
+        # CPU, and as exact, since float32 holds whole numbers to 2**24. Autocast would
+        # round it to the 8 bits of bfloat16
         rows = x.movedim(1, -1)  # as channels_last has it in memory
         flat = rows.flatten(1).float()
-        spikes = (flat.new_ones(len(flat)) @ flat).double()
+        with torch.autocast(flat.device.type, enabled=False):
+            spikes = (flat.new_ones(len(flat)) @ flat).to(widest(x.device))
         spikes = spikes.view(rows.shape[1:]).movedim(-1, 0)
         sums[name] = sums[name] + spikes if name in sums else spikes
 
@@ -209,23 +221,26 @@ def count(net, batches, alive=None):
 
     rate, by_layer = rates(spikes)
     steps = max(runs.values()) / images_seen
-    real_macs = sum(layer_macs[name] * runs[name] / images_seen  # once, or every step
-                    for name in reads_numbers)
-    nominal, sops = 0.0, {}
+    real_macs, nominal, sops = 0.0, 0.0, {}
     for name, module in layers.items():
-        if name in reads_numbers:
-            continue
         if alive is None:
             mask = torch.ones_like(module.weight, dtype=torch.bool)
         else:
             mask = alive[f"{name}.weight"]
+        if name in reads_numbers:
+            density = 1.0
+            if name in net.reads_numbers:  # averages or a real-valued stream
+                density = int(mask.count_nonzero()) / mask.numel()
+            # a layer runs once, or at every step
+            real_macs += density * layer_macs[name] * runs[name] / images_seen
+            continue
         sops[name] = fan_out(module, mask, sums[name]) / images_seen
         share = float(sums[name].sum()) / (runs[name] * sums[name].numel())
         nominal += share * layer_macs[name] * steps
     total = sum(sops.values())
     picojoules = PJ_PER_MAC * real_macs + PJ_PER_SOP * total
     return (parameters(net, alive)
-            | conventions(layer_macs, round(steps), net.encoding)
+            | conventions(net.config, round(steps))
             | dict(sops=total, sops_nominal=nominal, layer_sops=sops,
                    energy_mj=picojoules * 1e-9, firing_rate=rate,
                    firing_rates=by_layer))
@@ -275,8 +290,8 @@ def inverted(rows):
 @torch.inference_mode()
 def class_statistics(net, batches, num_classes):
     """Return the mean feature of each class, [K, F], and its intra-cluster variance,
-    [K], both float64, for two kinds of features: {kind: (mean, variance)}. A class
-    without a sample gets NaN.
+    [K], both float64 (on mps float32), for two kinds of features: {kind: (mean,
+    variance)}. A class without a sample gets NaN.
 
     batches: an iterable of (images, labels). It takes one pass, and memory for classes
     x features. The kinds:
@@ -289,6 +304,7 @@ def class_statistics(net, batches, num_classes):
         unbiased, averaged over the features; NaN for a class of one sample.
     """
     classifier = list(prunable_layers(net))[-1]
+    dtype = widest(next(net.parameters()).device)
     seen, count = {}, 0
 
     def enter(_, x):  # a spiking output may follow
@@ -300,11 +316,11 @@ def class_statistics(net, batches, num_classes):
         for images, labels in batches:
             net(images)
             by_step = seen["entering"].unflatten(0, (-1, len(labels)))  # [T, N, F]
-            spikes = seen["last"].double().sum(0)  # [N, C, ...]
+            spikes = seen["last"].to(dtype).sum(0)  # [N, C, ...]
             spikes = spikes.flatten(2).sum(2) if spikes.dim() > 2 else spikes
-            features = dict(unit=F.normalize(by_step.double().mean(0)),
+            features = dict(unit=F.normalize(by_step.to(dtype).mean(0)),
                             published=inverted(spikes))
-            member = F.one_hot(labels, num_classes).double().T  # [K, N]
+            member = F.one_hot(labels, num_classes).to(dtype).T  # [K, N]
             count = count + member.sum(1)
             for kind, feature in features.items():
                 sums[kind] = sums[kind] + member @ feature
@@ -323,7 +339,7 @@ def class_statistics(net, batches, num_classes):
 @torch.inference_mode()
 def spike_counts(net, batches, aggregate="max"):
     """Return {LIF name: (entropy, criticality)} over batches of images, [C] in float64
-    each.
+    each, on mps in float32.
 
     entropy: in bits, of the distribution of a neuron's spike count over the T steps of
     an image, averaged over the neurons of a channel: 0 for a neuron that does the same
@@ -356,7 +372,7 @@ def spike_counts(net, batches, aggregate="max"):
 def entropy(histogram):
     """Return the entropy in bits of distributions along dimension 0, given as
     counts."""
-    share = histogram.double() / histogram.sum(0)
+    share = histogram.to(widest(histogram.device)) / histogram.sum(0)
     return torch.special.entr(share).sum(0) / math.log(2)
 
 

@@ -6,6 +6,7 @@ and those of the other papers.
     logits = net(images)                       # [N, C, H, W] -> [T, N, num_classes]
     net = models.load("runs/NAME/model.pt")    # a trained, pruned network
     label = net(images).sum(0).argmax(1)       # it predicts by the sum over time
+    found = models.predict(net, images)        # the same, checked, with probabilities
 
 VGG-16 and ResNet-19 are those of LTH-SNN (Kim et al., ECCV 2022, arXiv 2207.01382), the
 set-up that the criticality paper follows; plans.py has a row for each network.
@@ -20,20 +21,27 @@ over T*N*H*W together. LTH-SNN's code calls BN once a step instead (statistics o
 N*H*W), which is slower; so does the criticality paper's published code for channels:
 bn_per_step.
 
-uint8 images are normalised by the network itself: (x / 255 - mean) / std. Images that
-are floating point already are taken as they are. Other encodings of the input:
+uint8 images are normalised by the network itself: (x / 255 - mean) / std. Its mean and
+std are in the state_dict. Images that are floating point are taken as they are: they
+are normalised already. predict() takes uint8 and floats in 0..1. Other encodings of the
+input:
 - "rate": a pixel in 0..1 is the probability of a spike at each step. The network draws
   them, in training from torch's generator, in eval mode from a fixed seed, so that a
   prediction is always the same;
 - "events": frames [T, N, 2, H, W] of event counts, taken as they are.
 """
+import inspect
+import warnings
+import weakref
 import zipfile
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import plans
 from kernels import FastLIF
@@ -58,6 +66,9 @@ def build(name, num_classes, in_channels, image_size, time_steps, widths=None,
     own.
     bn_per_step: whether BN takes its statistics, in training, at each time step by
     itself. An image that is the same at each step is seen once all the same.
+    The network has these attributes: config, the arguments, a dict. class_names, a list
+    of num_classes strings, and masks, {name of a weight: bool tensor, True = alive}:
+    None, until load(), a masks.Masks of the network or keep_zeros() sets them.
     Raises ValueError for names, sizes and widths that do not make a network.
     """
     plans.check_name(name)
@@ -77,7 +88,7 @@ def build(name, num_classes, in_channels, image_size, time_steps, widths=None,
     if encoding not in ENCODINGS:
         raise ValueError(f"encoding is {encoding!r}, expected one of "
                          f"{', '.join(ENCODINGS)}")
-    neuron = plan.neuron | (neuron or {})
+    neuron = settings_of(plan, neuron or {})
     network = VGG
     if plan.stages:
         network = PreResNet19 if plan.preactivation else ResNet19
@@ -91,7 +102,28 @@ def build(name, num_classes, in_channels, image_size, time_steps, widths=None,
     net.encoding = encoding
     net.config = dict(name=name, **sizes, widths=widths, encoding=encoding,
                       neuron=neuron, bn_per_step=bn_per_step)
+    net.class_names = net.masks = None
     return net
+
+
+def settings_of(plan, given):
+    """Return the arguments of LIF in a network, a dict; under "linear" are those behind
+    linear layers, if the plan has others there.
+
+    given: arguments that take the place of the plan's, in all layers; or a dict that
+    this function has returned, which stays as it is. Raises ValueError for "linear" in
+    a ResNet-19, whose neurons are all alike.
+    """
+    if "linear" in given and plan.stages:
+        raise ValueError(f"neuron has the key linear: {given['linear']!r}, expected "
+                         f"arguments of LIF alone in a ResNet-19, whose neurons are "
+                         f"all alike. Leave it out")
+    everywhere = {key: value for key, value in given.items() if key != "linear"}
+    settings = plan.neuron | everywhere
+    if plan.linear_neuron or "linear" in given:
+        linear = plan.neuron | plan.linear_neuron | everywhere
+        settings["linear"] = linear | given.get("linear", {})
+    return settings
 
 
 def start_as_lth_snn(net):
@@ -179,6 +211,23 @@ class PickBN(nn.Module):
         return normalised(self.bn, x_seq, self.bn_per_step)
 
 
+def hint_of_shape(shape, channels, side):
+    """Return in a sentence how images of this shape can be made to fit
+    [N, channels, side, side]."""
+    last = tuple(shape[-3:])
+    if last == (channels, side, side):
+        if len(shape) == 3:
+            return "Give a single image as x[None]"
+        return "Make one batch of all leading dimensions: x.flatten(0, -4)"
+    if last == (side, side, channels):
+        return "Put the channels before the pixels: x.movedim(-1, -3)"
+    if last[-2:] == (side, side):
+        if channels == 1 and len(shape) < 4:
+            return "Give grey images a dimension of one channel: x.unsqueeze(-3)"
+        return f"Give as many channels as it was trained with, {channels}"
+    return f"Resize them to the {side} x {side} pixels that it was trained with"
+
+
 class SpikingNet(nn.Module):
     """What the networks share: normalisation, padding and the first layer of direct
     coding.
@@ -187,48 +236,121 @@ class SpikingNet(nn.Module):
     other real numbers, a set; empty where they all read spikes.
     """
 
-    def __init__(self, in_channels, time_steps):
+    def __init__(self, in_channels, image_size, time_steps):
         super().__init__()
-        self.time_steps, self.encoding = time_steps, "direct"
+        self.image_size, self.time_steps = image_size, time_steps
+        self.encoding = "direct"
+        self.checks_values = True  # of inputs, see _check; predict() has its own check
         self.reads_numbers = set()
-        # not in the state_dict: they belong to the data, and model.pt has a place for
-        # them
-        self.register_buffer("mean", torch.zeros(in_channels), persistent=False)
-        self.register_buffer("std", torch.ones(in_channels), persistent=False)
+        # in the state_dict: without them the weights predict something else
+        self.register_buffer("mean", torch.zeros(in_channels))
+        self.register_buffer("std", torch.ones(in_channels))
 
     def set_normalisation(self, mean, std):
         """Give the mean and standard deviation of each input channel, of pixels in
-        0..1."""
-        self.mean.copy_(torch.as_tensor(mean))
-        self.std.copy_(torch.as_tensor(std))
+        0..1. Raise ValueError for others than one finite number a channel, std above 0.
+        """
+        mean, std = (torch.as_tensor(values, dtype=torch.float32, device="cpu")
+                     for values in (mean, std))
+        fits = mean.shape == std.shape == (len(self.mean),)
+        if not (fits and mean.isfinite().all() and std.isfinite().all()
+                and (std > 0).all()):
+            raise ValueError(f"the normalisation is mean {mean.tolist()} and std "
+                             f"{std.tolist()}, expected {len(self.mean)} finite "
+                             f"numbers each, one a channel, with std above 0")
+        self.mean.copy_(mean)
+        self.std.copy_(std)
 
     def _input(self, x, pad_to=1):
         """Return the input over time, [1, N, C, H, W] where it is the same at each
         step, else [T, N, C, H, W].
 
         x: [N, C, H, W], or [T, N, C, H, W] for data with a time axis, of which the
-        first time_steps count. Sides are padded with zeros (black) to a multiple of
-        pad_to.
+        first time_steps count. Sides are padded with black to a multiple of pad_to.
         """
         has_time = x.dim() == 5
-        if x.dim() not in (4, 5) or x.shape[-3] != len(self.mean):
-            raise ValueError(f"the network got shape {tuple(x.shape)}, expected "
-                             f"[N, C, H, W] or [T, N, C, H, W] with C = "
-                             f"{len(self.mean)}")
-        if self.encoding == "events" and not has_time:
-            raise ValueError(f"the network got shape {tuple(x.shape)}, expected frames "
-                             f"of events [T, N, C, H, W]. Put their time axis first")
+        self._check(x)
         x_seq = x[:self.time_steps] if has_time else x.unsqueeze(0)
         if self.encoding != "direct":
             x_seq = x_seq.to(self.mean.dtype) if has_time else self._spikes(x)
         missing = -x.shape[-1] % pad_to
+        mean, std = self.mean.view(-1, 1, 1), self.std.view(-1, 1, 1)
         if missing:
             before = missing // 2
-            x_seq = F.pad(x_seq, (before, missing - before) * 2)
+            sides = (before, missing - before) * 2
+            padded = F.pad(x_seq, sides)
+            if self.encoding == "direct" and x.is_floating_point():
+                # they are normalised already, and then black is not 0
+                is_image = F.pad(torch.ones_like(x_seq[:1, :1, :1]), sides) > 0
+                padded = torch.where(is_image, padded, (-mean / std).to(padded.dtype))
+            x_seq = padded
         if x_seq.dtype == torch.uint8:
-            mean, std = self.mean.view(-1, 1, 1), self.std.view(-1, 1, 1)
             x_seq = (x_seq.to(self.mean.dtype) / 255 - mean) / std
         return x_seq
+
+    def _check(self, x):
+        """Raise ValueError for an input of another shape or type. That reads no value,
+        so that no step waits for a GPU.
+
+        In eval mode on a CPU the values of floating-point inputs are checked too:
+        against NaN, and against pixels in 0..255 that nobody has normalised.
+        """
+        side, channels = self.image_size, len(self.mean)
+        are_events = self.encoding == "events"
+        fits = tuple(x.shape[-3:]) == (channels, side, side) and x.dim() in (4, 5)
+        if not fits or (are_events and x.dim() == 4):
+            wanted = f"[N, {channels}, {side}, {side}]"
+            if are_events:
+                wanted = f"frames of events [T, N, {channels}, {side}, {side}]"
+            hint = hint_of_shape(x.shape, channels, side)
+            if fits:
+                hint = "Put their time axis first"
+            raise ValueError(f"the network got shape {tuple(x.shape)}, expected "
+                             f"{wanted}. {hint}")
+        if x.dtype != torch.uint8 and not x.is_floating_point():
+            raise ValueError(f"the network got {x.dtype}, expected torch.uint8 in "
+                             f"0..255 or floating point. Give them to "
+                             f"models.predict(net, images), which says how")
+        # a graph that is compiled, traced or exported has no values to look at
+        is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if self.training or is_graph or not self.checks_values:
+            return
+        if x.is_floating_point() and x.device.type == "cpu" and x.numel() > 0:
+            self._check_values(x)
+
+    def _check_values(self, x):
+        """Raise ValueError for floats that cannot be the network's input. Warn where
+        they look as if they were not normalised."""
+        try:
+            low, high = (float(value) for value in x.detach().aminmax())
+        except RuntimeError:  # a fake tensor, and one in torch.func.vmap, has no values
+            return
+        found = f"the network got values from {low:.4g} to {high:.4g}"
+        remedy = "Give uint8 images, or call models.predict(net, images)"
+        if not (abs(low) < torch.inf and abs(high) < torch.inf):
+            raise ValueError(f"{found}, expected finite numbers. Look for NaN and "
+                             f"infinite ones in the images")
+        if self.encoding == "events":
+            if low < 0:
+                raise ValueError(f"{found}, expected counts of events, which are not "
+                                 f"below 0. Do not normalise them")
+        elif self.encoding == "rate":
+            is_chance = 0 <= low and high <= 1
+            if x.dim() == 4 and not is_chance:  # with a time axis they are spikes
+                raise ValueError(f"{found}, expected floats in 0..1, the chances of a "
+                                 f"spike. {remedy}")
+        else:
+            black, white = -self.mean / self.std, (1 - self.mean) / self.std
+            largest = float(torch.maximum(black.abs(), white.abs()).max())
+            if max(abs(low), abs(high)) > 10 * largest:
+                raise ValueError(f"{found}, expected floats that are normalised, about "
+                                 f"{float(black.min()):.2g} to {float(white.max()):.2g}"
+                                 f". {remedy}")
+            # a pixel that is normalised is hardly ever exactly 0, a black one is
+            if low == 0 < high <= 1 and (black < 0).any():
+                warnings.warn(f"{found}, which look like pixels in 0..1; expected "
+                              f"floats that are normalised, from "
+                              f"{float(black.min()):.2g} on. {remedy}")
 
     def _encode(self, first, lif, x, pad_to=1):
         """Return the spikes of the first LIF, [T, N, C, H, W]. first: the layers before
@@ -263,9 +385,11 @@ class VGG(SpikingNet):
 
     def __init__(self, plan, num_classes, in_channels, image_size, time_steps, widths,
                  neuron):
-        super().__init__(in_channels, time_steps)
+        super().__init__(in_channels, image_size, time_steps)
         self.pad_to, self.votes = plan.pad_to, plan.votes
         self.drops = "D" in plan.layers
+        linear = neuron.get("linear", neuron)  # behind linear layers
+        neuron = {key: value for key, value in neuron.items() if key != "linear"}
         self.convs, self.lifs = nn.ModuleList(), nn.ModuleList()
         self.hidden = nn.ModuleList()
         self.pooled = []  # after each convolution: "P", "A" or None
@@ -294,12 +418,12 @@ class VGG(SpikingNet):
         size *= side**2
         for width in widths[len(self.convs):]:
             self.hidden.append(nn.Linear(size, width, plan.bias))
-            self.lifs.append(FastLIF(**neuron))
+            self.lifs.append(FastLIF(**linear))
             size = width
         self.fc = nn.Linear(size, num_classes * plan.votes, plan.bias)
         if average:
             self.reads_numbers.add("hidden.0" if self.hidden else "fc")
-        self.lif_out = FastLIF(**neuron) if plan.spiking_output else None
+        self.lif_out = FastLIF(**linear) if plan.spiking_output else None
 
     def forward(self, x):
         lifs = iter(self.lifs)
@@ -392,7 +516,7 @@ class ResNet19(SpikingNet):
 
     def __init__(self, plan, num_classes, in_channels, image_size, time_steps, widths,
                  neuron):
-        super().__init__(in_channels, time_steps)
+        super().__init__(in_channels, image_size, time_steps)
         stem, *pairs, hidden = widths
         self.reads_numbers = {"fc1"}  # the average of a map
         self.stem, self.lif = ConvBN(in_channels, stem), FastLIF(**neuron)
@@ -479,7 +603,7 @@ class PreResNet19(SpikingNet):
 
     def __init__(self, plan, num_classes, in_channels, image_size, time_steps, widths,
                  neuron):
-        super().__init__(in_channels, time_steps)
+        super().__init__(in_channels, image_size, time_steps)
         stream, *rows, last = widths
         self.stem, self.blocks = conv2d(in_channels, stream), nn.ModuleList()
         firsts = {sum(plan.stages[:stage]) for stage in range(len(plan.stages))}
@@ -669,21 +793,231 @@ def recording(net, aggregate, by="derivative"):
     scores |= {name: score for name, score in found.items() if score is not None}
 
 
+# ---- the use of a trained network ----------------------------------------------------
+
+
+class Prediction(NamedTuple):
+    """What predict() returns."""
+
+    classes: Tensor        # [N] int64
+    probabilities: Tensor  # [N, K] float32, of all K classes
+    names: list | None     # of the N classes; None where the network has no class_names
+
+
+@torch.no_grad()
+def predict(net, images, batch_size=128):
+    """Return what a network says about images, a Prediction. It is in eval mode for it,
+    and then in the mode in which it was.
+
+    images: a tensor or a numpy array, uint8 or floats in 0..1, not normalised:
+    [N, C, H, W], or one image [C, H, W], which is N = 1. To a network of events:
+    counts, 0 or more, [N, T, 2, H, W], as a data set stores them, or one recording
+    [T, 2, H, W]; T is the network's own.
+    batch_size: how many are computed at a time, at least 1; it bounds the memory.
+
+    The class is the largest sum over T of the logits. The probabilities are the softmax
+    of their mean over T, and so rank the classes alike. (A mean of the softmax of each
+    step could rank another class first.) They are not calibrated.
+    Raises ValueError for images of another kind, shape or range.
+    """
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}, expected a whole number of at "
+                         f"least 1. Change it")
+    x_all = images_for(net, images)
+    modes = {module: module.training for module in net.modules()}
+    checks_values, totals = net.checks_values, []
+    net.eval()
+    net.checks_values = False  # images_for() has looked at them
+    try:
+        for x in x_all.split(batch_size):
+            logits = net(as_input(net, x))  # [T, n, K]
+            totals.append(logits.sum(0, dtype=torch.float32))
+    finally:
+        net.checks_values = checks_values
+        for module, mode in modes.items():
+            module.training = mode
+    total = torch.cat(totals)
+    classes, names = total.argmax(1), None
+    if net.class_names is not None:
+        names = [net.class_names[k] for k in classes.tolist()]
+    return Prediction(classes, (total / len(logits)).softmax(1), names)
+
+
+def images_for(net, images):
+    """Return images, as predict() takes them, as a tensor with the batch first.
+
+    Raises ValueError if they are of another kind, shape or range.
+    """
+    are_events = net.encoding == "events"
+    what, values = "images", "floats in 0..1"
+    if are_events:
+        what, values = "frames", "floats of at least 0"
+    if isinstance(images, np.ndarray):
+        try:
+            images = torch.from_numpy(np.array(images, order="C"))  # may be read-only
+        except (TypeError, ValueError):  # strings, longdouble; another byte order
+            raise ValueError(f"the {what} are an array of {images.dtype}, expected "
+                             f"uint8, or {values}. Convert it by "
+                             f"images.astype(np.float32)") from None
+    if not isinstance(images, Tensor):
+        raise ValueError(f"the {what} are a {type(images).__name__}, expected a tensor "
+                         f"or a numpy array. Convert them, for instance by "
+                         f"np.stack")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        remedy = "If they are 0..255: images.to(torch.uint8)"
+        if are_events:
+            remedy = "Convert them by images.float()"
+        elif images.dtype == torch.bool:
+            remedy = "Convert them by images.float()"
+        elif images.dtype == torch.uint16:
+            remedy = "Convert them by images.float() / 65535"
+        raise ValueError(f"the {what} are {images.dtype}, expected torch.uint8, or "
+                         f"{values}. {remedy}")
+
+    side, channels = net.image_size, len(net.mean)
+    one = (channels, side, side)
+    if are_events:
+        one = (net.time_steps, *one)
+    if images.shape == one:
+        images = images.unsqueeze(0)
+    if images.shape[1:] != one or len(images) == 0:
+        hint = hint_of_shape(images.shape, channels, side)
+        if images.shape[1:] == one:
+            hint = "Give at least one"
+        elif are_events:
+            hint = (f"Put the recordings before the time, each of T = {net.time_steps} "
+                    f"frames")
+        raise ValueError(f"the {what} have shape {tuple(images.shape)}, expected "
+                         f"[N, {', '.join(map(str, one))}] with N of at least 1, or "
+                         f"[{', '.join(map(str, one))}]. {hint}")
+
+    if images.is_floating_point():
+        low, high = (float(value) for value in images.detach().aminmax())
+        found = f"the {what} have values from {low:.4g} to {high:.4g}"
+        if not (abs(low) < torch.inf and abs(high) < torch.inf):
+            raise ValueError(f"{found}, expected finite numbers. Look for NaN and "
+                             f"infinite ones in them")
+        if low < 0 or (high > 1 and not are_events):
+            remedy = "Do not normalise them: the network does"
+            if low >= 0:
+                remedy = "Divide pixels by 255, or give them as uint8"
+            raise ValueError(f"{found}, expected uint8, or {values}. {remedy}")
+    return images
+
+
+def as_input(net, x):
+    """Return a batch of images_for() as the network itself takes it."""
+    if x.is_floating_point():
+        x = x.to(net.mean.device, net.mean.dtype)
+        if net.encoding == "direct":
+            x = (x - net.mean.view(-1, 1, 1)) / net.std.view(-1, 1, 1)
+    else:
+        x = x.to(net.mean.device)
+    if net.encoding == "events":
+        x = x.transpose(0, 1)  # [T, n, 2, H, W]
+    return x
+
+
+def keep_zeros(net, masks=None):
+    """Keep the pruned weights of a network at 0 through any training: set them to 0
+    after each step of any torch optimizer. Return a handle.
+
+        net = models.load("runs/NAME/model.pt").train()
+        handle = models.keep_zeros(net)
+        ...                             # a training loop, with any optimizer
+        handle.remove()                 # they may move again
+
+    masks: {name of a weight: bool tensor, True = alive}, which net.masks then has too;
+    a weight that is not named may move. None: net.masks; where they prune nothing, the
+    weights that are 0 now stay so.
+
+    To mask the gradients would not do: momentum, and the moments of Adam, of before
+    would still move dead weights. A change of the weights that is no optimizer's step
+    is not seen.
+    Raises ValueError for masks that do not fit the network.
+    """
+    if masks is None:
+        masks = net.masks
+        if masks is None or all(mask.all() for mask in masks.values()):
+            masks = {name: net.get_parameter(name) != 0 for name in scored_by(net)}
+    check_masks(net, masks)
+    net.masks = (net.masks or {}) | masks
+    # what is deleted is let go
+    pairs = [(weakref.ref(net.get_parameter(name)), mask)
+             for name, mask in masks.items()]
+
+    @torch.no_grad()
+    def apply(*_):
+        for i, (of, mask) in enumerate(pairs):
+            weight = of()
+            if weight is not None:
+                mask = mask.to(weight.device)  # the network may have moved
+                pairs[i] = of, mask
+                weight.mul_(mask)
+
+    apply()
+    return register_optimizer_step_post_hook(apply)
+
+
+def check_masks(net, masks):
+    """Raise ValueError unless masks, {name of a weight: bool tensor}, fit the weights
+    of a network."""
+    names = scored_by(net)
+    for name, mask in masks.items():
+        if name not in names:
+            raise ValueError(f"there is a mask of {name}, expected names of prunable "
+                             f"weights, such as {next(iter(names))}. Leave it out of "
+                             f"the masks")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"the mask of {name} is {found}, expected a bool tensor, "
+                             f"True for a weight that is alive. Give mask != 0")
+        shape = net.get_parameter(name).shape
+        if mask.shape != shape:
+            raise ValueError(f"the mask of {name} has shape {list(mask.shape)}, "
+                             f"expected {list(shape)} as the weight. Leave it out of "
+                             f"the masks; net.masks are the network's own")
+
+
 # ---- files ---------------------------------------------------------------------------
 
 
 def pack(net, masks=None):
     """Return what model.pt holds: plain types and tensors, on the CPU.
 
-    masks: {name of a weight: bool tensor, True = alive}; None: all weights are alive.
+    masks: {name of a weight: bool tensor, True = alive}; None: net.masks, where they
+    still hold; without any all weights are alive.
+    Raises ValueError for masks that do not fit the weights, and for weights that do not
+    fit net.config, by which load() builds the network.
     """
+    check_masks(net, masks or net.masks or {})
+    check_config(net)
     state = {name: tensor.detach().cpu().clone()
              for name, tensor in net.state_dict().items()}
     alive = {name: torch.ones(state[name].shape, dtype=torch.bool)
              for name in scored_by(net)}
+    if masks is None and net.masks is not None:
+        # a weight that has moved since is alive
+        masks = {name: mask.cpu() | (state[name] != 0)
+                 for name, mask in net.masks.items()}
     alive |= {name: mask.detach().cpu().clone() for name, mask in (masks or {}).items()}
     return {"format": FORMAT, **net.config, "state_dict": state, "masks": alive,
-            "normalisation": {"mean": net.mean.tolist(), "std": net.std.tolist()}}
+            "normalisation": {"mean": net.mean.tolist(), "std": net.std.tolist()},
+            "class_names": net.class_names}
+
+
+def check_config(net):
+    """Raise ValueError unless the parameters of a network have the shapes that
+    net.config says."""
+    with torch.device("meta"):  # no memory, and no draw from torch's generator
+        own = dict(build(**net.config).named_parameters())
+    for name, parameter in net.named_parameters():
+        shape = list(own[name].shape) if name in own else "no such parameter"
+        if list(parameter.shape) != shape:
+            raise ValueError(f"{name} has shape {list(parameter.shape)}, expected "
+                             f"{shape} as net.config says, by which the file is read. "
+                             f"Change net.config, or take models.build() for another "
+                             f"number of classes")
 
 
 def read_tensors(path):
@@ -717,12 +1051,57 @@ def read(path):
     keys = {"format", "name", "num_classes", "in_channels", "image_size", "time_steps",
             "widths", "state_dict", "masks", "normalisation"}
     if not isinstance(packed, dict) or not keys <= packed.keys():
-        raise ValueError(f"{path} is no model.pt of this project: expected a dict with "
-                         f"the keys {', '.join(sorted(keys))}")
+        raise ValueError(f"{path} is no model.pt of this project: {contents(packed)}, "
+                         f"expected a dict with the keys {', '.join(sorted(keys))}. "
+                         f"{remedy_for(packed)}")
     if packed["format"] != FORMAT:
         raise ValueError(f"{path} has format {packed['format']}, expected {FORMAT}: it "
                          f"was written by another version of this project")
     return packed
+
+
+def neuron_of(packed):
+    """Return the `neuron` of build() for what pack() returned; None: the network's own.
+
+    A file that is older than a setting of the network's neuron has LIF's default there.
+    """
+    neuron = packed.get("neuron")
+    if neuron is None:
+        return None
+    plans.check_name(packed["name"])
+    defaults = inspect.signature(LIF).parameters
+    missing = plans.NETWORKS[packed["name"]].neuron.keys() - neuron.keys()
+    return {key: defaults[key].default for key in missing} | neuron
+
+
+def contents(value):
+    """Return in words what a file of torch.save holds, for the message of read()."""
+    if not isinstance(value, dict):
+        return f"it holds a {type(value).__name__}"
+    if not value:
+        return "it holds an empty dict"
+    keys = [str(key) for key in value]
+    shown = ", ".join(keys[:5])
+    if len(keys) > 5:
+        shown += f" and {len(keys) - 5} more"
+    return f"it holds a dict with the keys {shown}"
+
+
+def remedy_for(value):
+    """Return in a sentence what to do with such a file instead."""
+    if isinstance(value, dict) and "parts" in value:  # a checkpoint
+        return "Give the model.pt of a run that is finished"
+    if isinstance(value, dict) and value and all(
+            isinstance(item, Tensor) for item in value.values()):
+        return ("To use a state_dict: models.build(...), load_state_dict(...), "
+                "models.pack(net)")
+    return "Give the model.pt of a run"
+
+
+def with_normalisation(net, state):
+    """Return a state_dict with the mean and std of a network, if it is an older one
+    that has none."""
+    return {"mean": net.mean, "std": net.std} | state
 
 
 def unpack(packed, source="model.pt"):
@@ -733,9 +1112,9 @@ def unpack(packed, source="model.pt"):
     try:
         net = build(**{key: packed[key] for key in arguments},
                     encoding=packed.get("encoding", "direct"),  # not in older files
-                    neuron=packed.get("neuron"),
+                    neuron=neuron_of(packed),
                     bn_per_step=packed.get("bn_per_step", False))
-        net.load_state_dict(packed["state_dict"])
+        net.load_state_dict(with_normalisation(net, packed["state_dict"]))
         normalisation = packed["normalisation"]
         net.set_normalisation(normalisation["mean"], normalisation["std"])
         masks = {name: (mask.shape, mask.dtype)
@@ -765,6 +1144,14 @@ def unpack(packed, source="model.pt"):
         if net.get_parameter(name)[~mask].count_nonzero():
             raise ValueError(f"{source}: weights of {name} that its mask says are "
                              f"pruned are not 0")
+    class_names = packed.get("class_names")  # not in older files
+    if class_names is not None:
+        are_names = isinstance(class_names, list) and all(
+            isinstance(name, str) for name in class_names)
+        if not are_names or len(class_names) != packed["num_classes"]:
+            raise ValueError(f"{source} has the class names {class_names!r}, expected "
+                             f"a list of {packed['num_classes']} strings")
+    net.class_names, net.masks = class_names, dict(packed["masks"])
     return net.eval()
 
 
@@ -773,6 +1160,8 @@ def load(path):
     once.
 
     Its input is [N, C, H, W]: uint8 pixels, or floating point that is normalised
-    already. Raises FileNotFoundError, or ValueError for a file that is no such network.
+    already (predict() takes floats in 0..1). It has the masks of the file, and its
+    class_names, None in older files.
+    Raises FileNotFoundError, or ValueError for a file that is no such network.
     """
     return unpack(read(path), str(path))

@@ -212,8 +212,8 @@ class LIF(nn.Module):
         self._aggregate, self._by, self._score = aggregate, by, None
 
     def stop_recording(self):
-        """End the recording. Return the criticality of the last call, [C] float64; None
-        without a call."""
+        """End the recording. Return the criticality of the last call, [C] float64 (on
+        mps float32); None without a call."""
         score, self._aggregate, self._score = self._score, None, None
         return score
 
@@ -238,10 +238,16 @@ class LIF(nn.Module):
 # ---- the score -----------------------------------------------------------------------
 
 
+def widest(device):
+    """Return the type of scores and sums on a device: float64, but float32 on Apple's
+    GPU (mps), which has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max", name="arctan",
                 by="derivative"):
-    """Return the criticality of each channel, [C] float64: how near to the threshold
-    its neurons are (Eq. 6).
+    """Return the criticality of each channel, [C] float64 (on mps float32): how near to
+    the threshold its neurons are (Eq. 6).
 
     h_seq: [T, N, C, ...], the potential after the charge and before the reset;
     [T, N, C] for a linear layer. aggregate: over the dimensions after C, "max" (the
@@ -269,7 +275,7 @@ def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max", name="arctan
 
 
 def per_channel(per_neuron, aggregate):
-    """Return the score of each channel, [C] float64.
+    """Return the score of each channel, [C] float64 (on mps float32).
 
     per_neuron: the score of each neuron, [N, C, ...], a mean over T. aggregate: as in
     criticality.
@@ -282,4 +288,4 @@ def per_channel(per_neuron, aggregate):
             per_sample = per_sample.amax(2)
     else:
         per_sample = per_neuron.flatten(2).mean(2)
-    return per_sample.mean(0, dtype=torch.float64)  # Eq. 6
+    return per_sample.mean(0, dtype=widest(per_sample.device))  # Eq. 6

@@ -27,6 +27,8 @@ class Plan(NamedTuple):
         that its first convolution reads; inner; outer) and of what the output layer
         reads of the stream.
     neuron: arguments of neurons.LIF that differ from its defaults.
+    linear_neuron: of a network like VGG, those behind linear layers that differ from
+        `neuron`.
     spiking_output: whether LIFs follow the output layer, so that "logits" are spikes.
     votes: outputs for each class; their mean counts.
     norm: whether BN follows convolutions.
@@ -39,6 +41,7 @@ class Plan(NamedTuple):
     stages: tuple = ()
     preactivation: bool = False
     neuron: dict = {}
+    linear_neuron: dict = {}
     spiking_output: bool = False
     votes: int = 1
     norm: bool = True
@@ -66,16 +69,22 @@ NETWORKS = {
     # of 48x48 events (arXiv 2502.13572)
     "vggsnn": Plan([64, 128, "A", 256, 256, "A", 512, 512, "A", 512, 512, "A"],
                    start="lth-snn"),
-    # SD-SNN (arXiv 2211.12219) on MNIST and events.
-    # The neuron of its code: h = 0.2 v (1 - s) + W x, s = h > 0.5
+    # SD-SNN (arXiv 2211.12219) on MNIST and events. The neuron of its code:
+    # h = 0.2 v (1 - s) + W x, s = h > 0.5, with the gradient through (1 - s)
     "sdsnn-small": Plan([15, "A", 40, "A", "F", 300], spiking_output=True, norm=False,
                         neuron=dict(tau=1.25, v_threshold=0.5, surrogate="rectangular",
-                                    decay_input=False, strict=True)),
-    # SD-SNN on CIFAR-10. INTERPRETATION: its PLIF has an arctan surrogate, and resets
-    # as all others do
+                                    decay_input=False, strict=True,
+                                    detach_reset=False)),
+    # SD-SNN on CIFAR-10, as Brain-Cog builds it: PLIF behind convolutions, and behind
+    # linear layers plain LIF with another threshold. (SD-SNN's own repository passes
+    # the threshold 0.5 for all.) PLIF has the arctan surrogate, and all resets are
+    # detached. INTERPRETATION: arctan behind linear layers too; there Brain-Cog has a
+    # triangle, f' = 2 - 4 |u| for |u| < 1/2
     "sdsnn-large": Plan([128, 128, "P", 256, 256, "P", 512, 512, "F", 512],
                         spiking_output=True,
-                        neuron=dict(tau=2.0, v_threshold=0.5, learn_tau=True)),
+                        neuron=dict(tau=2.0, v_threshold=1.0, learn_tau=True,
+                                    strict=True),
+                        linear_neuron=dict(v_threshold=0.5, learn_tau=False)),
     # Grad R (arXiv 2105.04916) on MNIST, and on CIFAR-10
     "gradr-linear": Plan(["F", 800], spiking_output=True, bias=False,
                          neuron=dict(tau=2.0)),

@@ -24,11 +24,17 @@ connections its structure epochs ended with.
 Differences from Grad R's code: a weight that is 0 at the start can become active; N
 epochs are N, not N + 1. Its version of Deep R has no noise, sets new connections to 0
 before their first gradient, and counts connections by |w|; here Deep R is the paper's.
+That version's Adam scales L1 and noise by the bias correction; here their rate is lr.
+It keeps moments of all weights, dormant ones too; here a connection that becomes
+dormant loses them. It revives connections at 1e-8; here they start at 1e-12, as in Deep
+R's own code.
 One property is kept: as long as the centre of the prior is out of reach, its target,
 --sparsity, changes nothing. The first lines of a run say whether it is.
 """
 import math
 from pathlib import Path
+
+import harness  # first: what is not installed is then one line
 
 import numpy as np
 import torch
@@ -36,7 +42,7 @@ import torch
 import training
 from harness import flags, presets, setup
 from harness.runfolder import Run, finished
-from masks import Masks, Update, count, select
+from masks import Masks, TooFew, Update, count, select
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, Grad R's code
 REVIVED = 1e-12  # the strength of a new connection, Deep R's code
@@ -291,15 +297,14 @@ def run_name(args):
     return f"{name}-seed{args.seed}"
 
 
-def complete(args, _):
+def complete(args, explicit):
     """Fill in the defaults that depend on other flags; refuse what does not fit."""
     usual = presets.of(args.dataset)
-    if args.method == "gradr" and args.temperature is not None:
-        raise ValueError(f"--temperature is {args.temperature:g}, which --method gradr "
-                         f"does not use. Leave it out, or take --method deepr")
-    if args.optimizer == "adam" and args.momentum != usual["momentum"]:
-        raise ValueError(f"--momentum is {args.momentum:g}, which --optimizer adam "
-                         f"does not use. Leave it out, or take --optimizer sgd")
+    if args.method == "gradr":
+        flags.set_unused(args, explicit, dict(temperature=None), "--method gradr")
+    if args.optimizer == "adam":
+        flags.set_unused(args, explicit, dict(momentum=usual["momentum"]),
+                         "--optimizer adam")
     if args.method == "gradr" and args.sparsity < 0.5:
         raise ValueError(f"--sparsity is {args.sparsity:g}, expected at least 0.5 with "
                          f"--method gradr, whose prior has no centre for less. Raise "
@@ -439,6 +444,10 @@ def main(argv=None):
                 if args.mode == "paper":
                     keep = found
                 run.say(ending(found, keep))
+                if keep < len(masks.sizes):
+                    raise TooFew(f"the structure epochs end with {found} connections, "
+                                 f"expected at least one for each of the "
+                                 f"{len(masks.sizes)} layers. Lower --prior")
                 change = fix_mask(keep, masks, wires, run.generator())
                 if change is not None:
                     final = args.sparsity if args.mode == "matched" else None

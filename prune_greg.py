@@ -15,10 +15,17 @@ since those that matter to the loss resist, and then chooses.
 
 Its stages and run folder are those of prune_structured.py, with a stage `prune` between
 the two, in which the penalty grows.
+
+Differences from GReg's code. One optimiser goes through pretraining and growing; there
+the stage of growing starts a new SGD, without momentum from before. Fine-tuning starts
+at --lr, as in prune_structured.py; there at 0.01. GReg-2's moving average of the ratio
+of what stays to what goes starts when it has chosen; there while it still picks.
 """
 import math
 from pathlib import Path
 from typing import NamedTuple
+
+import harness  # first: what is not installed is then one line
 
 import torch
 
@@ -64,6 +71,12 @@ def choose(net, ratio):
     """Return {layer: [C] bool}, True = goes, by the weights as they are."""
     return {name: smallest(mean_size(weight), ratio)
             for name, weight in prunable(net).items()}
+
+
+def fewest(net):
+    """Return the channels that stay at any ratio, [M] bool: one of each layer that is
+    pruned, and all of the others."""
+    return without(net, choose(net, 1.0)).kept
 
 
 def without(net, goes):
@@ -242,7 +255,7 @@ def main(argv=None):
     args = parse_args(argv)
     if (summary := finished(args)) is not None:
         return summary
-    run, dense = removal.set_up(args, pretrain=args.epochs_pretrain,
+    run, dense = removal.set_up(args, fewest, pretrain=args.epochs_pretrain,
                                 prune=args.epochs_prune, finetune=args.epochs_finetune)
     schedule = schedule_of(args.method, run.stages.steps("prune"), args.momentum)
 

@@ -32,13 +32,17 @@ tables, which count all parameters.
 """
 from pathlib import Path
 
+import harness  # first: what is not installed is then one line
+
 import torch
 import torch.nn.functional as F
 
+import models
 import training
 from harness import flags, presets, setup
 from harness.runfolder import Run, finished
 from masks import Masks, Update, count, seeded, select
+from neurons import widest
 
 FULL_EPOCHS = 300  # of the first training, in a full budget
 FULL_ROUNDS = {0.90: 8, 0.95: 11, 0.98: 14}  # {sparsity: k} of the paper
@@ -71,7 +75,8 @@ def take_ticket(run, ticket, target):
     masks.flat.copy_(ticket)
     rescued = masks.rescue_empty_layers()  # by the magnitudes of before the rewind
     # INTERPRETATION: the whole state is rewound, BN statistics included
-    run.net.load_state_dict(run.notes["rewind"])
+    state = models.with_normalisation(run.net, run.notes["rewind"])
+    run.net.load_state_dict(state)
     optimizer.state.clear()  # a fresh optimiser: no momentum
     masks.apply(optimizer)
     nothing = torch.zeros_like(pruned)
@@ -157,7 +162,7 @@ def divergences(logits):
     logits: [T, N, K]. z_t': their mean over the first t' steps.
     """
     steps = torch.arange(1, len(logits) + 1, device=logits.device).view(-1, 1, 1)
-    log_p = (logits.double().cumsum(0) / steps).log_softmax(2)
+    log_p = (logits.to(widest(logits.device)).cumsum(0) / steps).log_softmax(2)
     early, last = log_p[1:-1], log_p[-1:]
     kl = F.kl_div(early, last.expand_as(early), reduction="none", log_target=True)
     return kl.sum(2).mean(1).tolist()
@@ -302,15 +307,10 @@ def set_unused(args, explicit):
         unused |= dict(epsilon=usual["epsilon"], distance=usual["distance"])
     else:
         unused |= dict(rounds=1)  # EB is one cut
-    for flag, value in unused.items():
-        if explicit.get(flag, value) != value:
-            method = args.method
-            if method == "et":
-                method += f" --search {search}"
-            raise ValueError(
-                f"--{flag.replace('_', '-')} is {explicit[flag]}, which --method "
-                f"{method} does not use. Leave one of them out")
-        setattr(args, flag, value)
+    method = f"--method {args.method}"
+    if args.method == "et":
+        method += f" --search {search}"
+    flags.set_unused(args, explicit, unused, method)
 
 
 def fill_full_budget(args, explicit):

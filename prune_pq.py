@@ -28,6 +28,8 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+import harness  # first: what is not installed is then one line
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,7 @@ import training
 from harness import flags, presets, setup
 from harness.runfolder import Run, finished
 from masks import Masks, Update, select
+from neurons import widest
 
 P, Q = 0.5, 1.0  # of the index, as both papers have them
 GAMMA, BETA = 1.0, 0.9  # INTERPRETATION: those of the PQ index's code
@@ -108,7 +111,7 @@ def in_scopes(masks, flat, scope):
 
 
 def pq_index(magnitudes, alive, p=P, q=Q):
-    """Return the PQ index of each row, [R] in float64, in [0, 1).
+    """Return the PQ index of each row, [R] in float64 (on mps in float32), in [0, 1).
 
         I = 1 - d^(1/q - 1/p) * |w|_p / |w|_q          (Diao et al., Definition 1)
 
@@ -116,12 +119,12 @@ def pq_index(magnitudes, alive, p=P, q=Q):
     0: all are equal, none is alive, or all are 0. The norms over powers of d are power
     means, whose ratio cannot overflow.
     """
-    weights = magnitudes.double() * alive
+    weights = magnitudes.to(widest(magnitudes.device)) * alive
     d = alive.sum(1).clamp(min=1)
     mean_p = weights.pow(p).sum(1).div(d).pow(1 / p)
     mean_q = weights.pow(q).sum(1).div(d).pow(1 / q)
     index = torch.where(mean_q == 0, 0.0, 1 - mean_p / mean_q)
-    return index.clamp(0, 1 - 2**-53)
+    return index.clamp(0, 1 - torch.finfo(index.dtype).eps / 2)
 
 
 def retention_bound(index, d, eta, p=P, q=Q):
@@ -160,7 +163,7 @@ def measure_scopes(masks, scope, eta):
     index, n_alive, n_dead, has_weight = (
         torch.cat(rows).cpu() for rows in (index, n_alive, n_dead, has_weight))
 
-    c = rewiring_count(retention_bound(index, n_alive, eta), n_alive)
+    c = rewiring_count(retention_bound(index.double(), n_alive, eta), n_alive)
     c = torch.where(has_weight, c, 0)  # of zeros alone none is the smallest
     return Scopes(n_alive, n_dead, c), by_layer
 
@@ -318,6 +321,9 @@ def complete(args, explicit):
             f"--{absent} is {explicit[absent]:g}, expected none: with --mode "
             f"{args.mode} it is an outcome. Leave it out, or change --mode")
     setattr(args, absent, None)
+    if args.mode == "adaptive" and args.rho == 0:  # nothing grows
+        usual = presets.of(args.dataset, "pq")["growth"]
+        flags.set_unused(args, explicit, dict(growth=usual), "--rho 0")
     if args.mode == "matched" and args.sparsity < 1 - args.density - 1e-9:
         raise ValueError(
             f"--sparsity is {args.sparsity:g}, expected at least the "

@@ -17,11 +17,17 @@ is removed physically: the network is smaller and faster.
     python prune_structured.py --as-published        # as the published code has it
     torchrun --nproc-per-node=2 prune_structured.py  # two processes, a GPU each
 
+The L1 penalty acts on the gamma of those layers whose channels can go. In network
+slimming's code it acts on every BN. That differs for resnet19, where only the inner
+channels of blocks can go; the other networks have no other BN.
+
 A run leaves its folder, runs/NAME/: config.json, metrics.jsonl (a line an epoch),
 channels.json (which channels stay, and why), gamma.npz (gamma after each epoch of
 fine-tuning), checkpoint.pt, model.pt, curves.png and, last, summary.json.
 """
 from pathlib import Path
+
+import harness  # first: what is not installed is then one line
 
 import torch
 
@@ -103,7 +109,7 @@ def prune_and_regenerate_as_published(gamma, scores, sizes, ratio, regen,
     gone = int(ratio * total)  # published code: counts are truncated
     count = int((total - gone) * regen)
     # published code: the channel at the threshold goes too, and all that equal it
-    threshold = gamma.sort().values[gone + count]
+    threshold = gamma.sort().values[min(gone + count, total - 1)]
     kept = gamma > threshold
 
     # published code: all come back that equal the last one
@@ -143,20 +149,16 @@ def run_name(args):
 def complete(args, explicit):
     """Fill in the defaults that depend on other flags; refuse flags that contradict
     each other."""
-    if args.method == "slimming":
-        unused = dict(regen=0.0, metric="criticality", regen_base="kept")
-        for flag, value in unused.items():
-            if explicit.get(flag, value) != value:
-                raise ValueError(
-                    f"--{flag.replace('_', '-')} is {explicit[flag]}, which --method "
-                    f"slimming does not use. Leave one of them out")
-            setattr(args, flag, value)
-
     rates = presets.channel_rates(args.model)  # {p: r}
     ratio = next(iter(rates)) if args.prune_ratio is None else args.prune_ratio
     args.prune_ratio = ratio if args.target_macs is None else None
-    if ratio == 0:
-        args.regen = 0.0
+    no_regeneration = dict(regen=0.0, metric="criticality", regen_base="kept")
+    if args.method == "slimming":
+        flags.set_unused(args, explicit, no_regeneration, "--method slimming")
+    elif ratio == 0:
+        flags.set_unused(args, explicit, no_regeneration, "--prune-ratio 0")
+    elif args.regen == 0:
+        flags.set_unused(args, explicit, no_regeneration, "--regen 0")
     elif args.regen is None:
         args.regen = rates[min(rates, key=lambda listed: abs(listed - ratio))]
 
@@ -165,6 +167,14 @@ def complete(args, explicit):
     if args.epochs_pretrain == 0 and args.init is None:
         raise ValueError("--epochs-pretrain is 0, expected at least 1, or a network by "
                          "--init")
+    if args.l1 == 0:
+        flags.set_unused(args, explicit, dict(finetune_l1=False), "--l1 0")
+    if args.epochs_finetune == 0:
+        flags.set_unused(args, explicit, dict(finetune_l1=False), "--epochs-finetune 0")
+    if args.epochs_pretrain == 0 and not args.finetune_l1:
+        usual = presets.of(args.dataset, "structured")["l1"]
+        flags.set_unused(args, explicit, dict(l1=usual),
+                         "a run without pretraining and without --finetune-l1")
     published.complete(args, explicit, "structured")
     if "count" in args.as_published and args.regen_base == "pruned":
         raise ValueError("--regen-base is pruned, which --as-published count does not "

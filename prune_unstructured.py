@@ -22,6 +22,8 @@ summary.json.
 """
 from pathlib import Path
 
+import harness  # first: what is not installed is then one line
+
 import torch
 
 import training
@@ -130,7 +132,10 @@ def prune_and_regenerate_as_published(masks, target, regen, score, candidates,
     count = int(rest * regen) if has_ties else round(rest * regen)
     masks.flat.copy_(fixed | largest(others, rest - count))
     pruned, before = alive_before & ~masks.flat, masks.sparsity
-    if "zero" in items:  # published code: what comes back now has lost its value
+    # published code: what comes back now has lost its value. So an update sets a share
+    # r of the weights to 0, from the first one on. In the paper they have 2,000 steps
+    # to grow again; with 2 steps a network falls to chance, by this item alone
+    if "zero" in items:
         masks.apply(optimizer)
 
     # Eq. 5: regenerate the highest-scored pruned weights
@@ -182,9 +187,18 @@ def run_name(args):
 
 def complete(args, explicit):
     """Set the flags that depend on other flags: --regen, and those that --as-published
-    implies."""
+    implies. Refuse flags that would change nothing but the name of the run."""
     if args.regen is None:
         args.regen = default_regen(args.sparsity, args.dataset)
+    # of a dense run --interval stays: it is a flag of the schedule that it shares
+    no_choice = dict(metric="criticality", aggregate="max", candidates="all")
+    if args.sparsity == 0:
+        flags.set_unused(args, explicit, dict(regen=0.0) | no_choice, "--sparsity 0")
+    elif args.regen == 0:
+        flags.set_unused(args, explicit, no_choice, "--regen 0")
+    elif args.metric != "criticality":
+        flags.set_unused(args, explicit, dict(aggregate="max"),
+                         f"--metric {args.metric}")
     published.complete(args, explicit, "unstructured")
 
 
@@ -222,13 +236,14 @@ def set_up(args):
     with flags.exits(2, ValueError, OSError):
         device = setup.start(args, shared=True)
         images = setup.load(args, device)
-        net = setup.build(args, images)
+        net = setup.build(args, images, takes_masks=True)
         # published code: dead weights keep their momentum
         masks = Masks(net, keep_momentum="momentum" in args.as_published)
         optimizer = training.sgd(args, net)
         stages = setup.stages(args, images, prune=args.epochs_prune,
                               finetune=args.epochs_finetune)
         masks.check_sparsity(args.sparsity)
+        setup.check_start(args, masks)
         num_updates = 0
         if args.sparsity > 0:
             num_updates = setup.num_updates(args, stages)
@@ -264,7 +279,10 @@ def main(argv=None):
     by = "value" if "score" in items else "derivative"
 
     with run.under_way(plan_of(args, num_updates)):
-        # Algorithm 1. All weights are alive at the start
+        # Algorithm 1. All weights are alive at the start, or those that --init has.
+        # INTERPRETATION: then the ramp of Eq. 9 starts at its sparsity, and what it has
+        # pruned is as if pruned by earlier updates: it may be regenerated at 0
+        first = run.first_sparsity
         for epoch in run.epochs():
             for x, y in run.batches(epoch):
                 update, rest = divmod(run.iteration, args.interval)
@@ -283,7 +301,8 @@ def main(argv=None):
                     generator = run.generator()
                     score = SCORES[args.metric](masks, scores, generator)
                     # Eq. 9: the sparsity to reach
-                    target = training.sparsity_at(update, num_updates, args.sparsity)
+                    target = training.sparsity_at(update, num_updates, args.sparsity,
+                                                  first)
                     # Eqs. 7, 5: prune further, then regenerate by the score
                     settings = args.regen, score, args.candidates, generator
                     if items & UPDATE_ITEMS:

@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -1260,8 +1261,15 @@ def test_synaptic_operations_equal_loops(name):
     times |= {first: 1}
     if name == "resnet19-pre":
         times["blocks.0.shortcut"] = 1  # its stream is the same at each step
-    real = sum(layers[layer] * n for layer, n in times.items())
+    whole = layers[first]  # the input layer counts whole, the others with their alive weights
+    density = {layer: float(masks.alive[f"{layer}.weight"].double().mean()) for layer in times}
+    real = whole + sum(layers[layer] * n * density[layer]
+                       for layer, n in times.items() if layer != first)
+    assert net.reads_numbers == set() or min(density.values()) < 1
     assert layers[first] == counts_first(net)
+    once = {first, "blocks.0.shortcut"} if name == "resnet19-pre" else {first}
+    assert counts["macs_first_once"] == sum(
+        count if layer in once else 2 * count for layer, count in layers.items())
     assert counts["energy_mj"] == pytest.approx((4.6 * real + 0.9 * counts["sops"]) * 1e-9)
 
 
@@ -1277,6 +1285,54 @@ def test_synaptic_operations_at_rate_one(name, expected):
                                 torch.ones(inputs[n]))
                 for n, module in list(layers.items())[1:] if n not in net.reads_numbers)
     assert total == expected
+
+
+@pytest.mark.parametrize("count", [1, 255])
+def test_sums_of_spikes_are_exact_under_autocast(count):
+    """bfloat16 has 8 bits: a sum of 257 ones is 256 there."""
+    net = models.build("small", 3, 2, 8, 1, [1, 1, 1, 1], "events").eval()
+    frames = torch.full((1, 257, 2, 8, 8), count, dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = metrics.count(net, [frames])
+    mask = torch.ones_like(net.convs[0].conv.weight, dtype=torch.bool)
+    assert found["layer_sops"]["convs.0.conv"] == metrics.fan_out(
+        net.convs[0].conv, mask, torch.full((2, 8, 8), float(count)))
+    assert found["layer_sops"]["convs.0.conv"] == count * 2 * 22 * 22  # 22: 3 taps but at an edge
+
+
+def test_predictions_are_exact_under_autocast():
+    """4 + 1/64 and 4 have one sum over time in bfloat16: the later class would lose the tie."""
+    logits = torch.tensor([[[4, 4]], [[0, 1 / 64]]], dtype=torch.bfloat16)  # [T, N, K]
+    images, labels = torch.zeros(1, 1, 8, 8), torch.tensor([1])
+    meter = Meter(torch.device("cpu"))
+    meter.add(torch.tensor(0.0), logits, labels)
+    assert meter.sums[1] == 1
+    net = models.build("small", 2, 1, 8, 2, [1, 1, 1, 1])
+    args = SimpleNamespace(device="cpu", precision="bf16", loss="ce")
+    found = training.evaluate(lambda x: net(x) * 0 + logits, net, [(images, labels)], args)
+    assert found["accuracy"] == 1
+
+
+@pytest.mark.parametrize("empty, once", [((), ["blocks.0"]), ((0,), ["blocks.0"]),
+                                         ((0, 1, 2), ["blocks.0", "blocks.3"])])
+def test_what_reads_the_constant_stream_runs_once(empty, once):
+    """A block without inner channels is its shortcut: the stream behind it is constant as well."""
+    widths = models.default_widths("resnet19-pre", 0.03)
+    for block in empty:
+        widths[1 + 3 * block] = widths[2 + 3 * block] = 0
+    net = models.build("resnet19-pre", 3, 1, 8, 4, widths).eval()
+    times = {}
+    with metrics.hooks(metrics.prunable_layers(net),
+                       before=lambda name, x: times.update({name: len(x)})):
+        net(torch.zeros(1, 1, 8, 8))
+    assert [name for name, n in times.items() if n == 1] == [
+        "stem", *(f"{name}.shortcut" for name in once)]
+    layers = metrics.macs(net.config)
+    assert metrics.conventions(net.config, 4)["macs_first_once"] == sum(
+        count * times[name] for name, count in layers.items())
+    rate = net.config | dict(encoding="rate")
+    found = metrics.conventions(rate, 4)
+    assert found["macs_first_once"] == found["macs_every_step"] == 4 * sum(layers.values())
 
 
 def counts_first(net):

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 import metrics
 import models
+from neurons import widest
 
 # ---- one step ------------------------------------------------------------------------
 
@@ -66,7 +67,8 @@ def descend(optimizer, lr):
 
 def autocast(args):
     """Return the context of --precision: bfloat16 where it is bf16."""
-    return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16")
+    kind = torch.device(args.device).type  # "cuda" of cuda:1
+    return torch.autocast(kind, torch.bfloat16, enabled=args.precision == "bf16")
 
 
 LOSSES = ("ce", "mean-ce", "mse")
@@ -195,15 +197,18 @@ def evaluate(forward, net, batches, args, total=lambda tensor: tensor):
     sums over the processes.
     """
     names, was_training = list(models.lifs(net)), net.training
-    sums = torch.zeros(3, dtype=torch.float64, device=net.mean.device)
+    device = net.mean.device
+    sums = torch.zeros(3, dtype=widest(device), device=device)
     net.eval()
     with torch.inference_mode(), metrics.firing(net) as spikes:
         for x, y in batches:
             with autocast(args):
                 logits = forward(x)
             loss = loss_over_time(logits, y, args.loss)
-            right = (logits.sum(0).argmax(1) == y).sum()
-            sums += torch.stack([loss.double() * len(y), right.double(),
+            # in float32, since the sum of bfloat16 logits rounds to ties
+            sums_over_time = logits.sum(0, dtype=torch.float32)
+            right = (sums_over_time.argmax(1) == y).sum()
+            sums += torch.stack([loss.to(sums) * len(y), right.to(sums),
                                  sums.new_tensor(len(y))])
     net.train(was_training)
     loss, correct, samples = total(sums).tolist()
@@ -235,7 +240,7 @@ def score_channels(net, pairs, args, metric="criticality", aggregate="max",
     neurons = {name: net.get_submodule(group.lif) for name, group in groups.items()}
     gammas = [net.get_submodule(group.bn).weight for group in groups.values()]
     sizes = [len(gamma) for gamma in gammas]
-    scores = torch.zeros(sum(sizes), dtype=torch.float64, device=device)
+    scores = torch.zeros(sum(sizes), dtype=widest(device), device=device)
     spiked = {name: torch.zeros(size, dtype=torch.bool, device=device)
               for name, size in zip(groups, sizes)}
 
@@ -254,7 +259,7 @@ def score_channels(net, pairs, args, metric="criticality", aggregate="max",
             loss = loss_over_time(net(x), y, args.loss)
         if metric == "gradient":
             gradients = torch.cat(torch.autograd.grad(loss, gammas))
-            scores = scores + gradients.abs().double() / len(pairs)
+            scores = scores + gradients.abs().to(scores) / len(pairs)
         else:
             batch = torch.cat([found[group.lif] for group in groups.values()])
             scores = scores + batch * (len(y) / images)

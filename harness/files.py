@@ -29,6 +29,11 @@ CHECKPOINT_KEYS = {  # {entry of checkpoint.pt: its type}
     "metrics": int, "updates": int, "notes": dict, "meter": torch.Tensor,
     "statistics": torch.Tensor, "seconds": float}
 
+DATA_WORDS = {  # {what a run remembers of its data: in words}
+    "num_classes": "the number of classes", "class_names": "the names of the classes",
+    "x_train": "training images", "y_train": "training labels",
+    "x_test": "test images", "y_test": "test labels"}
+
 
 # ---- writing -------------------------------------------------------------------------
 
@@ -75,8 +80,11 @@ def write_whole(path, write, mode="w", before=None):
     if processes.rank() > 0:
         return
     temporary = path.with_name(path.name + ".tmp")
+    encoding = {}
+    if "b" not in mode:  # a name that is no text, of a file, is written as its bytes
+        encoding = dict(encoding="utf-8", errors="backslashreplace")
     try:
-        with open(temporary, mode) as file:
+        with open(temporary, mode, **encoding) as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -123,6 +131,55 @@ def saved_widths(args):
     list; None without --resume or without a checkpoint."""
     state = read_checkpoint(args.run_dir) if args.resume else None
     return None if state is None else state["widths"]
+
+
+def data_of(images):
+    """Return what a run remembers of its data.Dataset: shapes and hashes of the images
+    and labels it trains and tests on, the classes, a dict of plain values."""
+    classes = dict(num_classes=images.num_classes, class_names=images.class_names)
+    return (images.hashes or {}) | classes
+
+
+def saved_data(folder):
+    """Return what config.json of a run says of its data (see data_of), a dict; None
+    without it, as in older runs."""
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads(Path(folder, "config.json").read_text()).get("data")
+    return None
+
+
+def require_same_data(folder, saved, now, name):
+    """Raise ValueError if a run was made with other data than are there now.
+
+    saved, now: what data_of() returns, of the run and of today; saved None: unknown, as
+    in older runs, and nothing is required. name: of today's data set.
+    """
+    changes = data_changes(saved, now)
+    if changes:
+        raise ValueError(f"{folder} was made with other data than {name} holds now "
+                         f"(changed: {'; '.join(changes)}), expected the same. Name "
+                         f"them by --dataset or --data-dir, or start again with "
+                         f"--overwrite or in another --run-dir")
+
+
+def data_changes(saved, now):
+    """Return what differs between two results of data_of(), a list of words; saved may
+    be None, then nothing does."""
+    if not isinstance(saved, dict):
+        return []
+    changes = []
+    for key, words in DATA_WORDS.items():
+        one, other = saved.get(key), now.get(key)
+        if one == other or None in (one, other):
+            continue
+        if key == "num_classes":
+            words += f", {one} then, {other} now"
+        elif key != "class_names":
+            shape, new = (str(value).partition(" ")[0] for value in (one, other))
+            if shape != new:
+                words += f", {shape} then, {new} now"
+        changes.append(words)
+    return changes
 
 
 @contextmanager

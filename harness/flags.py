@@ -8,23 +8,32 @@ before anything is written. One line on stderr says what is wrong, what was expe
 how to fix it.
 """
 import argparse
+import difflib
 import json
 import math
+import os
+import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import data
+import events
 import models
 import training
-from harness import presets, processes
-from harness.machine import is_out_of_memory
+from harness import output, presets, processes
+from harness.machine import is_missing_on_mps, is_out_of_memory
 from neurons import RESETS, SURROGATES
 
 MAY_DIFFER = {"device", "save_every"}  # flags that a resumed run may change
+PLACES = {"dataset", "data_dir"}  # these too, if the hash of the data agrees
 
 # {flag: its word in the name of a run's folder}, for sizes that are not the default
 NAMED_SIZES = dict(width="width", train_limit="limit", time_steps="time")
+
+# What a config.json holds beside flags and version_*; "compact" is of older versions
+NO_FLAGS = {"script", "commit", "commit_clean", "device_name", "threads", "processes",
+            "compact", "data"}
 
 SMOKE_IMAGES = 256  # at most, of the training set and of the test set, under --smoke
 
@@ -36,11 +45,11 @@ def make_parser(doc):
     """Return a parser with the flags that all scripts share."""
     parser = Parser(doc)
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", metavar="NAME|FILE.npz|FOLDER",
+    add("--dataset", type=path, metavar="NAME|FILE.npz|FOLDER",
         help=f"{', '.join(data.NAMES)}, or a path: an .npz file with x_train, y_train, "
              f"x_test, y_test, or a folder with train/CLASS/* and test/CLASS/* (a path "
              f"has the defaults of fashion-mini)")
-    add("--data-dir", metavar="DIR",
+    add("--data-dir", type=path, metavar="DIR",
         help="where named sets lie, as NAME.npz or in their official layout, and where "
              "they are downloaded to if they are not there")
     add("--train-limit", type=whole(1), metavar="N",
@@ -60,6 +69,9 @@ def make_parser(doc):
         help="the input of the network at each time step. direct: the image; rate: "
              "spikes, drawn with the pixels as probabilities; events: a frame of an "
              "event camera")
+    add("--event-split", choices=events.SPLITS,
+        help="how the recordings of an event camera become frames. number: each frame "
+             "has as many events; time: each frame is as long")
 
     group = parser.add_argument_group(
         "model", "The flags of the neuron, --tau to --strict, have the network's "
@@ -89,7 +101,7 @@ def make_parser(doc):
         help="the input current is divided by tau as well")
     add("--strict", action=argparse.BooleanOptionalAction,
         help="a neuron fires above its threshold, and not on it")
-    add("--init", metavar="MODEL.pt",
+    add("--init", type=path, metavar="MODEL.pt",
         help="start from this network, for instance a trained dense one")
 
     add = parser.add_argument_group("training").add_argument
@@ -105,7 +117,9 @@ def make_parser(doc):
     add("--weight-decay", type=number(0), help="L2 decay of all parameters")
 
     add = parser.add_argument_group("run").add_argument
-    add("--device", choices=("cpu", "cuda"), help="default: the GPU where there is one")
+    add("--device", type=device, metavar="DEVICE",
+        help="cpu, cuda, cuda:1 (the second GPU) or mps; default: the GPU where there "
+             "is one")
     add("--precision", choices=("fp32", "bf16"),
         help="bf16: mixed precision by autocast")
     add("--compile", action="store_true",
@@ -114,7 +128,7 @@ def make_parser(doc):
         help="under torchrun, on GPUs: batch normalisation over the whole batch, and "
              "not over the share of each process")
     add("--seed", type=whole(0), help="seed of weights, order of the images and ties")
-    add("--run-dir", metavar="DIR",
+    add("--run-dir", type=path, metavar="DIR",
         help="the run's folder (default: runs/ and a name made of the flags)")
     add("--save-every", type=number(0), metavar="MINUTES",
         help="save a checkpoint inside an epoch too, every so many minutes; a run that "
@@ -140,6 +154,27 @@ class Parser(argparse.ArgumentParser):
                          argument_default=argparse.SUPPRESS,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
+    def parse_args(self, argv=None):
+        """Return the flags that were given. One that is not known is compared with
+        those that are."""
+        output.protect()
+        argv = sys.argv[1:] if argv is None else list(argv)
+        for word in argv:
+            flag = word.split("=")[0]
+            if flag.startswith("--") and flag not in self._option_string_actions:
+                self.refuse(flag)
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.refuse(unknown[0])
+        return args
+
+    def refuse(self, flag):
+        """Exit because of a flag that is not known."""
+        near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+        hint = f"Did you mean {near[0]}?" if near else "--help lists all flags"
+        self.error(f"unrecognized arguments: {flag}, expected a flag of this script. "
+                   f"{hint}")
+
     def error(self, message):
         message = message.removeprefix("argument ").replace(": is ", " is ", 1)
         leave(2, f"error: {' '.join(message.split())}", self.prog)
@@ -156,7 +191,7 @@ def parse(parser, argv, script, complete, run_name):
 
     script: the name of its column in presets.ROWS.
     complete(args, explicit): sets the flags whose defaults depend on other flags. It
-    may raise ValueError. explicit: {flag: value} from the command line and config.json.
+    may raise ValueError. explicit: an Explicit.
     run_name(args): returns the name of the run's folder.
     """
     tables = {name: defaults_of(parser, name, script) for name in data.NAMES}
@@ -174,6 +209,7 @@ def parse(parser, argv, script, complete, run_name):
             config = read_config(folder, parser)
         for flag, value in given.items():
             may_differ = flag in MAY_DIFFER or flag == "run_dir"
+            may_differ |= flag in PLACES and bool(config.get("data"))
             agrees = config.get(flag, value) in (value, getattr(args, flag))
             if not agrees and not may_differ:
                 parser.error(
@@ -203,7 +239,7 @@ def resolve(parser, given, config, script, complete):
     given: {flag: value} of the command line. config: {flag: value} of the run that is
     resumed.
     """
-    explicit = config | given
+    explicit = Explicit(given, config)
     dataset = explicit.get("dataset", presets.of("default")["dataset"])
     args = argparse.Namespace(**defaults_of(parser, dataset, script) | explicit)
     if args.smoke:
@@ -213,6 +249,33 @@ def resolve(parser, given, config, script, complete):
     with exits(2, ValueError):
         complete(args, explicit)
     return args
+
+
+class Explicit(dict):
+    """{flag: value} of the command line, and of the config.json of a run that is
+    resumed. kept: the flags of that run, which are not refused: it goes on as it
+    began, also with a flag that is refused today."""
+
+    def __init__(self, given, config):
+        super().__init__(config | given)
+        self.kept = config.keys()
+
+
+def set_unused(args, explicit, unused, by):
+    """Give flags that a run does not use their fixed values. Raise ValueError if one is
+    given with another value: it would change nothing but the name of the run.
+
+    explicit: an Explicit. unused: {flag: its fixed value}. by: what does not use them,
+    in words. A flag of a run that is resumed keeps its value, which is in the name of
+    the run.
+    """
+    for flag, value in unused.items():
+        if flag in explicit.kept:
+            continue
+        if explicit.get(flag, value) != value:
+            raise ValueError(f"--{flag.replace('_', '-')} is {explicit[flag]}, which "
+                             f"{by} does not use. Leave one of them out")
+        setattr(args, flag, value)
 
 
 def folder_name(args, script, run_name):
@@ -244,7 +307,7 @@ def explain_defaults(parser, tables):
             names_of.setdefault(None if value == [] else value, []).append(name)
         usual, *others = names_of
         if others or (usual is not None and usual is not False):
-            shown = [str(usual)]
+            shown = [] if usual is None else [str(usual)]
             shown += [f"{value}: {', '.join(names_of[value])}" for value in others]
             action.help += f" (default {'; '.join(shown)})"
         action.help = action.help.replace("%", "%%")
@@ -254,28 +317,72 @@ def read_config(folder, parser):
     """Return the config.json of a run, a dict, with its flags checked as on a command
     line.
 
-    Raises ValueError if it is damaged, OSError if it cannot be read.
+    Raises ValueError if it is damaged or of another program, OSError if it cannot be
+    read.
     """
-    path = folder / "config.json"
+    file = folder / "config.json"
     try:
-        config = json.loads(path.read_text())
-        for action in parser._actions:
-            value = config.get(action.dest)
-            if value is None:
-                continue
-            for item in value if action.nargs == "*" else [value]:
-                if action.type is not None:
-                    action.type(str(item))
-                if action.choices and item not in action.choices:
-                    raise ValueError
-    except (ValueError, TypeError, AttributeError, argparse.ArgumentTypeError):
-        raise ValueError(f"{path} is damaged, expected a JSON object. Start again with "
-                         f"--overwrite") from None
+        config = json.loads(file.read_text())
+    except ValueError:
+        config = None
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} is damaged, expected a JSON object. Start again with "
+                         f"--overwrite")
+    known = NO_FLAGS | {action.dest for action in parser._actions}
+    foreign = [key for key in config
+               if key not in known and not key.startswith("version_")]
+    if foreign:
+        made_by = config.get("script") or "something else"
+        raise ValueError(f"{file} holds {', '.join(foreign)}, which {parser.prog} does "
+                         f"not know, expected the flags of a run of it; it was made by "
+                         f"{made_by}. Go on by the script that made it, or name "
+                         f"another --run-dir")
+    config = presets.of_earlier(config)
+    for action in parser._actions:
+        wrong = wrong_in(action, config.get(action.dest))
+        if wrong:
+            raise ValueError(f"{file}: {action.dest} {wrong}. Correct it there, or "
+                             f"name another --run-dir")
     return config
+
+
+def wrong_in(action, value):
+    """Return in words what is wrong with the value of a flag in a config.json, "is 3,
+    expected ..."; "" where it could stand on a command line. None: it was not given."""
+    if value is None:
+        return ""
+    is_list = action.nargs == "*"
+    if is_list and not isinstance(value, list):
+        return f"is {value}, expected a list"
+    for item in value if is_list else [value]:
+        try:
+            if action.type is not None:
+                action.type(str(item))
+        except argparse.ArgumentTypeError as error:
+            return str(error)
+        if action.choices and item not in list(action.choices):
+            return f"is {item}, expected one of {', '.join(action.choices)}"
+        if action.type is None and not action.choices and not isinstance(item, bool):
+            return f"is {item}, expected true or false"
+    return ""
 
 
 # ---- types of values -----------------------------------------------------------------
 # argparse calls them with the text of a flag. A wrong value is an ArgumentTypeError.
+
+
+def path(text):
+    """Return a path, in which ~ is the user's own folder, also where the shell left it
+    as it was."""
+    return os.path.expanduser(text)
+
+
+def device(text):
+    """Return the name of a device as torch takes it."""
+    if not re.fullmatch(r"cpu|mps|cuda(:(0|[1-9]\d?))?", text):
+        raise argparse.ArgumentTypeError(f"is {text}, expected cpu, cuda, cuda:0, "
+                                         f"cuda:1 and so on, or mps")
+    return text
 
 
 def whole(low, high=2**31):
@@ -327,13 +434,15 @@ def number(low, high=math.inf, above=False):
 def exits(code, *errors, no_memory="Try a smaller --width or --train-limit"):
     """Turn errors inside into one line on stderr and an exit code.
 
-    errors: the classes of exceptions that count. Besides them, three always count: a
-    process that is gone or disagrees, too little memory, and Ctrl-C (exit code 130).
+    errors: the classes of exceptions that count. Besides them, four always count: a
+    process that is gone or disagrees, too little memory, what a device lacks, and
+    Ctrl-C (exit code 130).
     no_memory: the advice for too little memory.
     """
     try:
         yield
-    except (processes.Mismatch, *errors, MemoryError, RuntimeError) as error:
+    except (processes.Mismatch, *errors, MemoryError, RuntimeError,
+            TypeError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
         if processes.is_loss(error):
             text = ("another rank is gone, expected all of them to the end. The last "
@@ -341,6 +450,10 @@ def exits(code, *errors, no_memory="Try a smaller --width or --train-limit"):
         elif is_out_of_memory(error):
             text = (f"the memory does not suffice ({text[:200]}), expected more of it. "
                     f"{no_memory}")
+        elif is_missing_on_mps(error):
+            text = (f"--device is mps, which lacks something that this run needs "
+                    f"({text[:200]}), expected a device that has it. Set "
+                    f"PYTORCH_ENABLE_MPS_FALLBACK=1, or write --device cpu")
         elif not isinstance(error, (processes.Mismatch, *errors)):
             raise
         leave(code, f"error: {text}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = "torch", "torchvision", "numpy"
+VERSIONED = "torch", "torchvision", "numpy"
 
 # torch's CPU allocator raises a RuntimeError with one of these phrases
 NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "bad_alloc",
@@ -18,30 +18,35 @@ NO_MEMORY = ("out of memory", "not enough memory", "allocate memory", "bad_alloc
 
 
 def versions():
-    """Return the versions of the packages and of Python, and the commit of this
-    repository, a flat dict for config.json. What is unknown is None."""
-    found = {f"version_{name}": None for name in PACKAGES}
-    for name in PACKAGES:
+    """Return the versions of the packages and of Python, the commit of this repository,
+    and whether its files are as in that commit, a flat dict for config.json. What is
+    unknown is None."""
+    found = {f"version_{name}": None for name in VERSIONED}
+    for name in VERSIONED:
         with suppress(PackageNotFoundError):  # only some data sets need torchvision
             found[f"version_{name}"] = version(name)
-    return found | dict(version_python=platform.python_version(), commit=commit())
+    # without its lock, other git commands of the user go on meanwhile
+    changed = git("--no-optional-locks", "status", "--porcelain",
+                  "--untracked-files=no")
+    return found | dict(version_python=platform.python_version(),
+                        commit=git("rev-parse", "HEAD"),
+                        commit_clean=None if changed is None else changed == "")
 
 
-def commit():
-    """Return the hash of the commit that is checked out; None without git or without a
+def git(*words):
+    """Return what a git command says of this repository; None without git or without a
     repository."""
     if not shutil.which("git"):
         return None
     root = Path(__file__).parent.parent
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, text=True,
-                          capture_output=True)
-    return done.stdout.strip() or None
+    done = subprocess.run(["git", *words], cwd=root, text=True, capture_output=True)
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def device_name(device):
     """Return the name of the GPU, or of the processor if the system tells it."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name()
+        return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")  # on Linux, where platform says only "x86_64"
     if cpuinfo.exists():
         name = re.search(r"model name\s*: (.*)", cpuinfo.read_text())
@@ -54,7 +59,7 @@ def peak_memory_mib(device):
     """Return the peak memory in MiB, of the GPU or, on a CPU, of this process; None if
     unknown."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource  # not on Windows
     except ImportError:
@@ -75,3 +80,10 @@ def is_out_of_memory(error):
         return True
     is_runtime = isinstance(error, RuntimeError)
     return is_runtime and any(phrase in str(error) for phrase in NO_MEMORY)
+
+
+def is_missing_on_mps(error):
+    """Return whether an exception says that Apple's GPU has no such operation, or no
+    float64."""
+    is_of_kind = isinstance(error, (NotImplementedError, TypeError))
+    return is_of_kind and "MPS" in str(error)

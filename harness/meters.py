@@ -7,17 +7,19 @@ import math
 import torch
 
 from harness import processes
+from neurons import widest
 
 
 class Meter:
     """Running sums of an epoch: loss, right answers, images. Each process has its own.
 
-    sums: [2] float64, the loss (a sum over images) and the right answers. samples: the
-    images. counts: False while a batch has no image for this process.
+    sums: [2] float64 (float32 on mps, which has no other), the loss (a sum over images)
+    and the right answers. samples: the images. counts: False while a batch has no image
+    for this process.
     """
 
     def __init__(self, device):
-        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, dtype=widest(device), device=device)
         self.samples, self.counts = 0, True
         # the first iteration whose loss was not finite; 0: none
         self.bad = torch.zeros((), dtype=torch.int64, device=device)
@@ -27,8 +29,11 @@ class Meter:
         """Add a batch: its mean loss, logits [T, N, K] and labels [N]."""
         if not self.counts:
             return
-        right = (logits.sum(0).argmax(1) == labels).sum()
-        self.sums += torch.stack([loss.double() * len(labels), right.double()])
+        # in float32, since the sum of bfloat16 logits rounds to ties
+        sums_over_time = logits.sum(0, dtype=torch.float32)
+        right = (sums_over_time.argmax(1) == labels).sum()
+        loss_sum = loss.to(self.sums) * len(labels)
+        self.sums += torch.stack([loss_sum, right.to(self.sums)])
         self.samples += len(labels)
         self.bad = torch.where((self.bad == 0) & ~loss.isfinite(), iteration, self.bad)
 

@@ -12,15 +12,29 @@ import base64
 import csv
 import html
 import io
+import os
+import sys
 import textwrap
+from contextlib import suppress
 
-import matplotlib
 import numpy as np
 
 from harness.files import write_whole
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend is chosen first)
+# Pictures go to files alone, drawn without pyplot: so the backend and the windows of
+# somebody's program stay as they are. A notebook leaves MPLBACKEND to what it starts,
+# with a name that matplotlib may not know, and then it cannot be imported
+is_first = "matplotlib" not in sys.modules
+backend = os.environ.pop("MPLBACKEND", None)
+import matplotlib  # noqa: E402
+
+if backend is not None:
+    os.environ["MPLBACKEND"] = backend
+    if is_first:
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.text import Text  # noqa: E402
 
 # Okabe-Ito colours, told apart by all eyes
 BLACK, GREY, ORANGE = "#000000", "#999999", "#E69F00"
@@ -70,8 +84,8 @@ def give_styles(methods):
 
 def canvas(columns, rows=1):
     """Return a figure and its axes [rows, columns], each as wide as a column."""
-    return plt.subplots(rows, columns, figsize=(3.4 * columns, 2.5 * rows),
-                        layout="constrained", squeeze=False)
+    figure = Figure(figsize=(3.4 * columns, 2.5 * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def spread(values):
@@ -128,7 +142,9 @@ def legend(axis, ncols=2):
 
 
 def note(figure, text):
-    """Write a text in small letters under the panels of a figure."""
+    """Write a text in small letters under the panels of a figure, before the one that
+    stands there already."""
+    text = f"{text} {note_of(figure)}".strip()
     letters = int(22 * figure.get_figwidth())  # that fit in a line
     figure.supxlabel(textwrap.fill(text, letters), fontsize=6, x=0.01, ha="left")
 
@@ -139,21 +155,41 @@ def note_of(figure):
 
 
 def save(path, figure, rows, header):
-    """Write a figure as path.png and path.pdf, and what it draws as path.csv.
+    """Write what a figure draws as path.csv, and the figure as path.png and path.pdf.
 
-    rows: dicts with the same keys. header: its lines become comments of the CSV.
+    rows: dicts with the same keys. header: its lines become comments of the CSV. What
+    matplotlib cannot draw is a note, and an older picture of this name is removed.
+    Raises OSError if a file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for kind in ("png", "pdf"):
-        write_whole(path.with_suffix(f".{kind}"),
-                    lambda file: figure.savefig(file, format=kind, dpi=200), "wb")
-    plt.close(figure)
     text = io.StringIO()
     text.writelines(f"# {line}\n" for line in header.splitlines())
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_whole(path.with_suffix(".csv"), lambda file: file.write(text.getvalue()))
+    make_printable(figure)
+    for kind in ("png", "pdf"):
+        target = path.with_suffix(f".{kind}")
+        try:
+            write_whole(target, lambda file: figure.savefig(file, format=kind, dpi=200),
+                        "wb")
+        except OSError:
+            raise
+        except Exception as error:  # of matplotlib, its fonts, its settings
+            target.unlink(missing_ok=True)
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            print(f"note: {target} could not be drawn ({reason}). Its numbers are in "
+                  f"{path.with_suffix('.csv')}")
+
+
+def make_printable(figure):
+    """Write letters that no font can have, of a file's name that is no text, as their
+    numbers."""
+    for text in figure.findobj(Text):
+        letters = text.get_text().encode("utf-8", "backslashreplace").decode()
+        if letters != text.get_text():
+            text.set(text=letters, parse_math=False)
 
 
 def draw_curves(rows, path):
@@ -163,8 +199,9 @@ def draw_curves(rows, path):
     """
     epochs = [row["epoch"] for row in rows]
     small = {"font.size": 9, "xtick.labelsize": 7, "ytick.labelsize": 7}
-    with plt.rc_context(small):
-        figure, axes = plt.subplots(1, 3, figsize=(7.0, 2.4), layout="constrained")
+    with matplotlib.rc_context(small):
+        figure = Figure(figsize=(7.0, 2.4), layout="constrained")
+        axes = figure.subplots(1, 3)
         point = dict(marker=".", markersize=3, linewidth=1)
         for key, colour, line, label in (("train", BLUE, "--", "training"),
                                          ("test", RED, "-", "test")):
@@ -187,7 +224,6 @@ def draw_curves(rows, path):
         axes[2].set_ylim(-3, 103)
         write_whole(path, lambda file: figure.savefig(file, format="png", dpi=200),
                     "wb")
-        plt.close(figure)
 
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">\
@@ -197,9 +233,10 @@ img {{ max-width: 100% }} figure {{ margin: 3em 0 }} small {{ color: #555 }}
 pre {{ white-space: pre-wrap; font-size: 12px }}
 </style><h1>{title}</h1>
 """
+IMAGE = """<img alt="{name}" width="{width}" src="data:image/png;base64,{png}">
+"""
 SECTION = """<figure id="{name}"><h2>{heading}</h2>
-<img alt="{name}" width="{width}" src="data:image/png;base64,{png}">
-<figcaption>
+{image}<figcaption>
 {texts}
 <details><summary>Commands of the runs</summary><pre>{commands}</pre></details>\
 </figcaption></figure>
@@ -209,14 +246,19 @@ SECTION = """<figure id="{name}"><h2>{heading}</h2>
 def page(path, title, sections):
     """Write an HTML page that needs no other file.
 
-    sections: [(path of a PNG file, heading, texts, commands of its runs)].
+    sections: [(path of a PNG file, heading, texts, commands of its runs)]. A picture
+    that could not be drawn is left out.
     """
     parts = [PAGE.format(title=html.escape(title))]
-    for image, heading, texts, commands in sections:
-        png = image.read_bytes()
-        pixels = int.from_bytes(png[16:20], "big")  # the width, in the header of a PNG
+    for path_of_image, heading, texts, commands in sections:
+        image = ""
+        if path_of_image.exists():
+            png = path_of_image.read_bytes()
+            pixels = int.from_bytes(png[16:20], "big")  # the width, in its header
+            image = IMAGE.format(name=path_of_image.stem, width=f"{pixels // 1.6:.0f}",
+                                 png=base64.b64encode(png).decode())
         parts.append(SECTION.format(
-            name=image.stem, heading=html.escape(heading), width=f"{pixels // 1.6:.0f}",
-            png=base64.b64encode(png).decode(), commands=html.escape(commands),
+            name=path_of_image.stem, heading=html.escape(heading), image=image,
+            commands=html.escape(commands),
             texts="\n".join(f"<p>{html.escape(text)}</p>" for text in texts)))
     write_whole(path, lambda file: file.write("\n".join(parts) + "</html>\n"))

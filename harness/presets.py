@@ -41,16 +41,24 @@ CHANNEL_RATES = {"vgg16": {0.4522: 0.1, 0.6764: 0.05},
 CHANNEL_RATES |= {"vgg16-avg": CHANNEL_RATES["vgg16"],
                   "resnet19-pre": CHANNEL_RATES["resnet19"]}
 
-# SD-SNN's rules, by kind of layer: convolution or fully connected
+# SD-SNN's rules, those of its own repository, by kind of layer: convolution or fully
+# connected. Brain-Cog's copy for CIFAR-10 has other numbers: a first rate of 2 % for
+# fully connected layers, `few` = 50, a constraint from epoch 19 on
 #   alpha        early and late factor on the growth of a fully connected layer's rate
 #   divisor      that growth is divided by it
 #   percentile   a masked synapse above this percentile of its layer may come back
 #   count        (c) once it was above for so many epochs in a row
 #   few          a neuron with fewer live synapses counts as pruned
+# and of --mode official alone:
+#   clamp        the first epoch with the synaptic constraint, in runs of 300 epochs or
+#                more; None: 19, as in all modes
+#   moves        the kinds of layers whose ranges move
 MNIST_RULES = dict(alpha=(1, 7.5e-4), divisor=10, percentile=dict(conv=65, fc=60),
-                   count=dict(conv=18, fc=10), few=dict(conv=10, fc=20))
+                   count=dict(conv=18, fc=10), few=dict(conv=10, fc=20),
+                   clamp=None, moves=("conv", "fc"))
 CIFAR_RULES = dict(alpha=(0.5, 5e-4), divisor=10, percentile=dict(conv=65, fc=60),
-                   count=dict(conv=18, fc=18), few=dict(conv=20, fc=20))
+                   count=dict(conv=18, fc=18), few=dict(conv=20, fc=20),
+                   clamp=6, moves=("fc",))
 
 ROWS = {
     # Augmentation is LTH-SNN's crop and flip. In a short run on centred 28x28 images
@@ -59,6 +67,7 @@ ROWS = {
         data=dict(
             dataset="fashion-mini", data_dir="data", train_limit=None,
             crop=0, flip=True, cutout=0, rotate=0.0, encoding="direct",
+            event_split=None,  # of recordings alone
             model="small", width=1.0, time_steps=4, init=None,
             # the neuron; None: the network's own
             tau=None, threshold=None, alpha=None, surrogate=None, reset=None,
@@ -150,7 +159,9 @@ ROWS = {
             mode="paper", sparsity=0.95, model="gradr-conv", time_steps=8, loss="mse",
             batch_size=16, epochs_prune=2048, epochs_finetune=0, interval=20_000,
             adam_lr=1e-4),
-        # SD-SNN's own. loss: its code has UnilateralMse, whose clip it discards: mse
+        # SD-SNN's own. loss: its code has UnilateralMse, which discards what it clips:
+        # it equals mse, that of the rate. Its images are augmented further there
+        # (RandAugment, jittered colours, erased patches)
         sdsnn=dict(
             model="sdsnn-large", time_steps=8, loss="mse", optimizer="adamw",
             batch_size=50, epochs_prune=600, epochs_finetune=0, sparsity=0.0,
@@ -194,22 +205,23 @@ ROWS = {
     # INTERPRETATION of `weights`: n-mnist as mnist; the others make some 40 updates, in
     # two fifths of the epochs
     "n-mnist": dict(
-        # T, crop and rotation are SD-SNN's
-        data=dict(encoding="events", time_steps=20, batch_size=100, crop=4, flip=False,
-                  rotate=10.0),
+        # T and the split by number are SD-SNN's. Its code names this crop and rotation
+        data=dict(encoding="events", event_split="number", time_steps=20,
+                  batch_size=100, crop=4, flip=False, rotate=10.0),
         weights=dict(epochs_prune=6, epochs_finetune=4, interval=90),
         channels=dict(epochs_pretrain=6, epochs_finetune=6),
         structured=dict(l1=1e-3),
         greg=dict(epochs_prune=3),
+        # published code: the crop and the rotation are never passed to the data set
         sdsnn=dict(
             model="sdsnn-small", loss="mse", optimizer="adam", epochs_prune=300,
-            epochs_finetune=0, sparsity=0.0, rate_fc=0.45),
+            epochs_finetune=0, sparsity=0.0, rate_fc=0.45, crop=0, rotate=0.0),
         pq=dict(epochs_prune=7, epochs_finetune=3, interval=95)),
 
     "dvs-gesture": dict(
-        # T, crop and rotation are SD-SNN's
-        data=dict(encoding="events", time_steps=64, batch_size=16, crop=16, flip=False,
-                  rotate=5.0),
+        # T, the split by number, crop and rotation are SD-SNN's
+        data=dict(encoding="events", event_split="number", time_steps=64,
+                  batch_size=16, crop=16, flip=False, rotate=5.0),
         weights=dict(epochs_prune=80, epochs_finetune=120, interval=136),
         channels=dict(epochs_pretrain=160, epochs_finetune=160),
         structured=dict(l1=1e-4),
@@ -223,8 +235,9 @@ ROWS = {
 
     "cifar10-dvs": dict(
         # T and the network are PQ's. INTERPRETATION of its augmentation: crops and
-        # flips, as with CIFAR
-        data=dict(encoding="events", model="vggsnn", time_steps=10, crop=4),
+        # flips, as with CIFAR; of its frames: by number, as in TET's code
+        data=dict(encoding="events", event_split="number", model="vggsnn",
+                  time_steps=10, crop=4),
         weights=dict(epochs_prune=80, epochs_finetune=120, interval=282),
         channels=dict(epochs_pretrain=160, epochs_finetune=160),
         structured=dict(l1=1e-4),
@@ -264,6 +277,29 @@ def of(dataset, script=None):
     for columns in (default, row):
         settings |= columns.get(LENGTH[script], {}) | columns.get(script, {})
     return settings
+
+
+def of_earlier(config):
+    """Return the config.json of an earlier run with the values that its defaults had
+    then, where today's differ.
+
+    A run whose config.json has no event_split had frames by time, but of cifar10-dvs
+    by number, and other neurons in SD-SNN's networks. Those of sdsnn-large had learnt
+    time constants behind linear layers too: an unfinished run of it cannot go on.
+    """
+    if "event_split" in config:
+        return config
+    then = {}
+    if config.get("dataset") in ("n-mnist", "dvs-gesture"):
+        then["event_split"] = "time"
+    elif config.get("dataset") == "cifar10-dvs":
+        then["event_split"] = "number"
+    if config.get("model") == "sdsnn-small":
+        then["detach_reset"] = True
+    elif config.get("model") == "sdsnn-large":
+        then |= dict(threshold=0.5, strict=False)
+    given = {flag: value for flag, value in config.items() if value is not None}
+    return config | then | given
 
 
 def channel_rates(model):

@@ -28,17 +28,24 @@ import inspect
 import os
 import signal
 import sys
-from contextlib import suppress
+import threading
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 # One rank may download, decode or write for long while the others wait. This limit is
 # not for a rank that dies: its connections close, and torchrun ends the others
 LONGEST_WAIT = timedelta(days=1)
 LEAVING = timedelta(seconds=5)  # how long ranks that leave wait for each other
+# How long ranks that torchrun did not start wait for each other at the start. torch's
+# import from a shared disk may take some of them half a minute
+JOINING = timedelta(seconds=45)
+ONE_OR_ALL = ("Start it by torchrun, or, for one process, by python after: unset "
+              "WORLD_SIZE")
 
 
 class Mismatch(RuntimeError):
@@ -47,29 +54,148 @@ class Mismatch(RuntimeError):
 
 def size():
     """Return the number of ranks, 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return max(1, _whole("WORLD_SIZE", 1))
 
 
 def rank():
     """Return the number of this rank, from 0. Rank 0 writes and prints."""
-    return int(os.environ.get("RANK", 0))
+    # a cluster may set RANK alone, for something else
+    return _whole("RANK", 0) if size() > 1 else 0
 
 
 def local():
     """Return the number of this rank on its machine, and how many ranks run there."""
-    number = int(os.environ.get("LOCAL_RANK", 0))
-    return number, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if size() == 1:
+        return 0, 1
+    return _whole("LOCAL_RANK", 0), _whole("LOCAL_WORLD_SIZE", 1)
+
+
+def _given(name):
+    """Return the text of an environment variable, "" where it is not set."""
+    return os.environ.get(name, "").strip()
+
+
+def _is_whole(text):
+    return text.isascii() and text.isdigit() and len(text) < 10
+
+
+def _whole(name, default):
+    """Return an environment variable as a whole number; `default` where it is not set,
+    or no such number (see check)."""
+    text = _given(name)
+    return int(text) if _is_whole(text) else default
+
+
+def require_one():
+    """Raise ValueError if torchrun started several processes."""
+    if size() > 1:
+        raise ValueError(f"torchrun started {size()} processes, expected one: this "
+                         f"script runs in a single one. Start it by python, with "
+                         f"WORLD_SIZE unset")
+
+
+def check():
+    """Raise ValueError unless the environment variables that torchrun sets are complete
+    and fit together. Without WORLD_SIZE the others are not looked at."""
+    numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    is_shared = _given("WORLD_SIZE") != ""
+    for name in numbers if is_shared else ():
+        if _given(name) and not _is_whole(_given(name)):
+            raise ValueError(f"the environment variable {name} is {_given(name)}, "
+                             f"expected a whole number. {ONE_OR_ALL}")
+    if is_shared and _whole("WORLD_SIZE", 1) == 0:
+        raise ValueError(f"the environment variable WORLD_SIZE is 0, expected at least "
+                         f"1. {ONE_OR_ALL}")
+    if is_shared and _whole("RANK", 0) >= size():
+        raise ValueError(f"the environment variable RANK is {_given('RANK')}, expected "
+                         f"less than WORLD_SIZE, which is {size()}. {ONE_OR_ALL}")
+    if size() == 1:
+        return
+    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT")
+               if not _given(name)]
+    if missing:
+        raise ValueError(f"the environment variable WORLD_SIZE is {size()}, but "
+                         f"these are not set: {', '.join(missing)}; expected all that "
+                         f"torchrun sets. {ONE_OR_ALL}")
+    number, here = local()
+    if _given("LOCAL_WORLD_SIZE") and number >= here:
+        raise ValueError(f"the environment variable LOCAL_RANK is {number}, expected "
+                         f"less than LOCAL_WORLD_SIZE, which is {here}. {ONE_OR_ALL}")
+
+
+def is_by_torchrun():
+    """Return whether torchrun itself started this rank, and not another program that
+    sets the same variables. torchrun ends all ranks when one is gone."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def start(device):
     """Join the other ranks, if there are any.
 
     Tensors on the CPU are sent by gloo, even if the network is on a GPU: so no rank has
-    to wait for its GPU.
+    to wait for its GPU. Raises ValueError if the environment variables do not fit, or
+    if the others do not come.
     """
-    if size() > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=LONGEST_WAIT)
+    check()
+    if size() == 1 or dist.is_initialized():
+        return
+    if device.type == "cuda" and not _given("LOCAL_RANK"):
+        raise ValueError(f"the environment variable WORLD_SIZE is {size()}, but "
+                         f"LOCAL_RANK is not set, expected the number of this "
+                         f"process's GPU. Start it by torchrun")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    patience = LONGEST_WAIT if is_by_torchrun() else JOINING
+    try:
+        with nullcontext() if is_by_torchrun() else _quiet():
+            store = _meet(patience)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"the environment variable WORLD_SIZE is {size()}, but the "
+                         f"other processes did not come within "
+                         f"{patience.total_seconds():.0f} s to "
+                         f"{_given('MASTER_ADDR')} port {_given('MASTER_PORT')} "
+                         f"({reason}), expected all of them. {ONE_OR_ALL}") from None
+    store.set_timeout(LONGEST_WAIT)
+    dist.init_process_group(backend, store=dist.PrefixStore("ranks", store),
+                            rank=rank(), world_size=size(), timeout=LONGEST_WAIT)
+
+
+@contextmanager
+def _quiet():
+    """Leave out what torch's own code, in C++, writes to stderr: its traces of a failed
+    connection."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _meet(patience):
+    """Return the store in which the ranks find each other, when all of them are there.
+
+    Raises RuntimeError or OSError after `patience`, a timedelta. This is in a thread of
+    its own, since torch waits without end for a port that belongs to another program.
+    """
+    found = []
+
+    def join():
+        try:
+            found.append(next(rendezvous("env://", timeout=patience))[0])
+        except Exception as error:  # it is raised below
+            found.append(error)
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(patience.total_seconds() + 2)
+    if not found:
+        raise TimeoutError("no answer")
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
 
 
 def together():
@@ -259,15 +385,16 @@ def speaks(code):
     code 2, makes all ranks leave. They wait for each other, at most five seconds, so
     that each leaves with that code.
     """
-    if size() == 1:
+    if size() == 1 or not is_by_torchrun():
         return True
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with suppress(ValueError):  # only the main thread of a program may do it
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                               is_master=False, timeout=LEAVING)
         key = f"leaving/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         is_first = store.add(key, 1) == 1
-    except (KeyError, RuntimeError):  # without torchrun's store every rank speaks
+    except (KeyError, ValueError, RuntimeError):  # without its store every rank speaks
         return True
     if code == 2:
         store.set(f"{key}/{rank()}", "")

@@ -21,6 +21,10 @@ import plans
 CIFAR10 = ([0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010])
 CIFAR = ("cifar10", "cifar100")
 
+# items of "unstructured" that change an update of the masks; all but "ties" act only on
+# what is regenerated
+ITEMS_OF_AN_UPDATE = {"score", "classifier", "zero", "momentum", "ties"}
+
 # {script: {item: (what it does, the flags that it sets)}}
 ITEMS = {
     "unstructured": {
@@ -90,18 +94,23 @@ def complete(args, explicit, script):
     imply. Raise ValueError for an item without a meaning, and for a flag that
     contradicts one.
 
-    explicit: {flag: value} from the command line and config.json.
+    explicit: {flag: value} from the command line and config.json, see flags.Explicit.
     """
     named, known = args.as_published, ITEMS[script]
-    wanted = list(known) if named == ["all"] else [i for i in known if i in named]
-    unfit = {item: why for item in wanted if (why := misfit(args, item))}
-    if named != ["all"]:
-        for item, why in unfit.items():
-            raise ValueError(f"--as-published {item} does nothing with {why}. Leave it "
-                             f"out")
-    elif args.dataset not in CIFAR:
-        unfit["cutout"] = "other images"  # Tiny-ImageNet has none there
-    args.as_published = [item for item in wanted if item not in unfit]
+    # a resumed run goes on as it began, also with an item that is refused today
+    is_resumed = "as_published" in getattr(explicit, "kept", ())
+    unfit = reasons(misfit, args, known)
+    whole = [item for item in known if item not in unfit]
+    if args.dataset not in CIFAR and "cutout" in whole:
+        whole.remove("cutout")  # Tiny-ImageNet has none there
+    wanted = whole if named == ["all"] else [item for item in known if item in named]
+    if wanted != whole:  # the whole is one name for all runs that are compared
+        unfit |= reasons(idle, args, wanted)
+    for item in wanted:
+        if item in unfit and not is_resumed:
+            raise ValueError(f"--as-published {item} does nothing with {unfit[item]}. "
+                             f"Leave it out")
+    args.as_published = wanted
     for item in args.as_published:
         for flag, value in known[item][1].items():
             if explicit.get(flag, value) != value:
@@ -112,8 +121,14 @@ def complete(args, explicit, script):
             setattr(args, flag, value)
 
 
+def reasons(why_not, args, items):
+    """Return {item: why_not(args, item)} of the items that have such a reason."""
+    found = {item: why_not(args, item) for item in items}
+    return {item: reason for item, reason in found.items() if reason is not None}
+
+
 def misfit(args, item):
-    """Return why an item means nothing to a run, in words; None if it does."""
+    """Return why an item means nothing to a run, in words; None if it fits."""
     renamed = plans.AS_PUBLISHED.get(item)
     if renamed is not None and args.model not in renamed:
         return f"--model {args.model}, expected one of {', '.join(renamed)}"
@@ -123,6 +138,21 @@ def misfit(args, item):
         return f"--encoding {args.encoding}, expected direct"
     if item == "cutout" and args.encoding == "events":
         return "events, expected images"
+    return None
+
+
+def idle(args, item):
+    """Return why an item changes nothing in what a run prunes, in words; None if it
+    changes something. args: the flags, or a namespace of a config.json."""
+    flags = vars(args)
+    if item == "count" and flags.get("prune_ratio") == 0:
+        return "--prune-ratio 0"
+    if flags.get("sparsity") == 0 and item in ITEMS_OF_AN_UPDATE:
+        return "--sparsity 0"
+    if flags.get("regen") == 0 and item in ITEMS_OF_AN_UPDATE - {"ties"}:
+        return "--regen 0"
+    if item == "score" and flags.get("metric") not in (None, "criticality"):
+        return f"--metric {args.metric}"
     return None
 
 

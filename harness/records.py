@@ -27,6 +27,7 @@ paper's text; it is empty for the text.
 A method that is named nowhere in this file is compared like the others: runs are told
 apart by what their config.json and summary.json say.
 """
+import hashlib
 import json
 import shlex
 import sys
@@ -41,11 +42,12 @@ from tqdm import tqdm
 
 import metrics
 import models
+from harness import flags
 from harness import presets
 from harness import published
 from harness import runfolder
 from harness import setup
-from harness.files import save_arrays
+from harness.files import data_changes, data_of, save_arrays
 
 WEIGHTS, CHANNELS = "weights", "channels"
 ALGORITHMS = ("prune_unstructured", "prune_structured")  # Algorithms 1 and 2
@@ -55,9 +57,10 @@ METHODS = ("dense", "gmp", "slimming", "criticality", "gradient", "random", "gra
            "greg1", "greg2", "imp", "eb", "et", "gradr", "deepr", "sdsnn", "pq")
 
 # The flags that are equal in runs that are compared
-SHARED = ("dataset", "model", "width", "encoding", "tau", "threshold", "surrogate",
-          "alpha", "reset", "detach_reset", "decay_input", "strict", "loss",
-          "train_limit", "time_steps", "batch_size", "lr", "smoke", "epochs_finetune")
+SHARED = ("dataset", "event_split", "model", "width", "encoding", "tau", "threshold",
+          "surrogate", "alpha", "reset", "detach_reset", "decay_input", "strict",
+          "loss", "train_limit", "time_steps", "batch_size", "lr", "smoke",
+          "epochs_finetune")
 # Runs with equal items of --as-published have equal flags that these imply
 SAME = {
     WEIGHTS: (*SHARED, "as_published", "epochs_prune", "sparsity", "interval",
@@ -75,9 +78,9 @@ MEANINGLESS = {
     "greg1": {"regen_base", "l1"},
     "greg2": {"regen_base", "l1"},
 }
-# The keys of config.json that are no flags, or say only where and on what a run ran
-NOT_FLAGS = {"run_dir", "script", "device", "device_name", "threads", "processes",
-             "commit"}
+# The keys of config.json that change nothing in a run: they are no flags, or say only
+# where and on what it ran
+NO_SETTINGS = flags.NO_FLAGS | {"run_dir", "device"}
 LATER_KEYS = {"as_published"}  # of summary.json, which older runs lack
 
 
@@ -108,7 +111,7 @@ def read_run(folder):
     method = summary["method"]
     script, config = as_written_today(summary["script"], method, config)
     # A flag that did not exist yet had its default
-    config = presets.of("default") | dict(as_published=[]) | config
+    config = presets.of("default") | dict(as_published=[]) | presets.of_earlier(config)
     by_channel = "target_macs" in config or "prune_ratio" in config
     rate = config["death_rate"] if script == "prune_granet" else summary["regen"]
     return SimpleNamespace(
@@ -181,10 +184,10 @@ def read(run, name):
 def analysis_of(run):
     """Return what analysis.npz of a run holds, a dict of arrays. Raises Unfit.
 
-    Where there is no such file, or an older one without the keys *_published, it is
-    computed from model.pt and the images, in eval mode and without augmentation, and
-    kept. An older file whose network is gone is returned as it is. K classes, C
-    channels of a LIF layer:
+    Where there is no such file, a damaged one, one of another model.pt than is there
+    now, or an older one without the keys *_published, it is computed from model.pt and
+    the images, in eval mode and without augmentation, and kept. A file whose network is
+    gone is returned as it is. K classes, C channels of a LIF layer:
 
         variance              [K]  intra-cluster variance of each class, test set
         similarity            [K]  cosine of its mean features in training and test set
@@ -194,19 +197,43 @@ def analysis_of(run):
         criticality/LIF       [C]  score of the channels (Eq. 6), test set
         rate/LIF              []   firing rate, spikes a step and neuron, test set
         sops/LAYER            []   synaptic operations an image, test set
+        made_from             []   hash of the model.pt
     """
-    path = run.folder / "analysis.npz"
-    old = read(run, path.name) if path.exists() else {}
-    if "variance_published" in old:
+    if "analysis" in run.files:
+        return run.files["analysis"]
+    run.files["analysis"] = found = _current_analysis(run)
+    return found
+
+
+def _current_analysis(run):
+    path, network = run.folder / "analysis.npz", run.folder / "model.pt"
+    old, wrong = {}, ""
+    if path.exists():
+        try:
+            old = read(run, path.name)
+        except Unfit:
+            if not network.exists():
+                raise
+            wrong = "is damaged"
+    made_from = str(old.get("made_from", ""))  # older files do not say
+    now = made_from
+    if network.exists():
+        now = hashlib.sha256(network.read_bytes()).hexdigest()
+    is_current = not made_from or made_from == now
+    if not is_current:
+        wrong = f"is of another {network.name} than is there now"
+    if "variance_published" in old and is_current:
         return old
     try:
         found = analyse(run)
     except Unfit:
-        if old:
+        if old and is_current:
             return old
         raise
+    found["made_from"] = np.array(now)
     save_arrays(path, found)
-    run.files[path.name] = found
+    if wrong:
+        print(f"note: {path} {wrong}: made anew")
     return found
 
 
@@ -219,6 +246,9 @@ def analyse(run):
         images = setup.load(SimpleNamespace(**run.config), device)
     except (OSError, ValueError) as error:
         raise Unfit(run, " ".join(str(error).split())) from None
+    changes = data_changes(run.config.get("data"), data_of(images))
+    if changes:
+        raise Unfit(run, f"its data have changed: {'; '.join(changes)}")
     net = net.to(device, memory_format=torch.channels_last)
     masks = {name: mask.to(device) for name, mask in packed["masks"].items()}
     train = list(images.pairs("train", run.config["batch_size"]))
@@ -267,6 +297,27 @@ def layers_of(run, kind):
 # ---- which runs may be compared ----------------------------------------------------
 
 
+def note_of_data(runs):
+    """Return a line for runs whose flags name the same data, but whose data differ, as
+    after a file was written anew; "" where there are none, or none that say."""
+    groups, found = {}, []
+    for run in runs:
+        named = values_of(run, ("dataset", "train_limit", "time_steps", "event_split",
+                                "smoke"))
+        first = groups.setdefault(named, run)
+        if not isinstance(first.config.get("data"), dict):
+            groups[named] = run  # of an older version: it does not say
+        elif isinstance(run.config.get("data"), dict):
+            changes = data_changes(first.config["data"], run.config["data"])
+            if changes:
+                found.append(f"{run.folder} ({'; '.join(changes)})")
+    if not found:
+        return ""
+    more = ", ..." if len(found) > 1 else ""
+    return (f"note: {len(found)} of {len(runs)} runs were made with other data under "
+            f"the same name: {found[0]}{more}. They should not be compared")
+
+
 def in_order(methods):
     """Return names of methods, each once: as in METHODS, then the others by name."""
     methods = set(methods)
@@ -295,6 +346,17 @@ def values_of(run, flags):
     return tuple(tuple(value) if isinstance(value, list) else value for value in values)
 
 
+def is_same(run, flag, own, value):
+    """Return whether a run, whose flag has the value `own`, is as one of `value`. Items
+    of --as-published that change nothing in the run do not count."""
+    if flag != "as_published":
+        return own == value
+    args = SimpleNamespace(**run.config)
+    own, value = ([item for item in items if published.idle(args, item) is None]
+                  for items in (own or (), value or ()))
+    return own == value
+
+
 def comparable_groups(runs, pruned, free=()):
     """Return lists of runs that may be compared, the largest first.
 
@@ -312,7 +374,8 @@ def comparable_groups(runs, pruned, free=()):
         members = {}
         for run in mine:
             meaningless = meaningless_to(run)
-            agrees = all(flag in meaningless or own == value for flag, own, value
+            agrees = all(flag in meaningless or is_same(run, flag, own, value)
+                         for flag, own, value
                          in zip(same, values_of(run, same), setting))
             if agrees:
                 key = (run.method, run.regen or 0, run.seed, values_of(run, free))
@@ -341,9 +404,9 @@ def paper_rate(run):
 def runs_of(group, method):
     """Return the runs of a method in a group, by seed, at one regeneration rate.
 
-    Of several rates the one with the most seeds counts, then the one nearest to the
-    paper's for this target, of two as near the higher one; never the one with the best
-    result.
+    Of several rates the paper's for this target counts; where it is not at hand, the
+    one with the most seeds, then the nearest to the paper's, of two as near the higher
+    one; never the one with the best result.
     """
     mine = [run for run in group if run.method == method]
     if not mine:
@@ -351,8 +414,8 @@ def runs_of(group, method):
     usual = paper_rate(mine[0])
     seeds = Counter(run.regen or 0 for run in mine)
     # rounded: 0.1 and 0.3 are as near to 0.2
-    rate = max(seeds, key=lambda rate: (seeds[rate], -round(abs(rate - usual), 9),
-                                        rate))
+    rate = max(seeds, key=lambda rate: (rate == usual, seeds[rate],
+                                        -round(abs(rate - usual), 9), rate))
     return sorted((run for run in mine if (run.regen or 0) == rate),
                   key=lambda run: run.seed)
 
@@ -421,7 +484,7 @@ def command_of(run):
     implied = published.implied(run.config)
     for flag, value in run.config.items():
         name = flag.replace("_", "-")
-        if flag in NOT_FLAGS or flag.startswith("version_") or value is None:
+        if flag in NO_SETTINGS or flag.startswith("version_") or value is None:
             continue
         if flag in implied or (flag in usual and usual[flag] == value):
             continue
@@ -451,6 +514,26 @@ def rates_of(runs):
     if len(found) == 1:
         return f"r = {', '.join(found.values())}"
     return f"r = {by_pruned(found)}"
+
+
+def updates_of(runs):
+    """Return in words how many updates the runs that regenerate weights have, and
+    after how many steps: "30 updates, one every 25 steps"; "" where no run regenerates
+    weights."""
+    mine = [run for run in runs if run.pruned == WEIGHTS and run.regen]
+    steps = listed(sorted({run.config["interval"] for run in mine
+                           if run.config.get("interval")}))
+    if not steps:
+        return ""
+    counts = set()
+    for run in mine:
+        try:
+            counts.add(len(read(run, "updates.jsonl")))
+        except Unfit:  # the steps suffice
+            continue
+    if counts:
+        return f"{listed(sorted(counts))} updates, one every {steps} steps"
+    return f"an update every {steps} steps"
 
 
 def by_pruned(found):
@@ -503,6 +586,6 @@ def describe(runs):
     model = listed(run.config["model"] for run in runs)
     aim = listed(aim_of(run) for run in runs) or "dense"
     seeds = f"seeds {listed(sorted({run.seed for run in runs}))}"
-    parts = [dataset, model, aim, readings_of(runs), rates_of(runs), seeds,
-             f"{len(runs)} runs"]
+    parts = [dataset, model, aim, readings_of(runs), rates_of(runs), updates_of(runs),
+             seeds, f"{len(runs)} runs"]
     return "; ".join(part for part in parts if part)

@@ -20,10 +20,11 @@ from harness import files, flags, processes, setup
 from harness.runfolder import Run
 
 
-def set_up(args, **epochs):
+def set_up(args, least=channels.fewest, **epochs):
     """Return the run, and a network of the dense widths to compare with. Flags that
     cannot work end the script with exit code 2, before anything is written.
 
+    least(net): returns the channels that stay at any ratio, [M] bool.
     epochs: the length of each stage.
     """
     with flags.exits(2, ValueError, OSError):
@@ -31,7 +32,8 @@ def set_up(args, **epochs):
         images = setup.load(args, device)
         net = setup.build(args, images, files.saved_widths(args))
         dense = setup.build(args, images)
-        channels.check_ratio(dense, args.prune_ratio or 0.0, args.target_macs or 0.0)
+        channels.check_ratio(dense, args.prune_ratio or 0.0, args.target_macs or 0.0,
+                             least)
         stages = setup.stages(args, images, **epochs)
         run = Run(args, device, images, stages, net=net,
                   optimizer=training.sgd(args, net))
@@ -81,6 +83,11 @@ def remove(run, ratio, choice, scores=None, spiked=None):
     record["accuracy_removed"] = run.evaluate(small)["accuracy"]
     files.write_json(run.folder / "channels.json", record)
     run.say(channels.record_lines(record))
+    if args.target_macs is not None:
+        missed = abs(record["macs_removed"] - args.target_macs)
+        if missed > 0.005:
+            run.say(f"  note: asked to remove {100 * args.target_macs:g} % of the "
+                    f"MACs; no ratio comes nearer than {100 * missed:.2f} points")
 
     notes |= dict(prune_ratio=ratio, sparsity=channels.sparsity(net, small), gamma=[],
                   pruned_accuracy=record["accuracy_removed"],
@@ -119,15 +126,19 @@ def finish(run, dense, script, method, **own):
             f"batch 32")
 
     names, sizes = channels.layers(net)
-    history = {}  # {layer: [epochs, C]}
+    rows = torch.zeros(0, sum(sizes))
     if notes["gamma"]:
         rows = torch.stack(notes["gamma"])
-        # a layer that has lost all its channels has none to show
-        history = {name: rows[:, :0].numpy() for name in channels.layers(dense)[0]}
-        history |= {name: part.numpy()
-                    for name, part in zip(names, rows.split(sizes, dim=1))}
+    # {layer: [epochs, C]}; a layer that has lost all its channels has none to show
+    history = {name: rows[:, :0].numpy() for name in channels.layers(dense)[0]}
+    history |= {name: part.numpy()
+                for name, part in zip(names, rows.split(sizes, dim=1))}
     files.save_arrays(run.folder / "gamma.npz", history)
-    cost = sum(1 - row["sparsity"] for row in run.rows) / len(run.rows)
+    cost = 0.0  # of no epoch
+    if run.rows:
+        cost = sum(1 - row["sparsity"] for row in run.rows) / len(run.rows)
+    if run.stages.by_name["finetune"] == 0:  # the last epoch was of the dense network
+        own["test_accuracy"] = notes["pruned_accuracy"]
     own = notes | channels.compared_with_dense(dense, net) | own
     return run.finish(script, method, counts, speedup_batch1=speed[1],
                       speedup_batch32=speed[32], training_cost=cost, **own)

@@ -17,9 +17,11 @@ a full disk, ends the script with exit code 1. The last good checkpoint is kept.
 """
 import json
 import math
+import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,11 +34,11 @@ import data
 import metrics
 import models
 import training
-from harness import files, flags, processes, setup
+from harness import files, flags, presets, processes, setup
 from harness.files import fits, read_checkpoint, save_tensors, write_json, write_lines
 from harness.machine import device_name, peak_memory_mib, versions
 from harness.meters import Meter, Watch
-from masks import seeded
+from masks import TooFew, seeded
 
 # All files that a run can leave. --overwrite removes all but the first, which it
 # replaces. summary.json goes first: without it the run counts as unfinished
@@ -65,8 +67,8 @@ class Stopped(BaseException):
 def finished(args):
     """Return the summary of a finished run under --resume, else None.
 
-    It prints that the run is finished. A damaged summary.json ends the script with exit
-    code 2.
+    It prints that the run is finished. A damaged summary.json, or own data that are no
+    longer those of the run, end the script with exit code 2.
     """
     path = Path(args.run_dir, "summary.json")
     if not args.resume or not path.exists():
@@ -80,9 +82,22 @@ def finished(args):
             raise ValueError(f"{path} is damaged, expected the summary of a finished "
                              f"run. Remove it to go on from the checkpoint, or start "
                              f"again with --overwrite") from None
+        require_data_of_finished(args)
     if processes.rank() == 0:
         print(f"{args.run_dir} is finished: {result}. Nothing is left to do")
     return summary
+
+
+def require_data_of_finished(args):
+    """Raise ValueError or OSError if the data that a finished run names have changed,
+    or cannot be read any more. Data that are gone, older runs and named sets, which
+    could be downloaded here, pass."""
+    saved = files.saved_data(args.run_dir)
+    if saved is None or args.dataset in data.NAMES:
+        return
+    if os.path.exists(args.dataset):
+        now = files.data_of(setup.read(args))
+        files.require_same_data(args.run_dir, saved, now, args.dataset)
 
 
 class Run:
@@ -117,11 +132,19 @@ class Run:
         # weight of this process's loss (see processes.weight), and its part, 0..1
         self.position, self.weight, self.share = (0, 0), 1.0, 1.0
         self.total = processes.total
+        # whether the folder held nothing; the folders that were made for it
+        self.is_new, self.made = False, []
         self.last_rank = None  # of this process, set when the shared work ends
         self.stopped_by = None  # the number of a signal
         self.unsaved = False  # whether a step was done since the last checkpoint
         self.seconds = 0.0  # of the current epoch, before the run was resumed
+        known = json.dumps(files.data_of(images)).encode()
+        processes.agree("the data", torch.tensor(list(known), dtype=torch.uint8))
         self._open()
+        if self.net.start_note:
+            self.notes["init"] = self.net.start_note
+            if self.masks is not None:
+                self.notes["first_sparsity"] = self.masks.sparsity
         position = torch.tensor([self.epoch, self.step, self.iteration])
         processes.agree("the position", position)
         self.watch = Watch(self.net, device)
@@ -145,6 +168,11 @@ class Run:
         """The name of the stage of the current epoch."""
         return self.stages.place(self.epoch)[0]
 
+    @property
+    def first_sparsity(self):
+        """The sparsity of the masks that --init has brought, 0..1; 0 without any."""
+        return self.notes.get("first_sparsity", 0.0)
+
     def generator(self, *numbers):
         """Return a CPU generator that depends on --seed, the iteration and numbers."""
         return seeded(self.args.seed, self.iteration, *numbers)
@@ -156,15 +184,15 @@ class Run:
         """Print the header, and handle the errors and signals of what runs inside.
 
         plan: what runs, in a line. An error inside is printed in one line and ends the
-        script with exit code 1. On Ctrl-C and SIGTERM the run saves a checkpoint after
-        the current step and ends. At the end the folder is unlocked.
+        script with exit code 1. On Ctrl-C, SIGTERM and SIGHUP the run saves a
+        checkpoint after the current step and ends. At the end the folder is unlocked.
         """
         size = self.args.batch_size
         smaller = f"--batch-size {max(1, size // 2)} instead of {size}"
         if self.args.precision == "fp32":
             smaller += " or --precision bf16"
         no_memory = f"Try {smaller}, in another --run-dir"
-        errors = FloatingPointError, OSError, Broken
+        errors = FloatingPointError, OSError, Broken, TooFew
         try:
             with (flags.exits(1, *errors, no_memory=no_memory),
                   self._catching_signals()):
@@ -172,8 +200,7 @@ class Run:
                     self.is_under_way = True
                     self.hold()
                     self._say_header(plan)
-                    is_new = self.iteration == 0 and "dense_accuracy" not in self.notes
-                    if self.args.init is not None and is_new:
+                    if self.net.starts_dense:
                         self.notes["dense_accuracy"] = self.evaluate()["accuracy"]
                     yield
                 except FloatingPointError as error:
@@ -182,8 +209,13 @@ class Run:
                     if "iteration" not in str(error):
                         when = f"after iteration {self.iteration}: "
                     raise FloatingPointError(f"{when}{error}") from None
+        except BaseException as end:
+            if getattr(end, "code", 1) == 1:  # an error, and no signal
+                self._leave_nothing()
+            raise
         finally:
             files.release(self.lock)
+            self._remove_folders()
 
     def epochs(self, stage=None):
         """Yield the epochs that are left, counted over all stages from 0.
@@ -380,12 +412,14 @@ class Run:
             with training.autocast(args):
                 counts = metrics.count(net, inputs, alive)
         # an epoch starts at the density at which the one before it has ended
-        densities = [1.0] + [1 - row["sparsity"] for row in rows[:-1]]
+        densities = [1 - self.first_sparsity]
+        densities += [1 - row["sparsity"] for row in rows[:-1]]
         known = dict(
             script=script, method=method, dataset=args.dataset, model=args.model,
             seed=args.seed, time_steps=args.time_steps, train_limit=args.train_limit,
             widths=net.config["widths"], epochs=len(rows),
-            test_accuracy=rows[-1]["test_accuracy"], macs_dense=counts["macs"],
+            test_accuracy=rows[-1]["test_accuracy"] if rows else None,
+            macs_dense=counts["macs"],
             dense_accuracy=self.notes.get("dense_accuracy"),
             training_cost=sum(densities) / len(densities),
             as_published=vars(args).get("as_published"),
@@ -398,11 +432,21 @@ class Run:
 
         save_tensors(self.folder / "model.pt", models.pack(net, alive))
         n_alive, n_zeros = recount(self.folder / "model.pt", summary["layers"])
-        from harness import plots  # not at the top: matplotlib is slow to import
-        plots.draw_curves(rows, self.folder / "curves.png")
+        if rows:  # a network of --init may be cut, and not trained
+            self._draw_curves()
         write_json(self.folder / "summary.json", summary)
         self.say_summary(summary, n_alive, n_zeros)
         return summary
+
+    def _draw_curves(self):
+        """Draw curves.png. If that fails, say why: the results do not need it."""
+        try:
+            from harness import plots  # not at the top: matplotlib is slow to import
+            plots.draw_curves(self.rows, self.folder / "curves.png")
+        except Exception as error:  # of matplotlib, its fonts, its settings, the disk
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            self.say(f"  note: curves.png could not be drawn ({reason}). Nothing else "
+                     f"is missing; metrics.jsonl has its numbers")
 
     def _compact(self):
         """Write compact.pt, the network without the channels that change nothing.
@@ -455,10 +499,13 @@ class Run:
     def _open(self):
         """Make the folder and write config.json, or restore the run that it holds."""
         taken = self._is_taken()
+        self.made = [path for path in (self.folder, *self.folder.parents)
+                     if not path.exists()]
         self.lock = processes.rank_0_first(
             lambda: files.acquire(self.folder) if processes.rank() == 0 else None)
         try:
             taken = self._is_taken()  # another process may have been faster
+            self.is_new = not taken
             if taken and self.args.resume:
                 self._restore()
             else:
@@ -467,10 +514,23 @@ class Run:
                 write_json(self.folder / "config.json", config, before=self._clear)
         except BaseException:
             files.release(self.lock)
-            if not taken and processes.rank() == 0:
-                with suppress(OSError):  # the folder is not empty
-                    self.folder.rmdir()
+            self._remove_folders()
             raise
+
+    def _leave_nothing(self):
+        """After an error before the first step, remove what this run has written, if
+        its folder was new or empty."""
+        if self.is_new and self.iteration == 0 and processes.rank() == 0:
+            for name in FILES:
+                with suppress(OSError):
+                    (self.folder / name).unlink()
+
+    def _remove_folders(self):
+        """Remove the folders that this run has made, those that are empty."""
+        if processes.rank() == 0:
+            with suppress(OSError):  # one is not empty, or was never made
+                for path in self.made:
+                    path.rmdir()
 
     def _is_taken(self):
         """Return whether the folder holds a run, which the flags allow to resume or to
@@ -500,7 +560,8 @@ class Run:
                   if flag not in ("resume", "overwrite")}
         return config | versions() | dict(
             script=Path(sys.argv[0]).stem, device_name=device_name(self.device),
-            threads=torch.get_num_threads(), processes=processes.size())
+            threads=torch.get_num_threads(), processes=processes.size(),
+            data=files.data_of(self.images))
 
     def _clear(self):
         """Remove the files of an earlier run."""
@@ -535,12 +596,17 @@ class Run:
             "notes": self.notes,
             "meter": self.meter.state(),
             "statistics": processes.statistics(self.net),
+            "data": files.data_of(self.images),
             "seconds": self.seconds + time.monotonic() - self.began})
         self.unsaved, self.saved_at = False, time.monotonic()
 
-    def _flags(self):
-        """Return the flags that a resumed run must share with its checkpoint."""
+    def _flags(self, knows_data=False):
+        """Return the flags that a resumed run must share with its checkpoint.
+
+        knows_data: whether the checkpoint has the hash of its data."""
         free = flags.MAY_DIFFER | {"resume", "overwrite", "run_dir"}
+        if knows_data:  # then their hash must agree, wherever they lie
+            free |= flags.PLACES
         return {flag: value for flag, value in vars(self.args).items()
                 if flag not in free}
 
@@ -550,12 +616,19 @@ class Run:
         state = read_checkpoint(self.folder)
         if state is None:
             return
-        with fits(self.folder / "checkpoint.pt"):
-            for flag, value in self._flags().items():
-                saved = state["flags"].get(flag)
-                is_new = flag not in state["flags"]  # to the run's version
-                if saved != value and not (is_new and not value):
-                    raise ValueError(f"it was made with {flag} {saved}, not {value}")
+        saved = state.get("data")
+        path = self.folder / "checkpoint.pt"
+        files.require_same_data(path, saved, files.data_of(self.images),
+                                self.args.dataset)
+        if saved is None:
+            self.say(f"note: {path} is older and does not say which data it was made "
+                     f"with: that they are the same is not checked")
+        held = presets.of_earlier(state["flags"])
+        with fits(path):
+            for flag, value in self._flags(knows_data=saved is not None).items():
+                was, is_new = held.get(flag), flag not in held  # to the run's version
+                if was != value and not (is_new and not value):
+                    raise ValueError(f"it was made with {flag} {was}, not {value}")
             self._restore_position(state)
             self._restore_parts(state)
             self.rows = self._read_lines("metrics", state["metrics"])
@@ -563,6 +636,9 @@ class Run:
             self.seconds, self.notes = state["seconds"], state["notes"]
             self.meter.restore(state["meter"])
             processes.restore_statistics(self.net, state["statistics"])
+            # the run keeps the name that it was started with, in all its files
+            for flag in flags.PLACES:
+                setattr(self.args, flag, state["flags"][flag])
 
     def _restore_position(self, state):
         epoch, step, iteration = state["position"]
@@ -575,6 +651,17 @@ class Run:
         self.epoch, self.step, self.iteration = epoch, step, iteration
 
     def _restore_parts(self, state):
+        saved = state["parts"].get("net")
+        if isinstance(saved, dict):
+            saved = models.with_normalisation(self.net, saved)
+            state["parts"]["net"] = saved
+            gone = [name for name in saved.keys() - self.net.state_dict().keys()
+                    if name.startswith("lif") and name.endswith(".w")]
+            if gone:
+                raise ValueError(f"its neurons have learnt time constants "
+                                 f"({', '.join(sorted(gone))}) that are fixed in "
+                                 f"{self.args.model} since; only the version that "
+                                 f"began it can go on")
         for name, part in self.parts.items():
             if name != "optimizer":
                 files.require_alike(name, state["parts"].get(name), part.state_dict())
@@ -611,7 +698,7 @@ class Run:
         """Let Ctrl-C, SIGTERM and SIGHUP end the run after the current step, saved.
 
         It ends at once if all steps are saved already, as while it writes the results,
-        and at a second signal.
+        and at a second signal. What the process was started to ignore stays ignored.
         """
         def stop(number, _):
             self.stopped_by = number
@@ -621,10 +708,7 @@ class Run:
             if not self.unsaved and not processes.together():
                 raise Stopped
 
-        numbers = {signal.SIGINT, signal.SIGTERM}
-        if hasattr(signal, "SIGHUP"):  # not on Windows
-            numbers.add(signal.SIGHUP)
-        previous = {number: signal.signal(number, stop) for number in numbers}
+        previous = {number: signal.signal(number, stop) for number in own_signals()}
         try:
             yield
         except Stopped:
@@ -670,6 +754,8 @@ class Run:
             f"model {args.model}, T = {args.time_steps}, {sizes['parameters']:,} "
             f"parameters, {prunable:,} prunable\n"
             f"epochs: {stages}, {self.stages.steps_per_epoch} steps each   {plan}")
+        if "init" in self.notes:
+            self.say(f"init {args.init}: {self.notes['init']}")
         if self.iteration:
             self.say(f"resumed after iteration {self.iteration} of {self.total_steps}")
 
@@ -714,6 +800,21 @@ class Run:
 
 
 # ---- functions -----------------------------------------------------------------------
+
+
+def own_signals():
+    """Return the signals on which a run ends: those of Ctrl-C, kill and a terminal that
+    closes, without those that are ignored, as SIGHUP is under nohup.
+
+    In a thread of somebody's program there are none: signals are the main thread's.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    names = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    # None: a handler that is not Python's, which could not be put back
+    return [number for number in numbers
+            if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
 def recount(path, layers):

@@ -1,6 +1,7 @@
 """Settings and fixtures of all tests; what else they share is in helpers.py. Tests run on one
 thread: their networks are tiny, and a busy machine then slows them far less."""
 import os
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported; scripts that tests start inherit it
 
@@ -12,8 +13,21 @@ pytest.register_assert_rewrite("helpers")
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def in_a_folder_of_its_own(tmp_path, tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / f"{tmp_path.name}-c"))
+
+
+@pytest.fixture
+def usual_signals():
+    """What a terminal gives a process, however pytest was started: nohup ignores SIGHUP. What a
+    test starts inherits it."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL,
+             signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -336,7 +336,7 @@ def make_cifar(monkeypatch, data_dir, name):
 def write_frames(name, time_steps, classes=10, each=(2, 1), folder=Path("data")):
     """The cache that events.py makes, as if it had read recordings: no tonic is needed."""
     rng, side = np.random.default_rng(0), events.KINDS[name].side
-    cache = folder / f"{name}-T{time_steps}"
+    cache = folder / f"{name}-T{time_steps}-number"
     cache.mkdir(parents=True)
     for split, count in zip(("train", "test"), each):
         labels = np.arange(count * classes) % classes

@@ -204,6 +204,42 @@ def test_the_rate_with_the_most_seeds_counts_then_the_usual_one_and_never_the_be
     assert records.runs_of(sparser, "criticality") == [sparser[1]]  # as near to 0.2 as 0.1
 
 
+def test_the_paper_s_rate_counts_before_the_number_of_seeds():
+    """At 95 % it is 0.2: three seeds of 0.5 and of 0.3 do not take its place."""
+    runs = [fake("criticality", seed, r, sparsity=0.95)
+            for r, seeds in ((0.2, 1), (0.3, 3), (0.5, 3)) for seed in range(seeds)]
+    baseline = [fake("gmp", seed, sparsity=0.95) for seed in range(3)]
+    assert records.runs_of(runs, "criticality") == runs[:1]
+    assert records.compared([*runs, *baseline], "criticality", "baseline") == {
+        "weights": dict(gmp=baseline[:1], criticality=runs[:1])}
+    assert {run.regen for run in records.runs_of(runs[1:], "criticality")} == {0.3}
+
+
+def test_updates_in_words():
+    def with_updates(count, **config):
+        run = fake("criticality", 0, 0.5, **config)
+        run.files["updates.jsonl"] = [{}] * count
+        return run
+
+    runs = [fake("gmp", interval=7), with_updates(30, interval=25), with_updates(8, interval=94)]
+    assert records.updates_of(runs) == "8, 30 updates, one every 25, 94 steps"
+    assert records.updates_of(runs[:2]) == "30 updates, one every 25 steps"
+    assert records.updates_of(runs[:1]) == ""
+    del runs[1].files["updates.jsonl"]
+    assert records.updates_of(runs[:2]) == "an update every 25 steps"
+    assert "r = 0.5; an update every 25 steps; seeds 0" in records.describe(runs[:2])
+
+
+@pytest.mark.parametrize("item, together", [("zero", True), ("score", True), ("momentum", True),
+                                            ("classifier", True), ("ties", False),
+                                            ("cosine", False), ("loss", False)])
+def test_an_item_that_does_nothing_to_gmp_keeps_it_a_baseline(item, together):
+    """--as-published zero --regen 0 is refused: the GMP of the text is that run."""
+    runs = [fake("gmp", as_published=[]), fake("criticality", 0, 0.5, as_published=[item])]
+    runs[0].config["regen"] = 0.0
+    assert bool(records.compared(runs, "criticality", "baseline")) == together
+
+
 def test_the_usual_rate_is_the_paper_s_for_the_target():
     def rate(**config):
         return records.paper_rate(fake("criticality", **config))
@@ -357,9 +393,11 @@ def test_methods_that_no_table_names_have_looks_of_their_own(monkeypatch):
 def test_what_a_figure_says_names_its_rates(capsys):
     with_strangers("runs")
     analyze.main(["layers"])
-    assert "figures/layers.png  of 10 runs, r = 0.5: " in capsys.readouterr().out
+    assert ("figures/layers.png  of 10 runs, r = 0.5, an update every 25 steps: "
+            in capsys.readouterr().out)
     notes, _ = table("figures/layers.csv")
-    assert "; 90 % of the weights pruned; r = 0.5; seeds 0, 1; 10 runs" in notes[0]
+    assert ("; 90 % of the weights pruned; r = 0.5; an update every 25 steps; seeds 0, 1; "
+            "10 runs" in notes[0])
     runs = [fake("criticality", 0, 0.5), fake("gmp"), fake("criticality", 0, 0.2)]
     assert records.rates_of(runs) == "r = 0.2, 0.5" and records.rates_of(runs[1:2]) == ""
     runs[2].pruned = "channels"
@@ -374,8 +412,10 @@ def test_what_a_figure_says_names_the_reading(capsys):
     analyze.main(["layers", "--runs", "zero", "--out", "a"])
     analyze.main(["layers", "--runs", "text", "--out", "b"])
     out = capsys.readouterr().out
-    assert "of 4 runs, published zero, r = 0.5: " in out and "of 4 runs, r = 0.5: " in out
-    assert "; published zero; r = 0.5; seeds 0, 1" in table("a/layers.csv")[0][0]
+    steps = "an update every 25 steps"
+    assert f"of 4 runs, published zero, r = 0.5, {steps}: " in out
+    assert f"of 4 runs, r = 0.5, {steps}: " in out
+    assert f"; published zero; r = 0.5; {steps}; seeds 0, 1" in table("a/layers.csv")[0][0]
     assert "; 90 % of the weights pruned; r = 0.5; " in table("b/layers.csv")[0][0]
     analyze.main(["layers", "--runs", "text", "zero"])  # the two do not mix
     assert "zero" not in Path("figures/layers.csv").read_text()
@@ -443,7 +483,7 @@ def test_survival_by_both_definitions():
     assert found == {"pruned in update": [80, 50], "plain cut": [75, 25],
                      "alive after update": [50, 50], "alive weights": [60], "r of weights": [50]}
     assert "would take: alive after it, 25 to 75 %" in says
-    assert "back in it, r by construction, 50 %" in says and "25 steps between" in says
+    assert "back in it, r by construction, 50 %" in says
     assert "what the last update brought back, 50 %, equals r by construction" in says
 
 
@@ -697,6 +737,15 @@ def test_an_older_analysis_is_made_again_where_the_network_is(there):
         assert np.array_equal(kept[name], before[name])
 
 
+def test_a_damaged_analysis_is_made_again_where_the_network_is(there, capsys):
+    folder = Path("runs/demo/channels-slimming")
+    before = records.analysis_of(records.read_run(folder))
+    (folder / "analysis.npz").write_text("PK")
+    found = records.analysis_of(records.read_run(folder))
+    assert all(np.array_equal(found[name], before[name]) for name in before)
+    assert capsys.readouterr().out == f"note: {folder}/analysis.npz is damaged: made anew\n"
+
+
 def test_an_older_analysis_without_its_network_is_drawn_by_one_normalisation(there, capsys):
     folder = Path("runs/demo/channels-slimming")
     old = without_published(folder)
@@ -707,7 +756,8 @@ def test_an_older_analysis_without_its_network_is_drawn_by_one_normalisation(the
     assert table("figures/variance.csv")[1] == before
     assert ("not drawn as the published code: analysis.npz of 1 runs is older, and model.pt or the "
             "images are missing" in capsys.readouterr().out)
-    assert plots.note_of(drawn["variance"][0]) == ""
+    assert re.fullmatch(r"r = [^.]*\.\d.*\.", plots.note_of(drawn["variance"][0]))
+    assert "inverted" not in plots.note_of(drawn["variance"][0])
     assert records.analysis_of(records.read_run(folder)).keys() == old.keys()
 
 
@@ -817,10 +867,11 @@ def test_what_is_no_run_is_named_and_skipped(there, capsys):
 @pytest.mark.parametrize("figure, name, damage, says", [
     ("survival", "updates.jsonl", None, "it has no updates.jsonl"),
     ("curves", "metrics.jsonl", "{", "metrics.jsonl is damaged"),
-    ("variance", "analysis.npz", "PK", "analysis.npz is damaged")])
+    ("variance", "analysis.npz", "PK", "analysis.npz is damaged")])  # and model.pt is gone
 def test_a_run_with_a_bad_file_is_named_and_left_out(there, capsys, figure, name, damage, says):
     path = Path("runs/demo/epochs4-r0.5") / name
     path.unlink() if damage is None else path.write_text(damage)
+    path.with_name("model.pt").unlink()
     drawn = analyze.main([figure, "--runs", *map(str, sorted(Path("runs/demo").iterdir()))])
     assert f"{figure:<12}without runs/demo/epochs4-r0.5: {says}\n" in capsys.readouterr().out
     used = {run.folder.name for run in drawn[figure][2]}

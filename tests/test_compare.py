@@ -4,6 +4,7 @@ import importlib
 import json
 import re
 import statistics
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,12 @@ def two_methods(monkeypatch):
         dense=compare.WEIGHTS["dense"] + " --interval 2",
         gmp=compare.WEIGHTS["gmp"] + " --interval 2"))
     monkeypatch.setattr(compare, "CHANNELS", {})
+
+
+def test_a_log_takes_a_name_that_is_no_text():
+    words = [sys.executable, "-c", "pass", "caf\udce9.npz"]
+    compare.run_all([(Path("one"), words)], 1)
+    assert "caf" in Path("one.log").read_text(encoding="utf-8")
 
 
 def test_the_commands_are_those_of_the_scripts():
@@ -426,7 +433,13 @@ def test_the_plot_shows_targets_that_compare_and_no_collapse_sets_its_scale():
     (["--runs", "nowhere"], "nowhere holds no finished run"), (["--sparsity", "90"], "write 0.9"),
     (["--dataset", "nothing.npz"], "nothing.npz"), (["--seeds", "0"], "at least 1"),
     (["--jobs", "x"], "whole number"), (["--sparsity", "0"], "above 0"),
-    (["--baseline", "best"], "expected a method")])
+    (["--baseline", "best"], "expected a method"),
+    (["--epochs-finetune", "0"], "at least 1"),  # a lottery ticket trains in them
+    (["--runs", "x", "--sparsity", "0.5"], "--sparsity and --runs exclude each other"),
+    (["--runs", "x", "--seeds", "2"], "--seeds and --runs exclude each other"),
+    (["--runs", "x", "--jobs", "2"], "--jobs and --runs exclude each other"),
+    (["--runs", "x", "--dataset", "mnist"], "--dataset and --runs exclude each other"),
+    (["--runs", "x", "--epochs-prune", "3"], "--epochs-prune and --runs exclude each other")])
 def test_bad_input(given, says, capsys):
     with pytest.raises(SystemExit) as stopped:
         compare.main(given)

@@ -5,16 +5,20 @@
 import gzip
 import hashlib
 import http.client
+import importlib
 import os
 import pickle
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import data
+import sources
 from helpers import (BAD_ARRAYS, BAD_FILES, BAD_FOLDERS, BAD_IDX, BAD_TINY, NUMPY_RNG, TINY,
                      everything_in, good_arrays, make_cifar, make_folder, make_mnist,
                      make_tiny_imagenet, random_images, save_image)
@@ -290,6 +294,545 @@ def test_bad_tiny_imagenet(tmp_path, damage, kind, text):
     assert everything_in(tmp_path) == before
 
 
+
+# ---- what is in folders besides plain images ------------------------------------------------------
+
+
+def notes_of(capsys):
+    """Return what was printed: one line that starts with "note: "; "" for none."""
+    out = capsys.readouterr().out
+    assert out == "" or (out.startswith("note: ") and out.count("\n") == 1), out
+    return out
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "tiff"])
+def test_images_are_turned_as_viewers_show_them(tmp_path, capsys, suffix):
+    make_folder(tmp_path)
+    upright = {}
+    for orientation in range(10):  # 0 and 9 mean nothing
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        path = tmp_path / "train" / "a" / f"x{orientation}.{suffix}"
+        image = Image.fromarray(random_images(1)[0])
+        image.save(path, exif=exif, **dict(lossless=True) if suffix == "webp" else {})
+        with Image.open(path) as image:
+            upright[path] = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    dataset = data.load(str(tmp_path))
+    for i, path in enumerate(upright):  # after 0.png, 1.png, 2.png
+        assert np.array_equal(dataset.x_train[3 + i].permute(1, 2, 0), upright[path]), path
+    line = notes_of(capsys)  # Pillow itself turns a TIFF
+    assert line == "" if suffix == "tiff" else "EXIF orientation says: 7 (train/a/x2." in line
+
+
+@pytest.mark.filterwarnings("error")
+def test_damaged_exif_data_turn_nothing(tmp_path, capsys):
+    pixels = make_folder(tmp_path)
+    path = tmp_path / "train" / "a" / "0.png"
+    for exif in (b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0", b"nonsense"):
+        Image.fromarray(pixels[path]).save(path, exif=exif)
+        assert np.array_equal(data.load(str(tmp_path)).x_train[0].permute(1, 2, 0), pixels[path])
+    assert notes_of(capsys) == ""
+
+
+def test_all_that_is_left_out_is_counted_in_one_line(tmp_path, capsys):
+    """In the order of torchvision's ImageFolder, nested folders too."""
+    import torchvision
+
+    make_folder(tmp_path)
+    for i, name in enumerate(("day/7.png", "day/night/8.png", "Night/9.png", "1_.png", "1/1.png")):
+        save_image(tmp_path / "train" / "a" / name, random_images(1)[0])
+    plain = data.load(str(tmp_path))
+    expected = [np.asarray(image) for image, _ in torchvision.datasets.ImageFolder(
+        tmp_path / "train")]
+    assert np.array_equal(plain.x_train.permute(0, 2, 3, 1), expected) and len(expected) == 11
+    assert notes_of(capsys) == ""
+
+    train = tmp_path / "train"
+    for i in range(3):
+        (train / "a" / "day" / f"gone{i}.png").symlink_to(f"/not/mounted/{i}.png")
+    (train / "gone").symlink_to("/not/mounted/class")
+    (train / "a" / "day" / "up").symlink_to(train / "a")
+    for name in ("a/.DS_Store", "a/Thumbs.db", "b/desktop.ini", "a/._0.png", ".ipynb_checkpoints/x",
+                 "__MACOSX/a/._0.png"):
+        (train / name).parent.mkdir(parents=True, exist_ok=True)
+        (train / name).write_bytes(b"no image")
+    (train / "a" / "labels.csv").write_text("0.png,a")
+    (train / "b" / "README").write_text("nothing")
+    os.mkfifo(train / "b" / "pipe.png")  # to open it would wait for ever
+    save_image(train / "lost.png", random_images(1)[0])
+    noted = data.load(str(tmp_path))
+    assert same(plain, noted) and noted.class_names == ["a", "b"]
+    line = notes_of(capsys)
+    for text in ("dead links left out: 4 (train/a/day/gone0.png, ...)",
+                 "hidden or system files left out: 6 (train/.ipynb_checkpoints, ...)",
+                 "files left out that are no images: 3 (train/a/labels.csv, ...)",
+                 "in no class folder: 1 (train/lost.png)",
+                 "lead back to a folder above: 1 (train/a/day/up)"):
+        assert text in line, line
+
+
+def test_a_class_of_dead_links_alone(tmp_path):
+    make_folder(tmp_path)
+    for path in (tmp_path / "train" / "b").iterdir():
+        path.unlink()
+        path.symlink_to("/not/mounted")
+    assert f"{tmp_path}/train/b holds no images (dead links left out)" in message_of(
+        FileNotFoundError, str(tmp_path))
+
+
+@pytest.mark.parametrize("unlabelled", ["images/0.png", "0.png", "unknown/0.png", None])
+def test_a_test_set_without_classes_beside_a_labelled_val(tmp_path, capsys, unlabelled):
+    make_folder(tmp_path, "val")
+    (tmp_path / "test").mkdir()
+    if unlabelled:
+        save_image(tmp_path / "test" / unlabelled, random_images(1)[0])
+    dataset = data.load(str(tmp_path))
+    assert len(dataset.x_test) == 6 and f"{tmp_path}/val is the test set" in notes_of(capsys)
+    for path in [path for path in (tmp_path / "val").rglob("*") if path.is_file()]:
+        path.unlink()
+    for name in "ab":
+        (tmp_path / "val" / name).rmdir()
+    assert f"{tmp_path}/test" in message_of(
+        ValueError if unlabelled and "/" in unlabelled else FileNotFoundError, str(tmp_path))
+
+
+def test_val_beside_a_labelled_test_is_not_used(tmp_path, capsys):
+    make_folder(tmp_path)
+    make_folder(tmp_path, "val")
+    assert len(data.load(str(tmp_path)).x_test) == 6
+    assert "folders left out, since test is there: 1 (val)" in notes_of(capsys)
+
+
+def test_what_lies_beside_train_and_test_is_counted(tmp_path, capsys):
+    make_folder(tmp_path)
+    for name in ("extra/a", "valid", ".git"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "labels.csv").write_text("")
+    data.load(str(tmp_path))
+    said = notes_of(capsys)
+    assert "folders left out beside train and test: 2 (extra, ...)" in said
+    assert "hidden or system files left out: 1 (.git)" in said
+    assert "files left out that are in no class folder: 1 (labels.csv)" in said
+
+
+@pytest.mark.parametrize("name", ["valid", "validation"])
+def test_other_names_of_val(tmp_path, capsys, name):
+    make_folder(tmp_path, name)
+    assert len(data.load(str(tmp_path)).x_test) == 6
+    said = notes_of(capsys)
+    assert f"{tmp_path}/{name} is the test set" in said and "left out" not in said
+
+
+def test_a_signature_does_not_depend_on_how_a_folder_is_named(tmp_path, monkeypatch):
+    (tmp_path / "data/set").mkdir(parents=True)
+    (tmp_path / "data/set/one").write_text("1")
+    (tmp_path / "link").symlink_to("data")
+    found = set()
+    for folder, root in ((".", "data"), ("data", "."), (".", "link"), ("data/set", ".."),
+                         (".", tmp_path / "data")):
+        monkeypatch.chdir(tmp_path / folder)
+        found.add(sources.signature(Path(root), [Path(root, "set", "one")]))
+    assert len(found) == 1
+
+
+def write_gif(path):
+    frames = [Image.fromarray(image) for image in random_images(3)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+
+
+def write_cmyk(path):
+    Image.new("CMYK", (8, 8), (255, 0, 0, 0)).save(path)
+
+
+def write_palette(path):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 10, 20, 30])
+    image.save(path, transparency=bytes([0, 9]))
+
+
+def write_rgb_16(path):
+    """A PNG of 16 bits a colour, which Pillow reads as RGB and cuts to 8 bits."""
+    rows = b"".join(b"\0" + np.full((8, 3), 40000, ">u2").tobytes() for _ in range(8))
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, part in ((b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)),
+                       (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(part)) + kind + part
+        content += struct.pack(">I", zlib.crc32(kind + part))
+    path.write_bytes(content)
+
+
+ODD = {  # name of the file, how it is written, the first pixel or the error, the note
+    "CMYK": ("x.jpg", write_cmyk, [0, 255, 255], ""),
+    "palette": ("x.png", write_palette, [10, 20, 30], ""),
+    "frames": ("x.gif", write_gif, None, "of which the first is read: 1 (train/a/x.gif)"),
+    "wrong suffix": ("x.jpg", lambda p: Image.new("RGB", (8, 8), (1, 2, 3)).save(p, "PNG"),
+                     [1, 2, 3], ""),
+    "no suffix": ("x", lambda p: Image.new("RGB", (8, 8), (1, 2, 3)).save(p, "PNG"),
+                  [1, 2, 3], ""),
+    "1 bit": ("x.png", lambda p: Image.new("1", (8, 8), 1).save(p), [255, 255, 255], ""),
+    "16 bits": ("x.png", write_rgb_16, "pixels of kind RGB with 16 bits", ""),
+    "float": ("x.tif", lambda p: Image.new("F", (8, 8), 0.5).save(p), "pixels of kind F", ""),
+    "zero bytes": ("x.png", lambda p: p.write_bytes(b""), "cannot identify", ""),
+    "a folder's name": ("x.png", lambda p: p.mkdir(), None, ""),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name, make, found, note", ODD.values(), ids=ODD)
+def test_odd_images(tmp_path, capsys, name, make, found, note):
+    make_folder(tmp_path)
+    path = tmp_path / "train" / "a" / name
+    make(path)
+    if isinstance(found, str):
+        message = message_of(ValueError, str(tmp_path))
+        assert f"{path} cannot be read" in message and found in message
+        return
+    dataset = data.load(str(tmp_path))
+    assert len(dataset.x_train) == (6 if path.is_dir() else 7)
+    if found is not None:
+        assert np.abs(np.array(found) - dataset.x_train[3, :, 0, 0].numpy()).max() <= 1
+    assert note in notes_of(capsys)
+
+
+def test_the_limit_acts_before_the_decoding(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    whole = data.load(str(tmp_path))
+    opened = []
+    really_open = Image.open
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(str(file)) or really_open(file))
+    (tmp_path / "train" / "b" / "2.png").write_bytes(b"never looked at")
+    few = data.load(str(tmp_path), train_limit=3)
+    assert few.y_train.tolist() == [0, 0, 1] and few.num_classes == 2
+    assert torch.equal(few.x_train, whole.x_train[[0, 1, 3]])
+    assert len(set(opened)) == 3 + 6
+    assert len(data.load(str(tmp_path), at_most=2).x_test) == 2
+
+
+def test_what_is_larger_than_memory_is_said_before_the_decoding(tmp_path, monkeypatch):
+    make_folder(tmp_path)
+    opened = []
+    really_open = Image.open
+    monkeypatch.setattr(Image, "open", lambda file: opened.append(file) or really_open(file))
+    monkeypatch.setattr(sources, "available_memory", lambda: 2000)  # 12 images take 2304 bytes
+    message = message_of(ValueError, str(tmp_path))
+    assert "12 images of 8 x 8 pixels take 2,304 bytes of memory, but 2,000 bytes are" in message
+    assert "--train-limit" in message and len(opened) == 1
+    assert len(data.load(str(tmp_path), train_limit=4).x_train) == 4
+    path = save(tmp_path / "mine.npz", **good_arrays())
+    message = message_of(ValueError, path)
+    assert "its arrays take" in message and "--train-limit" not in message
+    small = {key: value[:9] for key, value in good_arrays().items()}
+    rest = dict(features=np.zeros(9999))  # is not read
+    size = sum(value.nbytes + 200 for value in small.values())
+    monkeypatch.setattr(sources, "available_memory", lambda: size)
+    data.load(save(tmp_path / "more.npz", **small, **rest))
+    monkeypatch.setattr(sources, "available_memory", lambda: None)  # unknown: try
+    data.load(path)
+
+
+def test_available_memory_is_that_of_the_machine():
+    found = sources.available_memory()
+    assert found is None or 2**20 < found < 2**45
+
+
+# ---- arrays that are not quite right --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint16, np.int16, ">i4"])
+def test_whole_numbers_of_another_type_are_taken_as_they_are(tmp_path, kind):
+    arrays = good_arrays()
+    wide = {key: value.astype(kind) for key, value in arrays.items()}
+    found, expected = (data.load(save(tmp_path / "a.npz", **a)) for a in (wide, arrays))
+    assert same(found, expected) and found.hashes == expected.hashes
+    assert found.x_train.is_contiguous(memory_format=torch.channels_last)
+
+
+CONVERSIONS = {  # what x_train becomes; the way back that the message names, or a part of it
+    "0..1": (lambda x: x / 255, "x = (255 * x).round().astype('uint8')"),
+    "float32": (lambda x: x.astype(np.float32) / 255, "x = (255 * x).round().astype('uint8')"),
+    "0..255": (lambda x: x.astype(float), "x = x.round().astype('uint8')"),
+    "normalised": (lambda x: x / 128 - 1.0, "its values are -1 to "),
+    "not finite": (lambda x: x * np.nan, "remove what is not finite"),
+    "16 bits": (lambda x: x.astype(np.uint16) * 257, "divide them by 256, then"),
+    "channels first": (lambda x: x.transpose(0, 3, 1, 2), "x = x.transpose(0, 2, 3, 1)"),
+    "flat colour": (lambda x: x.transpose(0, 3, 1, 2).reshape(6, -1),
+                    "x = x.reshape(-1, 3, 8, 8).transpose(0, 2, 3, 1)"),
+    "flat grey": (lambda x: x[..., 0].reshape(6, -1), "x = x.reshape(-1, 8, 8)"),
+    "floats, channels first": (lambda x: x.transpose(0, 3, 1, 2) / 255,
+                               "x = (255 * x).round().astype('uint8'); x = x.transpose("),
+    "not square": (lambda x: x[:, :, :5], "crop or pad the images to squares"),
+}
+
+
+@pytest.mark.parametrize("change, way", CONVERSIONS.values(), ids=CONVERSIONS)
+def test_the_error_says_how_to_convert(tmp_path, change, way):
+    arrays = good_arrays()
+    x = arrays["x_train"] = change(arrays["x_train"])
+    message = message_of(ValueError, save(tmp_path / "a.npz", **arrays))
+    assert way in message
+    for step in message.partition("Convert it: ")[2].replace(", channels last", "").split("; "):
+        if not step.startswith("x = "):
+            return
+        x = eval(step.removeprefix("x = "), {"x": x})  # the way that is named works
+    arrays["x_train"] = x
+    if x.ndim == 3:
+        arrays["x_test"] = arrays["x_test"][..., 0]
+    data.load(save(tmp_path / "a.npz", **arrays))
+
+
+def test_images_of_four_channels(tmp_path):
+    arrays = good_arrays()
+    for key in ("x_train", "x_test"):
+        alpha = np.full((*arrays[key].shape[:3], 1), 255, np.uint8)
+        arrays[key] = np.concatenate([arrays[key], alpha], 3)
+    dataset = data.load(save(tmp_path / "a.npz", **arrays))
+    assert dataset.x_train.shape[1] == 4 and dataset.std[3] == 1
+
+
+LABELS = {
+    "one-hot": (lambda y: np.eye(3, dtype=int)[y], "y.argmax(1)"),
+    "columns": (lambda y: y[:, None], "y = y[:, 0]"),
+    "whole floats": (lambda y: y.astype(float), "y = y.astype(int)"),
+    "text": (lambda y: np.array(["cat", "dog", "owl"])[y], "np.unique(y, return_inverse=True)"),
+    "from 1": (lambda y: y + 1, "from 1 to 3, expected each from 0"),
+    "gaps": (lambda y: 10 * y, "Number the classes from 0 without a gap"),
+    "-1 for none": (lambda y: np.where(y == 2, -1, y), "from -1 to 1"),
+    "one class": (lambda y: 0 * y, "all training images are of one class, expected at least two"),
+}
+
+
+@pytest.mark.parametrize("change, text", LABELS.values(), ids=LABELS)
+def test_labels_that_are_no_use(tmp_path, change, text):
+    arrays = good_arrays()
+    arrays["y_train"] = change(arrays["y_train"])
+    if text.startswith("all"):
+        arrays["y_test"] = 0 * arrays["y_test"]
+    assert text in message_of(ValueError, save(tmp_path / "a.npz", **arrays))
+
+
+def test_one_class_in_a_folder(tmp_path):
+    make_folder(tmp_path)
+    for split in ("train", "test"):
+        for path in (tmp_path / split / "b").iterdir():
+            path.rename(tmp_path / split / "a" / f"b{path.name}")
+        (tmp_path / split / "b").rmdir()
+    assert "of one class" in message_of(ValueError, str(tmp_path))
+
+
+def test_images_that_are_all_alike(tmp_path, capsys):
+    one = dict(x_train=np.zeros((30, 8, 8), np.uint8), y_train=np.arange(30) % 3,
+               x_test=np.arange(12 * 64).astype(np.uint8).reshape(12, 8, 8),
+               y_test=np.arange(12) % 3)
+    data.load(save(tmp_path / "a.npz", **one))
+    assert "all 30 training images are alike" in notes_of(capsys)
+    one = dict(one, x_test=np.full((12, 8, 8), 7, np.uint8))
+    one["x_train"][-1, 2, 3] = 1
+    data.load(save(tmp_path / "a.npz", **one))
+    assert "all 12 test images are alike" in notes_of(capsys)
+
+
+def test_a_test_set_of_one_class(tmp_path, capsys):
+    arrays = dict(good_arrays(), y_test=np.array([1, 1, 1]))
+    data.load(save(tmp_path / "a.npz", **arrays))
+    assert "the test set has no images of 2 of 3 classes: 0, 2" in notes_of(capsys)
+    data.load(save(tmp_path / "a.npz", **arrays, class_names=np.array(["cat", "dog", "owl"])))
+    assert "of 2 of 3 classes: cat, owl" in notes_of(capsys)
+
+
+def test_labels_that_number_the_images(tmp_path, capsys):
+    arrays = dict(good_arrays(), y_train=np.arange(6), y_test=np.arange(3))
+    arrays["x_test"] = arrays["x_train"]
+    arrays["y_test"] = np.arange(6)
+    data.load(save(tmp_path / "a.npz", **arrays))
+    assert "each class has one training image" in notes_of(capsys)
+
+
+def test_foreign_keys_are_named(tmp_path, capsys):
+    arrays = good_arrays()
+    renamed = {key.replace("x_", "images_"): value for key, value in arrays.items()}
+    message = message_of(ValueError, save(tmp_path / "a.npz", **renamed))
+    assert "has no x_train, x_test, it has images_train, y_train, images_test, y_test" in message
+    data.load(save(tmp_path / "a.npz", **arrays, x_val=arrays["x_test"], y_val=arrays["y_test"]))
+    assert "not used: x_val, y_val" in notes_of(capsys)
+
+
+def test_capitals_and_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with open(tmp_path / "MINE.NPZ", "wb") as file:
+        np.savez(file, **good_arrays())
+    dataset = data.load("~/MINE.NPZ")
+    assert same(dataset, data.load("MINE.NPZ"))
+    make_folder(tmp_path / "images")
+    assert len(data.load("~/images").x_train) == 6
+    make_tiny_imagenet(tmp_path)
+    assert len(data.load("tiny-imagenet", "~").x_train) == 6
+
+
+# ---- names of classes -----------------------------------------------------------------------------
+
+
+def test_class_names(tmp_path, monkeypatch, offline):
+    make_folder(tmp_path / "images")
+    assert data.load(str(tmp_path / "images")).class_names == ["a", "b"]
+    assert data.load("fashion-mini").class_names[9] == "Ankle boot"
+    make_cifar(monkeypatch, tmp_path / "data", "cifar100")
+    assert data.load("cifar100", tmp_path / "data").class_names == ["cat", "dog"]
+    make_mnist(tmp_path / "data")
+    assert data.load("mnist", tmp_path / "data").class_names == ["0 - zero", "1 - one", "2 - two"]
+    root = make_tiny_imagenet(tmp_path / "data")
+    for _ in range(2):  # decoded, then from the .npz
+        assert data.load("tiny-imagenet", tmp_path / "data").class_names == ["n02", "n01"]
+    (root / "words.txt").write_text("n01\tgoldfish, Carassius auratus\nn07\tno class here\n")
+    (tmp_path / "data" / "tiny-imagenet.npz").unlink()
+    assert data.load("tiny-imagenet", tmp_path / "data").class_names == [
+        "n02", "goldfish, Carassius auratus"]
+
+
+def test_class_names_of_numbers_keep_the_order_of_folders(tmp_path):
+    for split in ("train", "test"):
+        for k in range(12):
+            save_image(tmp_path / split / str(k) / "0.png", np.full((8, 8), 20 * k, np.uint8))
+    dataset = data.load(str(tmp_path))
+    assert dataset.class_names[:5] == ["0", "1", "10", "11", "2"]
+    for label, name in enumerate(dataset.class_names):
+        assert dataset.x_train[dataset.y_train == label].unique() == 20 * int(name)
+
+
+def test_class_names_of_an_npz_file(tmp_path):
+    path, arrays = tmp_path / "a.npz", good_arrays()
+    assert data.load(save(path, **arrays)).class_names is None
+    names = np.array(["cat", "dog", "owl"])
+    assert data.load(save(path, **arrays, class_names=names)).class_names == ["cat", "dog", "owl"]
+    for wrong in (names[:2], np.arange(3), np.array("cat"), names[:, None]):
+        message = message_of(ValueError, save(path, **arrays, class_names=wrong))
+        assert "class_names is" in message and "expected text [3], a name for each" in message
+    message_of(ValueError, save(path, **arrays, class_names=names.astype(object)))
+
+
+# ---- hashes, and caches that know their sources ---------------------------------------------------
+
+
+def test_the_hashes_are_those_of_the_values(tmp_path):
+    pixels = make_folder(tmp_path / "images")
+    one = data.load(str(tmp_path / "images"))
+    arrays = {f"{kind}_{split}": getattr(one, f"{kind}_{split}") for kind in "xy"
+              for split in ("train", "test")}
+    arrays = {key: value.permute(0, 2, 3, 1).numpy() if value.dim() == 4 else value.numpy()
+              for key, value in arrays.items()}
+    path = tmp_path / "a.npz"
+    assert data.load(save(path, **arrays)).hashes == one.hashes and len(pixels) == 12
+    for key in data.KEYS:
+        changed = {name: value.copy() for name, value in arrays.items()}
+        changed[key].flat[-1] ^= 1
+        found = data.load(save(path, **changed)).hashes
+        assert {name for name in data.KEYS if found[name] != one.hashes[name]} == {key}
+    few = data.load(save(path, **arrays), train_limit=4).hashes
+    assert few["x_train"].startswith("4x8x8x3 ") and few["x_test"] == one.hashes["x_test"]
+    # other shapes of the same bytes are other data
+    grey = dict(arrays, x_train=np.arange(2 * 64 * 3, dtype=np.uint8).reshape(2, 8, 8, 3),
+                y_train=np.arange(2))
+    flat = sources.digest(grey["x_train"]), sources.digest(grey["x_train"].reshape(6, 8, 8))
+    assert flat[0] != flat[1]
+
+
+def completed(root):
+    save_image(root / "train" / "n01" / "images" / "new.JPEG", random_images(1, 64)[0])
+
+
+def replaced_file(root):
+    """Another image of as many bytes, under the same name."""
+    path = root / "train" / "n01" / "images" / "n01_0.JPEG"
+    state, content = path.stat(), path.read_bytes()
+    path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+
+
+def relabelled(root):
+    (root / "val" / "val_annotations.txt").write_text("val_1.JPEG\tn02\t0\t0\t63\t63\n"
+                                                      "val_0.JPEG\tn01\t1\t2\t3\t4\n")
+
+
+@pytest.mark.parametrize("change", [completed, replaced_file, relabelled])
+def test_tiny_imagenet_is_decoded_anew_from_other_files(tmp_path, capsys, change):
+    root = make_tiny_imagenet(tmp_path)
+    data.load("tiny-imagenet", tmp_path)
+    assert notes_of(capsys) == ""
+    change(root)
+    again = data.load("tiny-imagenet", tmp_path)
+    assert "was decoded from other files" in notes_of(capsys)
+    (tmp_path / "tiny-imagenet.npz").unlink()
+    assert same(again, data.load("tiny-imagenet", tmp_path))
+    assert same(again, data.load("tiny-imagenet", tmp_path)) and notes_of(capsys) == ""
+
+
+def test_tiny_imagenet_under_a_limit_is_not_kept(tmp_path):
+    make_tiny_imagenet(tmp_path)
+    assert len(data.load("tiny-imagenet", tmp_path, train_limit=2).x_train) == 2
+    assert os.listdir(tmp_path) == ["tiny-imagenet-200"]
+    data.load("tiny-imagenet", tmp_path)
+    assert len(data.load("tiny-imagenet", tmp_path, train_limit=2).x_train) == 2
+
+
+def refuse_writing(monkeypatch, folder, number=30):
+    """Let renames into a folder fail as on a file system that is read-only."""
+    really = os.replace
+
+    def replace(source, target):
+        if Path(target).parent == folder:
+            raise OSError(number, os.strerror(number), str(target))
+        really(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+@pytest.mark.parametrize("number", [30, 13])
+def test_a_cache_of_data_that_are_read_only(tmp_path, monkeypatch, capsys, number):
+    root = make_tiny_imagenet(tmp_path)
+    refuse_writing(monkeypatch, tmp_path, number)
+    dataset = data.load("tiny-imagenet", tmp_path)
+    home = Path(os.environ["XDG_CACHE_HOME"], "snn-pruning")
+    [kept] = home.iterdir()
+    line = notes_of(capsys)
+    assert os.strerror(number) in line and f"tiny-imagenet.npz is kept as {kept}" in line
+    assert os.listdir(tmp_path) == ["tiny-imagenet-200"]
+    monkeypatch.setattr(Image, "open", lambda *_: pytest.fail("decoded again"))
+    assert same(data.load("tiny-imagenet", tmp_path), dataset) and notes_of(capsys) == ""
+    assert len(list(home.iterdir())) == 1
+    # that of another folder is another file
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home.parent))
+    other = tmp_path / "other"
+    make_tiny_imagenet(other)
+    (other / root.name / "train" / "n01" / "images" / "n01_0.JPEG").unlink()
+    assert len(data.load("tiny-imagenet", other).x_train) == 5
+
+
+def test_two_processes_may_write_a_cache_at_once(tmp_path):
+    """Each has a temporary name of its own, and the file is whole at any moment."""
+    names = []
+
+    def make(path):
+        names.append(path.name)
+        path.write_bytes(b"whole")
+        if len(names) == 1:  # the other one comes in between
+            sources.write(tmp_path, "a.npz", make)
+            assert (tmp_path / "a.npz").read_bytes() == b"whole"
+
+    assert sources.write(tmp_path, "a.npz", make) == tmp_path / "a.npz"
+    assert len(set(names)) == 2 and os.listdir(tmp_path) == ["a.npz"]
+
+
+def test_a_cache_that_is_a_folder_is_replaced(tmp_path):
+    for text in ("one", "two"):
+        def make(path):
+            path.mkdir()
+            (path / "file").write_text(text)
+
+        assert sources.write(tmp_path, "frames", make) == tmp_path / "frames"
+        assert (tmp_path / "frames" / "file").read_text() == text
+        assert os.listdir(tmp_path) == ["frames"]
+
+
 # ---- the sets that torchvision reads ------------------------------------------------------------
 
 
@@ -457,11 +1000,12 @@ def test_torchvision_that_does_not_fit(tmp_path, monkeypatch, error):
     def fail(name):
         raise error
 
-    monkeypatch.setattr(data.importlib, "import_module", fail)
-    for name in ("cifar10", str(tmp_path)):
+    monkeypatch.setattr(importlib, "import_module", fail)
+    for name, fix in (("cifar10", 'pip install "torch>=2.11" "torchvision>=0.26"'),
+                      (str(tmp_path), "expected Pillow, which reads images. Install it: pip")):
         make_folder(tmp_path)
         message = message_of(ValueError, name, tmp_path)
-        assert 'pip install "torch>=2.11" "torchvision>=0.26"' in message and str(error) in message
+        assert fix in message and str(error) in message
     data.load("fashion-mini")  # needs neither torchvision nor Pillow
 
 

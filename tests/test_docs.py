@@ -1,5 +1,4 @@
 """The text: every command is understood, every link resolves, every number is that of a log."""
-import argparse
 import ast
 import importlib
 import json
@@ -14,7 +13,7 @@ import torch
 
 import data
 import models
-from harness import runfolder
+from harness import flags, runfolder
 from helpers import write_frames
 
 ROOT = Path(__file__).parent.parent
@@ -150,7 +149,7 @@ class Parsed(Exception):
 def understand(script, arguments):
     """Parse the arguments of a script, and stop there; a wrong flag exits."""
     module = importlib.import_module(script.removesuffix(".py"))
-    parse = argparse.ArgumentParser.parse_args
+    parse = flags.Parser.parse_args
 
     def stop(self, *given):
         parse(self, *given)
@@ -160,7 +159,7 @@ def understand(script, arguments):
         module.parse_args(arguments)
     else:
         with pytest.MonkeyPatch.context() as patch, pytest.raises(Parsed):
-            patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+            patch.setattr(flags.Parser, "parse_args", stop)
             module.main(arguments)
 
 

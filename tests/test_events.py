@@ -1,6 +1,8 @@
 """Event data: recordings in the real format of each set, binning by hand, the cache, and frames
 through every script. What needs tonic is skipped where requirements-events.txt is not installed."""
 import json
+import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -21,6 +23,7 @@ import prune_pq
 import prune_sdsnn
 import prune_structured
 import prune_unstructured
+import sources
 from helpers import assert_same_run, one_line, stop_after, write_frames
 
 ROOT = Path(__file__).parent.parent
@@ -143,15 +146,24 @@ TEN = structured([(1, 1, 100, 0), (1, 1, 110, 1), (2, 1, 129, 0), (32, 32, 130, 
 
 
 def test_ten_events_by_hand(tonic):
-    """Bins of time: (190 - 100) // 3 = 30 us: 100-129, 130-159, 160-189; 190 is in none."""
-    got = events.frames(events.KINDS["n-mnist"], TEN, 3)  # the middle 32x32: (1, 1) is (0, 0)
+    """By time: (190 - 100) // 3 = 30 us: 100-129, 130-159, 160-189; 190 is in none."""
+    # the middle 32x32: (1, 1) is (0, 0)
+    got = events.frames(events.KINDS["n-mnist"], TEN, 3, "time")
     want = np.zeros((3, 2, 32, 32), np.uint8)
     want[0, 0, 0, 0], want[0, 1, 0, 0], want[0, 0, 0, 1] = 1, 1, 1
     want[1, 1, 31, 31], want[1, 0, 0, 0] = 1, 1  # (0, 0) and (33, 5) are outside of the middle
     want[2, 0, 0, 0] = 2
     assert got.dtype == np.uint8 and np.array_equal(got, want)
 
-    # bins of events: 10 // 3 = 3 each, the last one is in none; coordinates x * 48 // 128
+    # by number: 10 // 3 = 3 each, and the rest, (5, 5), is in the last
+    got = events.frames(events.KINDS["n-mnist"], TEN, 3)
+    want = np.zeros((3, 2, 32, 32), np.uint8)
+    want[0, 0, 0, 0], want[0, 1, 0, 0], want[0, 0, 0, 1] = 1, 1, 1
+    want[1, 1, 31, 31], want[1, 0, 0, 0] = 1, 1
+    want[2, 0, 0, 0], want[2, 0, 4, 4] = 2, 1  # (33, 5) is outside
+    assert np.array_equal(got, want)
+
+    # of cifar10-dvs the rest is in none; coordinates x * 48 // 128
     kind = events.KINDS["cifar10-dvs"]
     spread = TEN.copy()
     spread["x"] = [0, 2, 3, 127, 0, 0, 5, 6, 8, 64]
@@ -164,10 +176,67 @@ def test_ten_events_by_hand(tonic):
     assert np.array_equal(got, want)
 
 
+def as_spikingjelly(stream, T, side):
+    """Frames by number, the formula of SpikingJelly's loaders: frame j has the events from
+    j * (N // T) to (j + 1) * (N // T), the last one all that follow."""
+    step, counts = len(stream) // T, np.zeros((T, 2, side, side), int)
+    for j in range(T):
+        for event in stream[j * step:(j + 1) * step if j < T - 1 else None]:
+            counts[j, event["p"], event["y"], event["x"]] += 1
+    return counts
+
+
+@pytest.mark.parametrize("name, T", [("n-mnist", 20), ("n-mnist", 7), ("dvs-gesture", 64)])
+def test_frames_by_number_are_spikingjellys(name, T, tonic):
+    kind = events.KINDS[name]
+    rows = stream(3, kind.sensor, 997)  # 997 is prime: some are left over
+    rows[:, 2] = np.sort(rows[:, 2] % 300 + 5000 * (np.arange(997) % 3))  # three saccades
+    rows[:, :2] = rows[:, :2] % 6 + kind.sensor // 2  # a few pixels, so that counts are above 1
+    want = as_spikingjelly(structured(rows), T, kind.sensor)
+    edge = (kind.sensor - kind.side) // 2
+    want = want[..., edge:edge + kind.side, edge:edge + kind.side]
+    got = events.frames(kind, structured(rows), T)
+    assert np.array_equal(got, want) and got.sum() == 997 and got.max() > 1
+    by_time = events.frames(kind, structured(rows), T, "time")
+    assert np.abs(by_time.sum((1, 2, 3), dtype=int) - 997 // T).max() > 100
+
+
 def test_a_count_beyond_a_byte_is_its_largest(tonic):
     many = structured([(5, 5, 0, 1)] * 300 + [(9, 9, 10, 0)])
-    got = events.frames(events.KINDS["dvs-gesture"], many, 1)
+    got = events.frames(events.KINDS["dvs-gesture"], many, 1, "time")
     assert got[0, 1, 5, 5] == 255 and got.sum() == 255
+
+
+@pytest.mark.parametrize("count", [256, 32_767, 32_768, 33_000, 65_536, 65_537])
+@pytest.mark.parametrize("bins", ["time", "events"])
+def test_counts_do_not_wrap_around(count, bins):
+    """int16 would turn 33,000 events at one pixel into -32,536, and so into 0."""
+    many = np.zeros(count + 2, events.EVENT)
+    many["x"], many["y"], many["p"], many["t"][-2:] = 5, 6, 1, (7, 8)
+    got = events.count_events(many, bins, 1, 32)
+    assert got.sum() == got[0, 1, 6, 5] == count + (1 if bins == "time" else 2)
+
+
+@pytest.mark.parametrize("count", [300, 33_000, 70_000])
+@pytest.mark.parametrize("name", events.KINDS)
+def test_what_is_stored_of_many_events(name, count, tonic):
+    kind = events.KINDS[name]
+    many = structured([(20, 20, i, 1) for i in range(count)] + [(9, 9, count, 0)])
+    got = events.frames(kind, many, 1)
+    assert got.max() == 255 and np.count_nonzero(got == 255) == 1
+
+
+@pytest.mark.parametrize("bins", ["time", "events"])
+@pytest.mark.parametrize("time_steps", [1, 3, 7])
+def test_bins_are_those_of_tonic(bins, time_steps, tonic):
+    from tonic.transforms import ToFrame
+    rng, stream = np.random.default_rng(time_steps), np.zeros(500, events.EVENT)
+    for axis in "xy":
+        stream[axis] = rng.integers(0, 8, 500)
+    stream["p"], stream["t"] = rng.integers(0, 2, 500), np.sort(rng.integers(0, 90, 500)) + 1000
+    by = {"n_time_bins" if bins == "time" else "n_event_bins": time_steps}
+    want = ToFrame(sensor_size=(8, 8, 2), **by)(stream)
+    assert np.array_equal(events.count_events(stream, bins, time_steps, 8), want)
 
 
 @pytest.mark.parametrize("name", events.KINDS)
@@ -199,7 +268,22 @@ def test_a_set_in_its_format(name, tonic, capsys, monkeypatch):
     monkeypatch.setattr(events, "read", lambda *_: pytest.fail("read again"))
     again = events.load(name, "data", 4)
     assert all(np.array_equal(a, b) for a, b in zip(again, (x_train, y_train, x_test, y_test)))
-    assert [path.name for path in Path("data").glob(f"{name}*")] == [f"{name}-T4"]
+    assert [path.name for path in Path("data").glob(f"{name}*")] == [f"{name}-T4-number"]
+
+
+def test_the_two_splits_have_caches_of_their_own(tonic, monkeypatch):
+    make_n_mnist(Path("data"))
+    by_number = events.load("n-mnist", "data", 4)
+    by_time = events.load("n-mnist", "data", 4, "time")
+    assert not np.array_equal(by_number[0], by_time[0])
+    assert {path.name for path in Path("data").glob("n-mnist*")} == {
+        "n-mnist-T4-number", "n-mnist-T4-time"}
+    monkeypatch.setattr(events, "read", lambda *_: pytest.fail("read again"))
+    for split, frames in (("time", by_time), ("number", by_number), (None, by_number)):
+        again = data.load("n-mnist", "data", time_steps=4, event_split=split)
+        assert torch.equal(again.x_train, torch.from_numpy(frames[0])), split
+    Path("data/n-mnist-T4-time").rename("data/n-mnist-T4")  # of an earlier version
+    assert np.array_equal(events.load("n-mnist", "data", 4, "time")[0], by_time[0])
 
 
 def test_cifar10_dvs_is_split_by_number_and_not_by_letter(tonic):
@@ -215,7 +299,7 @@ def test_events_are_put_in_the_order_of_time(tonic):
     path = Path("data/NMNIST/Train/0/00000.bin")
     rows = stream(0)
     ordered = events.load("n-mnist", "data", 4)[0][0].copy()
-    for cache in Path("data").glob("n-mnist-T4"):
+    for cache in Path("data").glob("n-mnist-T4-number"):
         cache.rename("elsewhere")
     write_bin(path, rows[np.random.default_rng(1).permutation(len(rows))])
     assert np.array_equal(events.load("n-mnist", "data", 4)[0][0], ordered)
@@ -281,9 +365,9 @@ def test_a_wrong_directory(name, tonic, monkeypatch):
 
 def test_a_damaged_cache():
     write_frames("n-mnist", 4)
-    cut_short(Path("data/n-mnist-T4/x_train.npy"), 100)
-    assert "data/n-mnist-T4 is damaged" in message(ValueError)
-    np.save("data/n-mnist-T4/x_train.npy", np.zeros((20, 3, 2, 32, 32), np.uint8))
+    cut_short(Path("data/n-mnist-T4-number/x_train.npy"), 100)
+    assert "data/n-mnist-T4-number is damaged" in message(ValueError)
+    np.save("data/n-mnist-T4-number/x_train.npy", np.zeros((20, 3, 2, 32, 32), np.uint8))
     assert "frames of uint8 [20, 3, 2, 32, 32]" in message(ValueError)
 
 
@@ -308,6 +392,166 @@ def test_without_tonic(monkeypatch, capsys):
     assert not Path("runs").exists()
     write_frames("n-mnist", 4)  # frames that are there already need no tonic
     assert data.load("n-mnist", "data", time_steps=4).x_train.shape == (20, 4, 2, 32, 32)
+
+
+# ---- frames that know their recordings -----------------------------------------------------------
+
+
+def more(folder):
+    write_bin(folder / "NMNIST/Train/3/00077.bin", stream(77))
+
+
+def other(folder):
+    """Another recording of as many bytes, under the same name."""
+    write_bin(folder / "NMNIST/Test/3/00000.bin", stream(77))
+
+
+def gone_one(folder):
+    (folder / "NMNIST/Train/3/00001.bin").unlink()
+
+
+def moved(folder):
+    (folder / "NMNIST/Train/3/00001.bin").rename(folder / "NMNIST/Train/4/00009.bin")
+
+
+@pytest.mark.parametrize("change", [more, other, gone_one, moved])
+def test_frames_of_other_recordings_are_made_anew(change, tonic, capsys):
+    make_n_mnist(Path("data"))
+    events.load("n-mnist", "data", 4)
+    change(Path("data"))
+    capsys.readouterr()
+    again = events.load("n-mnist", "data", 4)
+    assert "data/n-mnist-T4-number was made from other recordings" in capsys.readouterr().out
+    again = [np.array(array) for array in again]
+    assert [path.name for path in Path("data").glob("n-mnist*")] == ["n-mnist-T4-number"]
+    shutil.rmtree("data/n-mnist-T4-number")
+    fresh = events.load("n-mnist", "data", 4)
+    assert all(np.array_equal(a, b) for a, b in zip(again, fresh, strict=True))
+
+
+def test_what_else_lies_beside_recordings_changes_nothing(tonic, capsys, monkeypatch):
+    make_n_mnist(Path("data"))
+    events.load("n-mnist", "data", 4)
+    Path("data/NMNIST/train.zip").write_bytes(b"PK")
+    Path("data/NMNIST/Train/3/.DS_Store").write_bytes(b"")
+    monkeypatch.setattr(events, "read", lambda *_: pytest.fail("read again"))
+    events.load("n-mnist", "data", 4)
+    shutil.rmtree("data/NMNIST")  # only the frames are left
+    events.load("n-mnist", "data", 4)
+    assert "other recordings" not in capsys.readouterr().out
+
+
+def test_older_frames_that_do_not_say_what_they_are_of(tonic, capsys):
+    write_frames("n-mnist", 4)
+    os.rename("data/n-mnist-T4-number", "data/n-mnist-T4")
+    make_n_mnist(Path("data"))  # as many recordings: 20 and 10
+    old = events.load("n-mnist", "data", 4, "time")[0][0].copy()
+    assert "other recordings" not in capsys.readouterr().out
+    assert not Path("data/n-mnist-T4-time").exists()
+    more(Path("data"))
+    assert not np.array_equal(events.load("n-mnist", "data", 4, "time")[0][0], old)
+    assert "was made from other recordings" in capsys.readouterr().out
+    events.load("n-mnist", "data", 4, "time")
+    assert "other recordings" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, was", [("n-mnist", "time"), ("cifar10-dvs", "number")])
+def test_frames_of_an_earlier_version_are_of_its_split(name, was):
+    write_frames(name, 4)
+    os.rename(f"data/{name}-T4-number", f"data/{name}-T4")
+    assert len(events.load(name, "data", 4, was)[1]) == 20  # without tonic and recordings
+    other = "number" if was == "time" else "time"
+    with pytest.raises((ValueError, FileNotFoundError)):
+        events.load(name, "data", 4, other)
+
+
+def test_made_anew_is_said_only_of_what_is_made(monkeypatch, capsys):
+    """Stale frames beside read-only recordings, and newer ones in the user's own cache."""
+    monkeypatch.setattr(events, "made_from", lambda *_: "30 recordings abc")
+    write_frames("n-mnist", 4)
+    beside, home = sources.cache_places("data", "n-mnist-T4-number")
+    home.parent.mkdir(parents=True)
+    shutil.copytree(beside, home)
+    (beside / events.MADE_FROM).write_text("29 recordings xyz\n")
+    (home / events.MADE_FROM).write_text("30 recordings abc\n")
+    assert len(events.load("n-mnist", "data", 4)[1]) == 20
+    assert "other recordings" not in capsys.readouterr().out
+
+
+def test_frames_of_recordings_that_are_read_only(tonic, capsys, monkeypatch):
+    make_n_mnist(Path("data"))
+    really = Path.mkdir
+
+    def mkdir(path, *given, **named):
+        if path.parent == Path("data"):
+            raise OSError(30, "Read-only file system", str(path))
+        really(path, *given, **named)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    for _ in range(2):
+        arrays = events.load("n-mnist", "data", 4)
+        assert len(arrays[0]) == 20 and isinstance(arrays[0], np.memmap)
+        monkeypatch.setattr(events, "read", lambda *_: pytest.fail("read again"))
+    out = capsys.readouterr().out
+    assert out.count("data cannot be written to (Read-only file system): n-mnist-T4-number is kept as") == 1
+    assert not list(Path("data").glob("n-mnist*"))
+
+
+# ---- frames of one's own -------------------------------------------------------------------------
+
+
+def own_frames(path="frames.npz", steps=4, **changed):
+    rng = np.random.default_rng(0)
+    arrays = {"y_train": np.arange(60) % 3, "y_test": np.arange(15) % 3}
+    for split, count in (("train", 60), ("test", 15)):
+        arrays[f"x_{split}"] = rng.integers(0, 4, (count, steps, 2, 16, 16), dtype=np.uint8)
+    arrays |= changed
+    np.savez(path, **arrays)
+    return arrays
+
+
+def test_own_frames_are_counts_as_they_are():
+    arrays = own_frames()
+    images = data.load("frames.npz", train_limit=30)
+    assert images.x_train.shape == (30, 4, 2, 16, 16) and images.num_classes == 3
+    assert np.array_equal(images.x_test, arrays["x_test"])
+    assert (images.mean, images.std) == ([0.0, 0.0], [1.0, 1.0])
+    own_frames(x_train=arrays["x_train"].astype(np.int64))  # whole numbers, none lost
+    assert torch.equal(data.load("frames.npz", train_limit=30).x_train, images.x_train)
+
+
+@pytest.mark.parametrize("change, text", [
+    (lambda x: x.transpose(0, 1, 3, 4, 2), "x = x.transpose(0, 1, 4, 2, 3), polarities before"),
+    (lambda x: x[:, :, :1], "[60, 4, 1, 16, 16], expected"),
+    (lambda x: x[..., :9], "[60, 4, 2, 16, 9], expected"),
+    (lambda x: x.astype(np.float32), "x = x.round().astype('uint8')"),
+    (lambda x: x.astype(np.int16) + 300, "divide them by"),
+    (lambda x: x.sum(1)[:, 0], "images are [16, 16, 1] in x_train, [4, 2, 16, 16] in x_test")])
+def test_frames_of_another_form(change, text):
+    own_frames(x_train=change(own_frames()["x_train"]))
+    with pytest.raises(ValueError) as error:
+        data.load("frames.npz")
+    assert text in str(error.value) and "\n" not in str(error.value)
+
+
+SHORT = ("--epochs-prune 1 --epochs-finetune 1 --interval 2 --batch-size 16 --model small "
+         "--width 0.25 --run-dir r").split()
+
+
+def test_own_frames_through_a_script(capsys):
+    own_frames()
+    main = prune_unstructured.main
+    for given, text in (
+            ([], "--encoding is direct, but frames.npz is made of events, expected events. Write "
+             "--encoding events --time-steps 4"),
+            (["--encoding", "events", "--time-steps", "6"], "--time-steps is 6, but frames.npz has "
+             "4 frames a recording, expected as many. Write --time-steps 4")):
+        with pytest.raises(SystemExit) as stop:
+            main(["--dataset", "frames.npz", *SHORT, *given])
+        assert stop.value.code == 2 and text in one_line(capsys) and not Path("r").exists()
+    main(["--dataset", "frames.npz", *SHORT, "--encoding", "events", "--time-steps", "4"])
+    net = models.load("r/model.pt")
+    assert net.encoding == "events" and json.loads(Path("r/summary.json").read_text())["sops"] > 0
 
 
 # ---- frames as batches ---------------------------------------------------------------------------
@@ -372,7 +616,8 @@ class Recordings:
     ("cifar10-dvs", [(1, 1, 1000 * t, 1) for t in range(3)], "3 events, expected at least one")])
 def test_recordings_that_would_make_empty_or_wrong_frames(name, rows, says):
     with pytest.raises(ValueError, match=f"somewhere.npy has {says}"):
-        events.bin_all(events.KINDS[name], [(Recordings(rows), 0, 0)], 4, Path("x.npy"))
+        split = "time" if "microseconds" in says else "number"
+        events.bin_all(events.KINDS[name], [(Recordings(rows), 0, 0)], 4, Path("x.npy"), split)
 
 
 def test_part_of_a_set_says_so_each_time(capsys):
@@ -388,6 +633,22 @@ def test_compare_loads_frames(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         compare.main(["--dataset", "n-mnist"])
     assert stop.value.code == 2  # nothing ran, and there is no table
+
+
+def test_compare_takes_own_frames_as_they_are(monkeypatch, capsys):
+    own_frames()
+    started = []
+    monkeypatch.setattr(compare, "run_all", lambda jobs, at_a_time: started.extend(jobs))
+    with pytest.raises(SystemExit):  # nothing ran, and there is no table
+        compare.main(["--dataset", "frames.npz"])
+    assert len(started) == 54
+    for _, words in started:
+        assert words[words.index("--encoding") + 1] == "events"
+        assert words[words.index("--time-steps") + 1] == "4"
+    with pytest.raises(SystemExit) as stop:
+        compare.main(["--dataset", "frames.npz", "--time-steps", "8", "--out", "new"])
+    assert stop.value.code == 2 and not Path("new").exists()
+    assert "--time-steps is 8, but frames.npz has 4 frames" in capsys.readouterr().err
 
 
 def test_one_frame_is_one_step():
@@ -433,8 +694,8 @@ def test_the_presets(script, name, model, tonic):
     assert summary["model"] == model
     assert summary["time_steps"] == {"n-mnist": 20, "dvs-gesture": 3, "cifar10-dvs": 10}[name]
     config = json.loads(Path("r/config.json").read_text())
-    assert config["encoding"] == "events"
-    assert Path("data", f"{name}-T{summary['time_steps']}").is_dir()
+    assert (config["encoding"], config["event_split"]) == ("events", "number")
+    assert Path("data", f"{name}-T{summary['time_steps']}-number").is_dir()
 
 
 def test_a_preset_from_the_command_line(tonic):
@@ -475,6 +736,23 @@ def test_a_stopped_run_of_frames_goes_on_bit_by_bit(monkeypatch):
     assert_same_run("whole", "stopped")
 
 
+def test_a_stopped_run_older_than_the_flag_goes_on(monkeypatch):
+    """Neither its config.json nor its checkpoint names the split that it had."""
+    write_frames("n-mnist", 3, each=(4, 1))
+    os.rename("data/n-mnist-T3-number", "data/n-mnist-T3")
+    given = ["--dataset", "n-mnist", "--time-steps", "3", "--width", "0.1", "--batch-size", "8",
+             "--epochs-prune", "1", "--epochs-finetune", "1", "--interval", "3", "--run-dir", "r"]
+    monkeypatch.setattr(sys, "argv", ["prune_unstructured.py"])
+    stop_after(2, monkeypatch, prune_unstructured.main, [*given, "--event-split", "time"])
+    config = json.loads(Path("r/config.json").read_text())
+    del config["event_split"]
+    Path("r/config.json").write_text(json.dumps(config))
+    state = torch.load("r/checkpoint.pt", weights_only=True)
+    del state["flags"]["event_split"]
+    torch.save(state, "r/checkpoint.pt")
+    assert prune_unstructured.main(["--resume", "--run-dir", "r"])["epochs"] == 2
+
+
 def test_figures_of_frames(capsys):
     write_frames("n-mnist", 2, each=(4, 1))
     given = ["--dataset", "n-mnist", "--time-steps", "2", "--width", "0.1", "--batch-size", "8"]
@@ -483,6 +761,47 @@ def test_figures_of_frames(capsys):
     smoke("prune_unstructured", *given, "--sparsity", "0", "--run-dir", "runs/c")
     drawn = analyze.main([])
     assert {"variance", "entropy", "activity", "criticality", "layers"} <= set(drawn)
+
+
+def test_a_run_by_time_and_one_by_number(tonic):
+    """Through a script: the frames are the ones that were asked for, and a resumed run keeps
+    them."""
+    make_n_mnist(Path("data"))
+    given = ["--dataset", "n-mnist", "--time-steps", "4", "--interval", "1"]
+    smoke("prune_unstructured", *given, "--event-split", "time", "--run-dir", "a")
+    assert Path("data/n-mnist-T4-time").is_dir() and not Path("data/n-mnist-T4-number").exists()
+    smoke("prune_unstructured", *given, "--run-dir", "b")
+    assert Path("data/n-mnist-T4-number").is_dir()
+    first = [json.loads(Path(r, "metrics.jsonl").read_text().splitlines()[0]) for r in "ab"]
+    assert first[0]["train_loss"] != first[1]["train_loss"]
+    args = prune_unstructured.parse_args(["--resume", "--run-dir", "a"])
+    assert args.event_split == "time"
+
+
+@pytest.mark.parametrize("dataset, was", [
+    ("n-mnist", "time"), ("dvs-gesture", "time"), ("cifar10-dvs", "number"),
+    ("fashion-mini", None)])
+def test_a_run_older_than_the_flag_keeps_its_frames(dataset, was):
+    config = vars(prune_unstructured.parse_args(["--dataset", dataset]))
+    assert config["event_split"] == ("number" if was else None)  # today's default
+    del config["event_split"], config["resume"], config["overwrite"]
+    Path("old").mkdir()
+    Path("old/config.json").write_text(json.dumps(config))
+    args = prune_unstructured.parse_args(["--resume", "--run-dir", "old"])
+    assert args.event_split == was
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("given", [[], ["--dataset", "cifar10"], ["--dataset", "mine.npz"],
+                                   ["--encoding", "rate"], ["--smoke", "--resume"]])
+def test_a_split_of_images_is_refused(script, given, monkeypatch, capsys):
+    monkeypatch.setattr(data, "load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script].main([*given, "--event-split", "time"])
+    error = one_line(capsys)
+    assert stop.value.code == 2 and "--event-split is time, which" in error
+    assert "does not use, expected recordings of an event camera (n-mnist, " in error
+    assert not Path("runs").exists()
 
 
 def test_an_encoding_that_does_not_fit(capsys):

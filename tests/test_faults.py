@@ -13,6 +13,7 @@ import os
 import pickle
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,7 +34,7 @@ import metrics
 import models
 import neurons
 import training
-from harness import files, meters, runfolder
+from harness import files, machine, meters, records, runfolder
 from helpers import assert_same_run, lines, one_line
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +49,7 @@ SHORT = {  # the scripts, on tiny budgets
     "prune_sdsnn": "--epochs-prune 5 --epochs-finetune 1 --rate-conv 0.3",
     "prune_pq": "--epochs-prune 2 --epochs-finetune 1 --interval 3"}
 MAIN = "prune_unstructured"
+pytestmark = pytest.mark.usefixtures("usual_signals")
 
 
 def write_tiny(folder):
@@ -302,7 +304,7 @@ def test_a_signal_between_the_stages(monkeypatch, unbroken):
 
 @pytest.mark.parametrize("name, code", [
     ("config.json", 2), ("updates.jsonl", 1), ("metrics.jsonl", 1), ("checkpoint.pt", 1),
-    ("model.pt", 1), ("curves.png", 1), ("summary.json", 1)])
+    ("model.pt", 1), ("summary.json", 1)])
 def test_a_write_that_fails(name, code, capsys):
     """The disk is full at the second time that a file is written (or the first)."""
     replace, seen = os.replace, []
@@ -562,6 +564,8 @@ def same_content(one, other):
         return one.keys() == other.keys() and all(same_content(one[k], other[k]) for k in one)
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(same_content, one, other))
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, other)
     return one == other
 
 
@@ -802,6 +806,243 @@ def test_200_updates_do_not_grow_the_process(monkeypatch):
     run(MAIN, "--run-dir", "r", "--epochs-prune", 34, "--interval", 1, "--epochs-finetune", 0)
     assert len(lines("r", "updates")) == 204
     assert sizes[-1] - sizes[40] < 8, sizes[::20]  # MiB
+
+
+# ---- other data under a run ----------------------------------------------------------------------
+
+
+def rewritten(**changes):
+    """Return a function that changes arrays of tiny.npz, {key: function}."""
+    def change():
+        arrays = dict(np.load("tiny.npz"))
+        np.savez("tiny.npz", **{key: changes.get(key, lambda x: x)(x)
+                                for key, x in arrays.items()})
+    return change
+
+
+def with_names(*names):
+    def change():
+        np.savez("tiny.npz", **dict(np.load("tiny.npz")), class_names=np.array(names))
+    return change
+
+
+def one_pixel(x):
+    x[7, 3, 3] ^= 1
+    return x
+
+
+OTHER_DATA = {  # what happens to tiny.npz, and what the one line says has changed
+    "a pixel": (rewritten(x_train=one_pixel), "(changed: training images)"),
+    "a test pixel": (rewritten(x_test=one_pixel), "(changed: test images)"),
+    "labels": (rewritten(y_train=lambda y: 2 - y), "(changed: training labels)"),
+    "test labels": (rewritten(y_test=lambda y: y[::-1]), "(changed: test labels)"),
+    "order": (rewritten(x_train=lambda x: x[::-1], y_train=lambda y: y[::-1]),
+              "(changed: training images; training labels)"),
+    "a class less": (rewritten(y_train=lambda y: y % 2, y_test=lambda y: y % 2),
+                     "the number of classes, 3 then, 2 now"),
+    "more images": (rewritten(x_train=lambda x: np.repeat(x, 2, 0),
+                              y_train=lambda y: np.repeat(y, 2)),
+                    "training images, 60x8x8x1 then, 120x8x8x1 now"),
+    "fewer images": (rewritten(x_train=lambda x: x[:6], y_train=lambda y: y[:6]),
+                     "training images, 60x8x8x1 then, 6x8x8x1 now"),
+    "colours": (rewritten(x_train=lambda x: np.stack([x] * 3, 3),
+                          x_test=lambda x: np.stack([x] * 3, 3)), "60x8x8x1 then, 60x8x8x3 now"),
+}
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+@pytest.mark.parametrize("change, words", OTHER_DATA.values(), ids=OTHER_DATA)
+def test_other_data_are_refused(change, words, is_finished, finished_run, capsys):
+    shutil.copytree(finished_run, "r")
+    if not is_finished:
+        Path("r/summary.json").unlink()
+    change()
+    before = helpers.everything_in(Path("r"))
+    error = fails(capsys, 2, resume, MAIN)
+    assert "r was made with other data than tiny.npz holds now" in error and words in error
+    assert "--overwrite" in error and helpers.everything_in(Path("r")) == before
+
+
+def test_a_finished_run_whose_data_are_damaged(finished_run, capsys):
+    shutil.copytree(finished_run, "r")
+    rewritten(y_train=lambda y: y + 5)()
+    assert "y_train holds 3 different labels from 5 to 7" in fails(capsys, 2, resume, MAIN)
+    Path("tiny.npz").write_bytes(b"PK")
+    assert "tiny.npz cannot be read" in fails(capsys, 2, resume, MAIN)
+    Path("tiny.npz").unlink()  # gone: it is finished all the same
+    assert resume(MAIN)["epochs"] == 3
+
+
+def test_the_checkpoint_knows_its_data_too(finished_run, capsys):
+    """As where a config.json was copied from another run."""
+    shutil.copytree(finished_run, "r")
+    Path("r/summary.json").unlink()
+    rewritten(y_test=lambda y: y[::-1])()
+    config = json.loads(Path("r/config.json").read_text())
+    del config["data"]
+    Path("r/config.json").write_text(json.dumps(config))
+    assert "r/checkpoint.pt was made with other data" in fails(capsys, 2, resume, MAIN)
+
+
+def test_other_names_of_classes_are_refused(capsys, unbroken):
+    with_names("cat", "dog", "owl")()
+    run(MAIN, "--run-dir", "r")
+    config = json.loads(Path("r/config.json").read_text())
+    assert config["data"]["class_names"] == ["cat", "dog", "owl"]
+    assert config["commit_clean"] in (True, False, None)
+    Path("r/summary.json").unlink()
+    write_tiny(".")  # without names: nothing contradicts
+    resume(MAIN)
+    Path("r/summary.json").unlink()
+    with_names("dog", "cat", "owl")()
+    assert "(changed: the names of the classes)" in fails(capsys, 2, resume, MAIN)
+
+
+def half_done(monkeypatch):
+    helpers.stop_after(7, monkeypatch, run, MAIN, "--run-dir", "r")
+
+
+def test_the_same_data_at_another_place(monkeypatch, unbroken, capsys):
+    """By another path, from another folder, in another format; the run keeps its name."""
+    half_done(monkeypatch)
+    Path("sub").mkdir()
+    monkeypatch.chdir("sub")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main = importlib.import_module(MAIN).main
+        main(["--resume", "--run-dir", "../r"])
+    error = one_line(capsys)
+    assert "../r, which was started with --dataset tiny.npz" in error
+    assert "name the same data by --dataset" in error and str(Path.cwd()) in error
+    Path("../tiny.npz").rename("moved.npz")
+    main(["--resume", "--run-dir", "../r", "--dataset", "moved.npz"])
+    assert_same_run(unbroken(MAIN), "../r")
+    assert json.loads(Path("../r/summary.json").read_text())["dataset"] == "tiny.npz"
+
+
+def test_the_same_data_in_another_data_dir(monkeypatch, capsys):
+    data_dir = Path("one")
+    helpers.make_tiny_imagenet(data_dir)
+    given = [*"--dataset tiny-imagenet --model small --width 0.1 --batch-size 3 --crop 0".split(),
+             *"--epochs-prune 2 --epochs-finetune 0 --interval 1 --run-dir r".split()]
+    main = importlib.import_module(MAIN).main
+    helpers.stop_after(3, monkeypatch, main, [*given, "--data-dir", "one"])
+    data_dir.rename("two")
+    main(["--resume", "--run-dir", "r", "--data-dir", "two"])
+    assert "done in" in capsys.readouterr().out
+    assert json.loads(Path("r/config.json").read_text())["data_dir"] == "one"
+    # a folder that was completed meanwhile
+    Path("r/summary.json").unlink()
+    helpers.save_image(Path("two/tiny-imagenet-200/train/n01/images/new.JPEG"),
+                       np.full((64, 64, 3), 9, np.uint8))
+    error = fails(capsys, 2, main, ["--resume", "--run-dir", "r", "--data-dir", "two"])
+    assert "training images, 6x64x64x3 then, 7x64x64x3 now" in error
+
+
+def test_other_data_by_another_path(monkeypatch, capsys):
+    half_done(monkeypatch)
+    shutil.copy("tiny.npz", "other.npz")
+    rewritten(y_train=lambda y: 2 - y)()
+    Path("tiny.npz").rename("wrong.npz")
+    capsys.readouterr()
+    error = fails(capsys, 2, resume, MAIN, "--dataset", "wrong.npz")
+    assert "than wrong.npz holds now (changed: training labels)" in error
+    resume(MAIN, "--dataset", "other.npz")
+
+
+def test_a_run_without_a_checkpoint_knows_its_data(finished_run, capsys):
+    shutil.copytree(finished_run, "r")
+    for name in ("summary.json", "checkpoint.pt"):
+        Path("r", name).unlink()
+    rewritten(x_train=one_pixel)()
+    assert "(changed: training images)" in fails(capsys, 2, resume, MAIN)
+
+
+def test_a_run_of_before_goes_on_with_a_note(monkeypatch, unbroken, capsys):
+    half_done(monkeypatch)
+    state = models.read_tensors("r/checkpoint.pt")
+    del state["data"]
+    torch.save(state, "r/checkpoint.pt")
+    config = json.loads(Path("r/config.json").read_text())
+    del config["data"], config["commit_clean"]
+    Path("r/config.json").write_text(json.dumps(config))
+    shutil.copy("tiny.npz", "moved.npz")
+    capsys.readouterr()
+    error = fails(capsys, 2, resume, MAIN, "--dataset", "moved.npz")
+    assert "r was made with --dataset tiny.npz" in error  # nothing says that it is the same
+    resume(MAIN)
+    out = capsys.readouterr().out
+    assert "does not say which data it was made with" in out
+    assert_same_run(unbroken(MAIN), "r")
+
+
+def test_the_analysis_knows_its_network_and_its_data(finished_run, unbroken):
+    """analysis.npz beside another model.pt is made again; of other data it is refused."""
+    shutil.copytree(finished_run, "r")
+    first = records.analysis_of(records.read_run("r"))
+    made = Path("r/analysis.npz").stat().st_mtime_ns
+    assert same_content(records.analysis_of(records.read_run("r")), first)
+    assert Path("r/analysis.npz").stat().st_mtime_ns == made
+    packed = models.read("r/model.pt")
+    packed["state_dict"]["fc.weight"] *= 0.5
+    packed["state_dict"]["convs.0.bn.bias"] += 0.5
+    files.save_tensors(Path("r/model.pt"), packed)
+    second = records.analysis_of(records.read_run("r"))
+    assert not same_content(second, first)
+    assert same_content(records.analysis_of(records.read_run("r")), second)
+    rewritten(x_test=one_pixel)()
+    packed["state_dict"]["convs.0.bn.bias"] += 0.5
+    files.save_tensors(Path("r/model.pt"), packed)
+    with pytest.raises(records.Unfit, match="its data have changed: test images"):
+        records.analysis_of(records.read_run("r"))
+    Path("r/model.pt").unlink()  # then it counts as it is
+    assert same_content(records.analysis_of(records.read_run("r")), second)
+
+
+def test_runs_of_other_data_under_one_name_are_named(finished_run, monkeypatch):
+    for name in ("old", "one", "two", "other", "elsewhere"):
+        shutil.copytree(finished_run, name)
+
+    def edit(name, change):
+        config = json.loads(Path(name, "config.json").read_text())
+        change(config)
+        Path(name, "config.json").write_text(json.dumps(config))
+
+    edit("old", lambda config: config.pop("data"))  # it does not say
+    edit("other", lambda config: config["data"].update(y_test="30 0123"))
+    edit("elsewhere", lambda config: (config.update(dataset="b.npz"),
+                                      config["data"].update(x_train="9x8x8x1 0")))
+    runs = {name: records.read_run(name) for name in ("old", "one", "two", "other", "elsewhere")}
+    assert records.note_of_data([runs[name] for name in ("old", "one", "two", "elsewhere")]) == ""
+    assert records.note_of_data(list(runs.values())).startswith(
+        "note: 1 of 5 runs were made with other data under the same name: other (test labels). ")
+    # by number and by time the same recordings make other frames
+    edit("other", lambda config: config.update(event_split="time"))
+    edit("two", lambda config: config.update(event_split="number"))
+    two = [records.read_run(name) for name in ("two", "other")]
+    assert records.note_of_data(two) == ""
+    # what a run remembers of its data is no flag, and tells no runs apart
+    assert "data" not in shlex.split(records.command_of(runs["one"]).replace("--dataset", ""))
+    assert len(records.comparable_groups(list(runs.values()), records.WEIGHTS)) == 2
+
+
+def test_the_commit_is_clean_or_not(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x@x", *words], check=True,
+                       capture_output=True, cwd=tmp_path)
+
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "harness" / "machine.py"))
+    assert machine.versions()["commit_clean"] is None
+    git("init")
+    Path("a.py").write_text("1")
+    git("add", "a.py")
+    git("commit", "-m", "one")
+    found = machine.versions()
+    assert len(found["commit"]) == 40 and found["commit_clean"] is True
+    Path("mine.npz").write_bytes(b"")  # what git does not know is no part of the code
+    assert machine.versions()["commit_clean"] is True
+    Path("a.py").write_text("2")
+    assert machine.versions()["commit_clean"] is False
 
 
 # ---- data and flags from strangers ---------------------------------------------------------------

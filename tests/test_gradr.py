@@ -656,9 +656,9 @@ def test_defaults_and_names(capsys):
     ("--sparsity 0.4", "--sparsity is 0.4, expected at least 0.5 with --method gradr"),
     ("--sparsity 0", "expected a number above 0"), ("--sparsity 90", "For 90 % write 0.9"),
     ("--sparsity 0.9999", "expected at least one for each of the 5 layers"),
-    ("--temperature 1", "--temperature is 1, which --method gradr does not use"),
-    ("--momentum 0.5", "--momentum is 0.5, which --optimizer adam does not use. Leave it out, or "
-                       "take --optimizer sgd"),
+    ("--temperature 1", "--temperature is 1.0, which --method gradr does not use"),
+    ("--momentum 0.5", "--momentum is 0.5, which --optimizer adam does not use. Leave one of "
+                       "them out"),
     ("--prior -1", "--prior is -1"), ("--prior nan", "--prior is nan"),
     ("--method deepr --temperature inf", "--temperature is inf"),
     ("--method granet", "invalid choice"), ("--optimizer lion", "invalid choice"),
@@ -705,3 +705,15 @@ def test_so_does_one_at_a_mask_update(method, capsys, monkeypatch):
     error = one_line(capsys)
     assert stop.value.code == 1 and "iteration 6" in error and "not finite" in error, error
     assert not Path("r/checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("given", [(), ("--epochs-finetune", 0), ("--optimizer", "sgd")])
+def test_a_prior_that_leaves_fewer_connections_than_layers(given, capsys):
+    """Their number is the outcome of --mode paper: one line, which names the flag."""
+    strong = ("--mode", "paper", "--prior", 5, "--lr", 0.01, *given)
+    with pytest.raises(SystemExit) as stop:
+        run(*strong)
+    assert stop.value.code == 1
+    error = one_line(capsys)
+    assert "connections, expected at least one for each of the 5 layers. Lower --prior" in error
+    assert "mistake" not in error

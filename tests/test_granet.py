@@ -254,8 +254,8 @@ def test_resume_with_a_smaller_last_batch_and_other_flags(monkeypatch):
     ("--sparsity 0", "--sparsity is 0, expected a number above 0 and below 1"),
     ("--sparsity 90", "--sparsity is 90,"), ("--sparsity 0.9999", "one for each of the 5 layers"),
     ("--interval 33", "no update would ever run: --interval is 33"),
-    ("--regen 0.5", "unrecognized arguments: --regen 0.5"),
-    ("--metric gradient", "unrecognized arguments: --metric gradient"),
+    ("--regen 0.5", "unrecognized arguments: --regen, expected a flag"),
+    ("--metric gradient", "unrecognized arguments: --metric, expected a flag"),
     ("--epochs-prune 0", "--epochs-prune is 0"), ("--train-limit 5", "--train-limit is 5"),
 ])
 def test_wrong_commands(given, words, capsys):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from harness.runfolder import Broken, recount
-from masks import Masks, prune_further, seeded
+from masks import Masks, TooFew, prune_further, seeded, select
 from models import Scored
 
 
@@ -158,3 +158,40 @@ def test_a_file_that_is_none_is_no_count(tmp_path):
     (tmp_path / "model.pt").write_bytes(b"text")
     with pytest.raises(Broken, match="cannot be read"):
         recount(tmp_path / "model.pt", [])
+
+
+@pytest.mark.parametrize("alive", [(0, 1, 1), (1, 0, 0), (0, 2, 0), (0, 0, 0)])
+def test_fewer_alive_than_layers_is_an_error_and_no_other_layer_is_emptied(alive):
+    net = Layers([np.arange(1, 5, dtype=np.float32)] * 3)
+    masks = Masks(net)
+    for part, count in zip(masks.flat.split(masks.sizes), alive):
+        part[count:] = False
+    before = masks.flat.clone()
+    with pytest.raises(TooFew, match=f"{sum(alive)} weights alive, expected at least one for each "
+                                     "of the 3 layers"):
+        masks.rescue_empty_layers()
+    assert same(masks.flat, before)
+
+
+@pytest.mark.parametrize("alive", [(0, 1, 2), (0, 3, 0), (3, 0, 0), (0, 0, 4), (1, 0, 2)])
+def test_as_many_alive_as_layers_are_enough(alive):
+    net = Layers([np.arange(1, 5, dtype=np.float32)] * 3)
+    masks = Masks(net)
+    for part, count in zip(masks.flat.split(masks.sizes), alive):
+        part[count:] = False
+    assert masks.rescue_empty_layers()
+    assert masks.n_alive == sum(alive) and all(masks.per_layer(masks.flat))
+
+
+@pytest.mark.parametrize("n_eligible, k", [(5, 2), (5, 0), (5, 5), (0, 0), (1, 1), (2, 1)])
+def test_few_eligible_places_among_many(n_eligible, k):
+    """As in a layer of VGG-16 at 99.9 %: a sample of all places would hold no eligible one."""
+    size = 512 * 512 * 9
+    eligible = torch.zeros(size, dtype=torch.bool)
+    places = torch.randperm(size, generator=seeded(1))[:n_eligible]
+    eligible[places] = True
+    for key in (torch.rand(size, generator=seeded(2)), torch.zeros(size)):
+        chosen = select(eligible, k, [key], seeded(3))
+        assert int(chosen.count_nonzero()) == k and not (chosen & ~eligible).any()
+        if 0 < k < n_eligible:
+            assert key[chosen].min() >= key[eligible & ~chosen].max()

@@ -128,6 +128,88 @@ def test_sd_snn_by_hand():
                                   "rectangular").tolist() == [0, 1, 1, 1, 0]
 
 
+def mem_update(x_seq):
+    """The update of SD-SNN's code, under autograd: the gradient flows through (1 - spike)."""
+    mem = spike = torch.zeros_like(x_seq[0])
+    spikes = []
+    for x in x_seq:
+        mem = 0.2 * mem * (1 - spike) + x
+        near = (mem - 0.5).abs() < 0.5
+        spike = (mem > 0.5).double().detach() + (mem - mem.detach()) * near
+        spikes.append(spike)
+    return torch.stack(spikes)
+
+
+def gradients_of(forward, x):
+    leaf = x.clone().requires_grad_()
+    spikes = forward(leaf)
+    (spikes * torch.cos(torch.arange(spikes.numel()).double()).view(x.shape)).sum().backward()
+    return spikes.detach(), leaf.grad
+
+
+def test_the_reset_of_sd_snn_passes_the_gradient():
+    x = torch.rand(20, 6, 9, generator=generator()).double() * 1.2
+    spikes, want = gradients_of(mem_update, x)
+    assert 0.2 < spikes.mean() < 0.8
+    for name, lif in models.lifs(models.build("sdsnn-small", 3, 1, 8, 2)).items():
+        got = gradients_of(lif.double(), x)
+        assert torch.equal(got[0], spikes) and torch.allclose(got[1], want, atol=1e-12), name
+    detached = models.build("sdsnn-small", 3, 1, 8, 2, neuron=dict(detach_reset=True))
+    got = gradients_of(detached.lifs[0].double(), x)  # --detach-reset
+    assert torch.equal(got[0], spikes) and not torch.allclose(got[1], want, rtol=0.01)
+
+
+def test_the_neurons_of_sdsnn_large():
+    """PLIF with threshold 1 behind convolutions, LIF with 0.5 behind linear layers, all of them
+    strictly above it."""
+    net = small("sdsnn-large", 8, 3)
+    convs, linear = list(net.lifs)[:6], [net.lifs[6], net.lif_out]
+    for lif in convs:
+        assert lif.learn_tau and lif.v_threshold == 1 and lif.w.sigmoid().item() == 0.5
+    for lif in linear:
+        assert not lif.learn_tau and lif.v_threshold == 0.5 and lif.tau == 2
+    for lif, threshold in [*((lif, 1.0) for lif in convs), *((lif, 0.5) for lif in linear)]:
+        x = torch.tensor([2.0, 0, 0, 2.0, 2.1]).view(5, 1, 1) * threshold
+        # h, in thresholds: 1 (on it), .5, .25, 1.125 (fires), 1.05 (fires)
+        assert lif(x).flatten().tolist() == [0, 0, 0, 1, 1]
+    other = small("sdsnn-large", 8, 3, neuron=dict(v_threshold=0.7, tau=3.0))  # of all layers
+    found = {name: lif.v_threshold for name, lif in models.lifs(other).items()}
+    assert len(found) == 8 and set(found.values()) == {0.7}
+    assert other.lif_out.tau == 3 and not other.lif_out.learn_tau and other.lifs[0].learn_tau
+
+
+@pytest.mark.parametrize("given", [None, dict(v_threshold=0.7), dict(tau=3.0, alpha=1.0)])
+def test_a_network_with_two_neurons_goes_through_a_file(given, tmp_path):
+    net = small("sdsnn-large", 8, 3, neuron=given)
+    again = models.build(**net.config)
+    assert again.config == net.config
+    torch.save(models.pack(net), tmp_path / "model.pt")
+    loaded = models.load(tmp_path / "model.pt")
+    assert loaded.config == net.config
+    for one, other, third in zip(*(models.lifs(n).values() for n in (net, again, loaded))):
+        assert repr(one) == repr(other) == repr(third)
+
+
+@pytest.mark.parametrize("name, was", [
+    ("sdsnn-small", dict(tau=1.25, v_threshold=0.5, surrogate="rectangular", decay_input=False,
+                         strict=True)),
+    ("sdsnn-large", dict(tau=2.0, v_threshold=0.5, learn_tau=True))])
+def test_a_file_older_than_a_neuron_keeps_its_own(name, was, monkeypatch):
+    """As it was trained: its reset was detached, its PLIF everywhere, on the threshold it fires."""
+    row = plans.NETWORKS[name]._replace(neuron=was, linear_neuron={})
+    with monkeypatch.context() as patch:
+        patch.setitem(plans.NETWORKS, name, row)
+        net = small(name, 16, 2, time_steps=5)
+        packed = models.pack(net)
+    assert packed["neuron"] == was
+    loaded = models.unpack(packed)
+    for one, other in zip(*(models.lifs(n).values() for n in (net, loaded)), strict=True):
+        assert repr(one) == repr(other)
+        assert other.detach_reset and other.strict == was.get("strict", False)
+    x = torch.rand(3, 2, 16, 16) * 5
+    assert torch.equal(net.eval()(x), loaded(x))
+
+
 def test_the_soft_reset_by_hand():
     lif = LIF(2.0, reset="soft").double()
     x = torch.tensor([3.0, 0.0, 0.0]).double().view(3, 1, 1)  # h: 1.5, 0.25, 0.125
@@ -148,6 +230,12 @@ def test_the_usual_neuron_takes_the_usual_path(monkeypatch):
 def test_wrong_neurons(wrong):
     with pytest.raises(ValueError, match="expected"):
         LIF(**wrong)
+
+
+@pytest.mark.parametrize("name", ["resnet19", "resnet19-pre"])
+def test_neurons_behind_linear_layers_are_no_others_in_a_resnet(name):
+    with pytest.raises(ValueError, match="neuron has the key linear.*expected.*Leave it out"):
+        models.build(name, 3, 1, 16, 2, neuron={"linear": dict(v_threshold=0.5)})
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -205,7 +293,7 @@ def test_the_published_counts(name, channels_in, size, sizes, total):
     if name == "gradr-conv":
         assert sum(sizes) == 36_715_264
     taus = [n for n, p in net.named_parameters() if p.dim() == 0]
-    assert len(taus) == (8 if name == "sdsnn-large" else 0)  # a tau of each layer's neurons
+    assert len(taus) == (6 if name == "sdsnn-large" else 0)  # a tau of each convolution's neurons
 
 
 def test_sd_snn_on_gestures_has_the_published_layer():
@@ -373,7 +461,11 @@ def test_synaptic_operations(name, encoding):
     times = dict.fromkeys(net.reads_numbers, 3)  # T; an image that does not change is seen once
     if encoding == "direct":
         times |= dict.fromkeys({next(iter(macs)), "blocks.0.shortcut"} & macs.keys(), 1)
-    energy = 0.9 * counts["sops"] + 4.6 * sum(macs[layer] * n for layer, n in times.items())
+    # the first layer counts whole, the others by their alive weights
+    share = {layer: float(masks.alive[f"{layer}.weight"].double().mean()) for layer in times}
+    share[next(iter(macs))] = 1
+    energy = 0.9 * counts["sops"] + 4.6 * sum(macs[layer] * n * share[layer]
+                                              for layer, n in times.items())
     assert counts["energy_mj"] == pytest.approx(energy * 1e-9)
     assert (counts["macs_first_once"] == counts["macs_every_step"]) == (encoding != "direct")
     assert list(counts["layer_sops"]) == [layer for layer in macs if layer not in times]
@@ -493,10 +585,12 @@ def test_adam_forgets_dead_weights():
         rate_fc=0.35, crop=0, rotate=0.0, flip=False, sparsity=0.0)),
     (prune_sdsnn, "n-mnist", dict(
         model="sdsnn-small", encoding="events", time_steps=20, optimizer="adam", batch_size=100,
-        epochs_prune=300, rate_fc=0.45, crop=4, rotate=10.0)),
+        epochs_prune=300, rate_fc=0.45, event_split="number", crop=0, rotate=0.0)),
+    (prune_unstructured, "n-mnist", dict(event_split="number", crop=4, rotate=10.0)),
     (prune_sdsnn, "dvs-gesture", dict(
         model="sdsnn-small", encoding="events", time_steps=64, optimizer="adam", batch_size=4,
-        epochs_prune=300, rate_conv=0.05, rate_fc=0.6, crop=16, rotate=5.0)),
+        epochs_prune=300, rate_conv=0.05, rate_fc=0.6, event_split="number", crop=16,
+        rotate=5.0)),
     (prune_sdsnn, "cifar10", dict(
         model="sdsnn-large", encoding="direct", time_steps=8, loss="mse", optimizer="adamw",
         lr=2.44e-4, weight_decay=0.01, batch_size=50, epochs_prune=600, rate_conv=0.005,
@@ -509,11 +603,42 @@ def test_adam_forgets_dead_weights():
         model="gradr-conv", time_steps=8, batch_size=16, epochs_prune=2048, lr=1e-4, loss="mse",
         sparsity=0.95, prior=1e-3, mode="paper", crop=4, flip=True)),
     (prune_pq, "cifar10-dvs", dict(
-        model="vggsnn", encoding="events", time_steps=10, density=0.5, eta=0.001, start="er",
+        model="vggsnn", encoding="events", event_split="number", time_steps=10, density=0.5,
+        eta=0.001, start="er",
         growth="momentum", mode="adaptive", sparsity=None))])
 def test_the_papers_settings(script, dataset, want):
     args = vars(script.parse_args(["--dataset", dataset]))
     assert {flag: args[flag] for flag in want} == want
+
+
+def test_logged_runs_of_sd_snn_are_read_as_they_were():
+    """Their config.json is older than --event-split and the reset of sdsnn-small."""
+    folder = Path(records.__file__).parent.parent / "results/runs"
+    run = records.read_run(folder / "networks/fashion-mnist-sdsnn-small")
+    assert run.config["detach_reset"] is True and run.config["event_split"] is None
+    command = records.command_of(run).split()
+    assert command[:2] == ["python", "prune_sdsnn.py"] and "--detach-reset" in command
+    args = vars(prune_sdsnn.parse_args(command[2:]))
+    asked = ("model", "detach_reset", "event_split", "rate_conv", "rate_fc", "lr", "loss")
+    assert {flag: args[flag] for flag in asked} == {flag: run.config[flag] for flag in asked}
+    others = [records.read_run(path) for path in (folder / "methods").glob("*sdsnn*")]
+    assert len(others) == 6 and all(run.method == "sdsnn" for run in others)
+    assert all(run.config["detach_reset"] is None for run in others)
+
+
+def test_a_resumed_run_keeps_the_neuron_that_it_had():
+    for model, was in (("sdsnn-small", dict(detach_reset=True, threshold=None)),
+                       ("sdsnn-large", dict(detach_reset=None, threshold=0.5, strict=False)),
+                       ("small", dict(detach_reset=None, threshold=None, strict=None))):
+        config = vars(prune_unstructured.parse_args(["--model", model]))
+        for folder, older in (("old", True), ("new", False)):
+            gone = {"resume", "overwrite", *(["event_split"] if older else [])}
+            Path(model, folder).mkdir(parents=True)
+            Path(model, folder, "config.json").write_text(json.dumps(
+                {flag: value for flag, value in config.items() if flag not in gone}))
+            args = vars(prune_unstructured.parse_args(
+                ["--resume", "--run-dir", f"{model}/{folder}"]))
+            assert {flag: args[flag] for flag in was} == (was if older else dict.fromkeys(was))
 
 
 def test_sd_snn_rules_of_gestures():
@@ -531,8 +656,9 @@ def test_learning_rates_of_sd_snn():
     assert prune_sdsnn.learning_rate(args, stages, 1) == 1e-3
     assert prune_sdsnn.learning_rate(args, stages, 501) == pytest.approx(0.5e-3)  # a cosine
     args.mode = "official"
-    assert [prune_sdsnn.learning_rate(args, stages, i) for i in (400, 401, 801)] == pytest.approx(
-        [1e-3, 1e-4, 1e-5])
+    # published code: after 41 epochs, then every 40
+    at = {1: 1e-3, 401: 1e-3, 410: 1e-3, 411: 1e-4, 810: 1e-4, 811: 1e-5, 1000: 1e-5}
+    assert [prune_sdsnn.learning_rate(args, stages, i) for i in at] == pytest.approx([*at.values()])
     args = prune_sdsnn.parse_args(["--dataset", "cifar10"])
     assert prune_sdsnn.learning_rate(args, stages, 1) == pytest.approx(2.44e-4 / 50)
     assert prune_sdsnn.learning_rate(args, stages, 501) == pytest.approx(1.22e-4)

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -187,6 +188,21 @@ def ends_with(main, *given):
     return 0, error.getvalue()
 
 
+def with_other_data():
+    """Replace a finished run, with a file of each rank that differs in a pixel."""
+    images = data.load("fashion-mini", train_limit=300)
+    arrays = {key: getattr(images, key).numpy() for key in data.KEYS}
+    x_train, x_test = arrays["x_train"][:, 0].copy(), arrays["x_test"][:, 0]
+    x_train[0, 0, 0] = processes.rank()
+    path = f"of{processes.rank()}.npz"
+    np.savez(path, **arrays | dict(x_train=x_train, x_test=x_test))
+    speaks, processes.speaks = processes.speaks, lambda code: True
+    end = ends_with(prune_unstructured.main, *SHORT, "--dataset", path, "--run-dir", "granet",
+                    "--overwrite")
+    processes.speaks = speaks
+    return end
+
+
 def exercises():
     found, main = {}, prune_unstructured.main
     processes.start(torch.device("cpu"))
@@ -213,6 +229,7 @@ def exercises():
     prune_greg.main([*SLIM, "--run-dir", "greg", "--smoke"])
     prune_granet.main([*SHORT, "--run-dir", "granet"])
 
+    found["other data"] = with_other_data()
     update = prune_unstructured.prune_and_regenerate
 
     def differ(masks, *given):
@@ -385,6 +402,14 @@ def test_ranks_that_differ_stop(two):
     assert len(helpers.lines(folder / "mismatch", "updates")) == 1  # nothing of it is kept
 
 
+def test_ranks_with_other_data_stop_before_anything_is_removed(two):
+    folder, _, found = two
+    for code, line in (rank["other data"] for rank in found):
+        assert code == 2 and "the data of rank 1 differ from those of rank 0" in line
+    config = json.loads((folder / "granet/config.json").read_text())
+    assert config["dataset"] == "fashion-mini" and (folder / "granet/summary.json").exists()
+
+
 def test_it_learns_like_one_process(two, monkeypatch):
     folder, _, _ = two
     monkeypatch.setattr(metrics, "speedup", lambda *_, **__: 1.0)
@@ -451,6 +476,13 @@ def test_a_wrong_file_is_one_line_and_code_2_on_each_rank():
     assert "nowhere.npz" in done.stderr
     assert len(re.findall(r"exitcode +: 2 ", done.stderr)) == 2, done.stderr
     assert not Path("r").exists()
+
+
+def test_a_script_of_one_process_says_so_once():
+    done = torchrun(ROOT / "analyze.py", "--runs", "r")
+    assert done.stderr.count("analyze.py: error: torchrun started 2 processes, expected one") == 1
+    assert done.stderr.count(": error: ") == 1 and not done.stdout, done.stderr
+    assert len(re.findall(r"exitcode +: 2 ", done.stderr)) == 2, done.stderr
 
 
 # ---- what is refused before any rank joins -------------------------------------------------------

@@ -170,6 +170,48 @@ def test_the_published_schedule_and_its_scaling():
     assert make_schedule(99, MNIST_RULES).scale > make_schedule(100, MNIST_RULES).scale == 1
 
 
+@pytest.mark.parametrize("epochs, mnist, cifar", [
+    (300, 19, 6), (600, 19, 6), (150, 10, 3), (50, 4, 1), (8, 2, 1)])
+def test_the_official_mode_is_that_of_one_repository(epochs, mnist, cifar):
+    """On CIFAR-10: a first rate of 3 %, 20 live synapses, the constraint from epoch 6 on. The
+    other mode has it after n epochs, from which on ranges can move."""
+    for rules, first in ((MNIST_RULES, mnist), (CIFAR_RULES, cifar)):
+        schedule = make_schedule(epochs, rules, official=True)
+        assert schedule.clamp == first
+        usual = make_schedule(epochs, rules)
+        assert usual.clamp == usual.window + 1 == mnist and usual.moves == ("conv", "fc")
+        assert replace(schedule, clamp=usual.clamp, moves=usual.moves) == usual
+    assert CIFAR_RULES["few"] == dict(conv=20, fc=20)
+    args = prune_sdsnn.parse_args(["--dataset", "cifar10", "--mode", "official"])
+    assert (args.rate_conv, args.rate_fc) == (0.005, 0.03)
+
+
+def test_the_mode_reaches_the_schedule(mine, monkeypatch):
+    seen = []
+
+    def schedule(*given):
+        seen.append(given)
+        raise KeyboardInterrupt
+
+    for mode in ("fixed", "official"):
+        args = prune_sdsnn.parse_args([*SHORT, "--mode", mode, "--run-dir", mode])
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(prune_sdsnn, "parse_args", lambda argv: args)
+            patch.setattr(prune_sdsnn, "make_schedule", schedule)
+            prune_sdsnn.main([])
+    assert [given[2] for given in seen] == [False, True]
+
+
+def test_equal_filters_go_by_the_seed():
+    """Where ranges never move, filters with as many live synapses tie."""
+    gone = set()
+    for seed in range(20):
+        layer, mask = layer_of(torch.randn(8, 4, 3, 3), 25.0), torch.ones(8, 4, 3, 3).bool()
+        prune_neurons(layer, mask, seeded(seed))
+        gone.add(tuple((~mask.flatten(1).any(1)).nonzero().flatten().tolist()))
+    assert all(len(filters) == 2 for filters in gone) and len(gone) > 5
+
+
 # ---- (d) pruning and its rate --------------------------------------------------------------------
 
 
@@ -505,11 +547,11 @@ def test_develop_against_plain_loops(epochs, scale):
     assert pruned > 100 and regenerated > (10 if scale < 1 else 4) and fired > 20
 
 
-def prepared(official=False, signed=True, **rates):
+def prepared(official=False, signed=True, rules=MNIST_RULES, **rates):
     """A tiny network after epoch 0, and all that develop() takes but the epoch."""
     torch.manual_seed(0)
     net = Tiny()
-    masks, schedule = Masks(net), make_schedule(300, MNIST_RULES)
+    masks, schedule = Masks(net), make_schedule(300, rules, official)
     state = start_layers(masks, READERS, RATES | rates, official)
     return net, (schedule, state, READERS, masks, seeded(0), official, signed)
 
@@ -593,17 +635,20 @@ def test_the_percentile_of_growth(monkeypatch):
     assert 37 + seen[2].index(99) == 77
 
 
-def test_the_official_code_never_moves_the_ranges_of_convolutions():
-    for official in (False, True):
-        net, rest = prepared(official)
-        state, masks = rest[1], rest[3]
-        before = {name: state[name]["upper"].clone() for name in READERS}
-        for epoch in range(1, 25):
-            for name in READERS:
-                masks.weights[name].detach().mul_(0.99)
-            develop(epoch, *rest)
-        moved = {name: not torch.equal(state[name]["upper"], before[name]) for name in READERS}
-        assert moved == {"conv.weight": not official, "fc.weight": True}
+@pytest.mark.parametrize("rules, official, moves", [
+    (MNIST_RULES, False, True), (MNIST_RULES, True, True), (CIFAR_RULES, False, True),
+    (CIFAR_RULES, True, False)])
+def test_the_official_code_never_moves_the_ranges_of_cifars_convolutions(rules, official, moves):
+    """That for MNIST and events moves them."""
+    net, rest = prepared(official, rules=rules)
+    state, masks = rest[1], rest[3]
+    before = {name: state[name]["upper"].clone() for name in READERS}
+    for epoch in range(1, 25):
+        for name in READERS:
+            masks.weights[name].detach().mul_(0.99)
+        develop(epoch, *rest)
+    moved = {name: not torch.equal(state[name]["upper"], before[name]) for name in READERS}
+    assert moved == {"conv.weight": moves, "fc.weight": True}
 
 
 def test_growth_by_magnitude_is_an_option():
@@ -947,10 +992,10 @@ def test_init_from_a_dense_network(mine):
     ("--sparsity 90", "--sparsity is 90, expected a fraction in [0, 1). For 90 % write 0.9"),
     ("--rate-conv 5", "--rate-conv is 5, expected a fraction in [0, 1). For 5 % write 0.05"),
     ("--rate-conv nan", "--rate-conv is nan"), ("--rate-fc 1", "--rate-fc is 1"),
-    ("--rate-fc 0.3", "--rate-fc is 0.3, but the one linear layer of small is its output"),
+    ("--rate-fc 0.3", "--rate-fc is 0.3, which --model small does not use"),
     ("--optimizer adam --momentum 0.5", "--momentum is 0.5, which --optimizer adam does not use. "
-                                        "Leave it out, or take --optimizer sgd"),
-    ("--optimizer adamw --momentum 0", "--momentum is 0, which --optimizer adamw does not use"),
+                                        "Leave one of them out"),
+    ("--optimizer adamw --momentum 0", "--momentum is 0.0, which --optimizer adamw does not use"),
     ("--epochs-prune 3", "--epochs-prune is 3, expected at least 4"),
     ("--epochs-prune 0", "--epochs-prune is 0"),
     ("--epochs-finetune -1", "--epochs-finetune is -1"),
