@@ -41,9 +41,9 @@ from torch.nn.parallel import DistributedDataParallel
 # not for a rank that dies: its connections close, and torchrun ends the others
 LONGEST_WAIT = timedelta(days=1)
 LEAVING = timedelta(seconds=5)  # how long ranks that leave wait for each other
-# How long ranks that torchrun did not start wait for each other at the start. torch's
-# import from a shared disk may take some of them half a minute
-JOINING = timedelta(seconds=45)
+# How long ranks that torchrun did not start wait for each other at the start: one
+# alone, by variables of another job, leaves within half a minute
+JOINING = timedelta(seconds=20)
 ONE_OR_ALL = ("Start it by torchrun, or, for one process, by python after: unset "
               "WORLD_SIZE")
 
