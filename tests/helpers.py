@@ -99,6 +99,16 @@ def random_net(name, factor, seed=0, dtype=torch.float64):
     return net.eval()
 
 
+@torch.no_grad()
+def let_fire(net):
+    """Make the weights and the biases of BN larger, so that neurons of all layers fire."""
+    for weight in map(net.get_parameter, models.scored_by(net)):
+        weight.mul_(3)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.bias.fill_(0.8)
+
+
 def real_images(count=16, offset=0):
     return data.load("fashion-mini").x_test[offset:offset + count]
 

@@ -25,7 +25,7 @@ import prune_structured
 import prune_unstructured
 from harness import presets, records
 import training
-from helpers import assert_same_run, lines, one_line, stop_after
+from helpers import assert_same_run, let_fire, lines, one_line, stop_after
 from masks import Masks, momenta
 from kernels import FastLIF
 from neurons import LIF
@@ -42,12 +42,8 @@ def small(name, size=16, in_channels=2, factor=0.05, classes=3, time_steps=3, **
     torch.manual_seed(0)
     net = models.build(name, classes, in_channels, size, time_steps,
                        plans.default_widths(name, factor), **more)
+    let_fire(net)
     with torch.no_grad():
-        for weight in map(net.get_parameter, models.scored_by(net)):
-            weight.mul_(3)
-        for module in net.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.bias.fill_(0.8)
         for layer in (*getattr(net, "hidden", ()), *([net.fc] if hasattr(net, "fc") else ())):
             layer.weight.abs_()
     return net

@@ -29,7 +29,7 @@ import prune_structured
 import prune_unstructured
 from harness import setup
 from harness.runfolder import Run
-from helpers import assert_same_run, lines, one_line, stop_after
+from helpers import assert_same_run, let_fire, lines, one_line, stop_after
 from masks import Masks
 from plans import default_widths
 
@@ -45,12 +45,7 @@ def network(name="small", side=16, in_channels=1, classes=3, **more):
     """A network whose neurons fire, with a normalisation, in eval mode."""
     torch.manual_seed(0)
     net = models.build(name, classes, in_channels, side, 3, default_widths(name, 0.1), **more)
-    with torch.no_grad():
-        for weight in map(net.get_parameter, models.scored_by(net)):
-            weight.mul_(3)
-        for module in net.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.bias.fill_(0.8)
+    let_fire(net)
     net.set_normalisation([0.3] * in_channels, [0.2] * in_channels)
     return net.eval()
 
