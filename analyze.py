@@ -773,7 +773,7 @@ def parse_args(argv):
     add("--runs", type=flags.path, nargs="+", metavar="FOLDER", default=None,
         help="finished runs, or folders with runs at any depth (default: runs, without "
         "runs/demo)")
-    add("--out", type=flags.path, metavar="DIR", default=None,
+    add("--out", type=flags.folder, metavar="DIR", default=None,
         help="where the figures go (default: figures)")
     add("--demo", action="store_true", default=False, help="first make short runs for "
         "all figures in runs/demo, about 20 minutes on two cores, and draw those in "

@@ -170,8 +170,7 @@ def take_turns(actions, seconds, device, at_least=5):
     def timed(action):
         started = time.perf_counter()
         action()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        metrics.wait(device)
         return time.perf_counter() - started
 
     for action in actions.values():
@@ -532,7 +531,7 @@ def parse_args(argv=None):
         help=f"of {', '.join(SIZES)} (default: all of them, and the scaling)")
     add("--json", type=flags.path, metavar="FILE",
         help="write every row and the ratios")
-    add("--figures", type=flags.path, metavar="DIR",
+    add("--figures", type=flags.folder, metavar="DIR",
         help="draw the scaling (not with --quick or --networks) into this folder")
     add("--device", type=flags.device, metavar="DEVICE",
         help="cpu, cuda or cuda:1; default: the GPU where there is one")

@@ -507,6 +507,10 @@ def _check_images(source, *splits):
                         f"Convert it: {_conversion(x)}")
         checked.append(np.ascontiguousarray(x))
     x_train, x_test = checked
+    tops = [int(x.max()) for x in checked]
+    if x_train.ndim < 5 and min(tops) <= 1 < max(tops):
+        print(f"note: {source}: the largest pixel is {tops[0]} in x_train, {tops[1]} in "
+              f"x_test: is one of them in 0..1 and the other in 0..255?")
     if x_train.shape[1:] != x_test.shape[1:]:
         raise error(ValueError, f"{source}: images are {list(x_train.shape[1:])} in "
                     f"x_train, {list(x_test.shape[1:])} in x_test",
@@ -517,14 +521,16 @@ def _check_images(source, *splits):
 def _conversion(x):
     """Return how to convert images that are no uint8 [N, H, W, C], in words."""
     steps = []
-    is_number = x.size and np.issubdtype(x.dtype, np.number)
+    is_number = x.size and x.dtype.kind in "iuf"
     if is_number and not np.isfinite(x).all():
         steps.append("remove what is not finite")
     elif x.dtype == bool:
         steps.append("x = 255 * x.astype('uint8')")
     elif is_number and x.dtype != np.uint8:
         low, high = x.min().item(), x.max().item()
-        if low < 0:
+        if x.ndim == 5:
+            steps.append("counts of events: x = x.clip(0, 255).round().astype('uint8')")
+        elif low < 0:
             steps.append(f"its values are {low:g} to {high:g}, undo what shifted them, "
                          f"to 0 to 255")
         elif high <= 1:
@@ -591,6 +597,9 @@ def _check_names(source, names, count):
         raise error(ValueError, f"{source}: class_names is {names.dtype} "
                     f"{list(names.shape)}", f"text [{count}], a name for each label",
                     "Correct it or leave it out")
+    if len(names) > count:
+        print(f"note: {source}: class_names has {len(names)} names, of which the first "
+              f"{count} are used: the labels are 0 to {count - 1}")
     return names[:count].tolist()
 
 

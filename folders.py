@@ -59,11 +59,13 @@ def list_splits(root, notes):
     there = [root / name for name in VALIDATION if (root / name).is_dir()]
     val_root = there[0] if there else root / "val"
     classes = list_classes(train_root, notes)
-    if not test_root.exists():
+    if test_root.is_symlink() and not test_root.exists():
+        notes.setdefault(DEAD, []).append(test_root)
+    if not test_root.exists() and there:
         test_root = val_root
         if val_root.name != "val":
             print(f"note: {root} has no test: {val_root} is the test set")
-    elif val_root.is_dir():
+    elif there:
         has_classes, is_labelled = (
             any((folder / name).is_dir() for name in classes)
             for folder in (test_root, val_root))
@@ -206,16 +208,20 @@ def decode(root, train, test, notes):
                              f"a whole 8-bit image, square, as wide as {files[0]}",
                              "Convert, resize or remove it") from wrong
 
+    def require_size(image, width):
+        if not image.width == image.height == width:
+            raise ValueError(f"{image.width} x {image.height} pixels")
+
     with opened(files[0]) as first:
-        width, height = first.size
-    sources.require_room(root, len(files), 3 * width * height,
-                         f"{len(files):,} images of {width} x {height} pixels")
+        width = first.width
+        require_size(first, width)
+    sources.require_room(root, len(files), 3 * width ** 2,
+                         f"{len(files):,} images of {width} x {width} pixels")
     x = np.empty((len(files), width, width, 3), np.uint8)
 
     def decode_one(i):
         with opened(files[i]) as image:
-            if not image.width == image.height == width:
-                raise ValueError(f"{image.width} x {image.height} pixels")
+            require_size(image, width)
             _require_8_bits(image)
             if getattr(image, "n_frames", 1) > 1:
                 notes.setdefault(ANIMATED, []).append(files[i])
@@ -240,8 +246,12 @@ def _require_8_bits(image):
     itself cuts 16-bit colours to their upper 8 bits as it reads them."""
     kind = image.mode
     if kind[0] not in "IF":
-        raw = [str(tile.args) for tile in getattr(image, "tile", ())]
-        if not any(";16" in args for args in raw):
+        tiles = getattr(image, "tile", ())
+        has_16 = any(";16" in str(tile.args) for tile in tiles)
+        # of PPM files the largest value
+        has_16 |= any(tile.codec_name == "ppm" and tile.args[-1] > 255
+                      for tile in tiles)
+        if not has_16:
             return
         kind += " with 16 bits"
     raise ValueError(f"pixels of kind {kind}")

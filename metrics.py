@@ -246,6 +246,13 @@ def count(net, batches, alive=None):
                    firing_rates=by_layer))
 
 
+def wait(device):
+    """Wait until a device has done all that it was given: a GPU works on while the host
+    goes on."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 @torch.inference_mode()
 def speedup(dense, small, images, seconds=2.0):
     """Return how many times faster `small` predicts than `dense`: the median over pairs
@@ -258,8 +265,7 @@ def speedup(dense, small, images, seconds=2.0):
     def timed(net):
         started = time.perf_counter()
         net(images)
-        if images.device.type == "cuda":
-            torch.cuda.synchronize()
+        wait(images.device)
         return time.perf_counter() - started
 
     dense.eval()

@@ -31,6 +31,7 @@ input:
 - "events": frames [T, N, 2, H, W] of event counts, taken as they are.
 """
 import inspect
+import pickle
 import warnings
 import weakref
 import zipfile
@@ -49,6 +50,7 @@ from neurons import LIF
 from plans import ENCODINGS, default_widths
 
 NAMES = plans.NAMES
+ROUNDING = 1e-4  # how far pixels in 0..1 may be above 1
 FORMAT = 1  # of model.pt; raised when old files can no longer be read
 
 
@@ -218,14 +220,31 @@ def hint_of_shape(shape, channels, side):
     if last == (channels, side, side):
         if len(shape) == 3:
             return "Give a single image as x[None]"
-        return "Make one batch of all leading dimensions: x.flatten(0, -4)"
+        one = ", ".join(map(str, last))
+        return f"Make one batch of all leading dimensions: x.reshape(-1, {one})"
     if last == (side, side, channels):
-        return "Put the channels before the pixels: x.movedim(-1, -3)"
+        order = [*range(len(shape))]
+        order.insert(-2, order.pop())
+        how = ", ".join(map(str, order))
+        return (f"Put the channels before the pixels: x.permute({how}), of an array "
+                f"x.transpose({how})")
     if last[-2:] == (side, side):
         if channels == 1 and len(shape) < 4:
-            return "Give grey images a dimension of one channel: x.unsqueeze(-3)"
+            return "Give grey images a dimension of one channel: x[..., None, :, :]"
         return f"Give as many channels as it was trained with, {channels}"
     return f"Resize them to the {side} x {side} pixels that it was trained with"
+
+
+def warn_of_missing(net, keys):
+    """Warn where load_state_dict(state, strict=False) has found no normalisation.
+    keys: its result. (With strict=True it raises.)"""
+    missing = {"mean", "std"} & set(keys.missing_keys)
+    if missing:
+        warnings.warn(f"the state_dict has no {' and no '.join(sorted(missing))}: the "
+                      f"network keeps mean {net.mean.tolist()} and std "
+                      f"{net.std.tolist()}, and without those of its training it "
+                      f"predicts something else. Call net.set_normalisation(mean, std)",
+                      stacklevel=2)
 
 
 class SpikingNet(nn.Module):
@@ -245,6 +264,7 @@ class SpikingNet(nn.Module):
         # in the state_dict: without them the weights predict something else
         self.register_buffer("mean", torch.zeros(in_channels))
         self.register_buffer("std", torch.ones(in_channels))
+        self.register_load_state_dict_post_hook(warn_of_missing)
 
     def set_normalisation(self, mean, std):
         """Give the mean and standard deviation of each input channel, of pixels in
@@ -268,8 +288,8 @@ class SpikingNet(nn.Module):
         x: [N, C, H, W], or [T, N, C, H, W] for data with a time axis, of which the
         first time_steps count. Sides are padded with black to a multiple of pad_to.
         """
-        has_time = x.dim() == 5
         self._check(x)
+        has_time = x.dim() == 5
         x_seq = x[:self.time_steps] if has_time else x.unsqueeze(0)
         if self.encoding != "direct":
             x_seq = x_seq.to(self.mean.dtype) if has_time else self._spikes(x)
@@ -286,15 +306,19 @@ class SpikingNet(nn.Module):
             x_seq = padded
         if x_seq.dtype == torch.uint8:
             x_seq = (x_seq.to(self.mean.dtype) / 255 - mean) / std
-        return x_seq
+        return x_seq.to(self.mean.dtype)  # of float64, or of half precision
 
     def _check(self, x):
         """Raise ValueError for an input of another shape or type. That reads no value,
         so that no step waits for a GPU.
 
-        In eval mode on a CPU the values of floating-point inputs are checked too:
-        against NaN, and against pixels in 0..255 that nobody has normalised.
+        On a CPU the values of floating-point inputs are checked too: against NaN, and
+        against pixels in 0..255 that nobody has normalised.
         """
+        if not isinstance(x, Tensor):
+            raise ValueError(f"the network got a {type(x).__name__}, expected a tensor. "
+                             f"Give it to models.predict(net, images), or convert it "
+                             f"by torch.as_tensor")
         side, channels = self.image_size, len(self.mean)
         are_events = self.encoding == "events"
         fits = tuple(x.shape[-3:]) == (channels, side, side) and x.dim() in (4, 5)
@@ -313,7 +337,7 @@ class SpikingNet(nn.Module):
                              f"models.predict(net, images), which says how")
         # a graph that is compiled, traced or exported has no values to look at
         is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if self.training or is_graph or not self.checks_values:
+        if is_graph or not self.checks_values:
             return
         if x.is_floating_point() and x.device.type == "cpu" and x.numel() > 0:
             self._check_values(x)
@@ -342,7 +366,9 @@ class SpikingNet(nn.Module):
         else:
             black, white = -self.mean / self.std, (1 - self.mean) / self.std
             largest = float(torch.maximum(black.abs(), white.abs()).max())
-            if max(abs(low), abs(high)) > 10 * largest:
+            # without a mean and std nobody has said what the values are
+            is_known = (self.mean != 0).any() or (self.std != 1).any()
+            if is_known and max(abs(low), abs(high)) > 10 * largest:
                 raise ValueError(f"{found}, expected floats that are normalised, about "
                                  f"{float(black.min()):.2g} to {float(white.max()):.2g}"
                                  f". {remedy}")
@@ -355,8 +381,8 @@ class SpikingNet(nn.Module):
     def _encode(self, first, lif, x, pad_to=1):
         """Return the spikes of the first LIF, [T, N, C, H, W]. first: the layers before
         it, which see an image once. x, pad_to: as in _input."""
-        steps = None if x.dim() == 5 else self.time_steps
-        return lif(first(self._input(x, pad_to)), steps)
+        current = first(self._input(x, pad_to))
+        return lif(current, None if x.dim() == 5 else self.time_steps)
 
     @torch.compiler.disable  # one break, where the seeded generator would make many
     def _spikes(self, x):
@@ -820,7 +846,11 @@ def predict(net, images, batch_size=128):
     step could rank another class first.) They are not calibrated.
     Raises ValueError for images of another kind, shape or range.
     """
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not hasattr(net, "checks_values"):  # of SpikingNet, also under torch.compile
+        raise ValueError(f"predict got a {type(net).__name__}, expected a network of "
+                         f"models.load(path) or models.build(...). Of a wrapper such as "
+                         f"DataParallel give net.module")
+    if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}, expected a whole number of at "
                          f"least 1. Change it")
     x_all = images_for(net, images)
@@ -837,8 +867,12 @@ def predict(net, images, batch_size=128):
         for module, mode in modes.items():
             module.training = mode
     total = torch.cat(totals)
+    if not total.isfinite().all():
+        raise ValueError("the network's output is not finite (NaN or infinite), expected "
+                         "numbers. Look for such weights in net.state_dict()")
     classes, names = total.argmax(1), None
     if net.class_names is not None:
+        check_class_names(net.class_names, total.shape[1], "the network")
         names = [net.class_names[k] for k in classes.tolist()]
     return Prediction(classes, (total / len(logits)).softmax(1), names)
 
@@ -852,7 +886,9 @@ def images_for(net, images):
     what, values = "images", "floats in 0..1"
     if are_events:
         what, values = "frames", "floats of at least 0"
+    as_uint8, as_float = "to(torch.uint8)", "float()"
     if isinstance(images, np.ndarray):
+        as_uint8, as_float = "astype(np.uint8)", "astype(np.float32)"
         try:
             images = torch.from_numpy(np.array(images, order="C"))  # may be read-only
         except (TypeError, ValueError):  # strings, longdouble; another byte order
@@ -864,13 +900,11 @@ def images_for(net, images):
                          f"or a numpy array. Convert them, for instance by "
                          f"np.stack")
     if images.dtype != torch.uint8 and not images.is_floating_point():
-        remedy = "If they are 0..255: images.to(torch.uint8)"
-        if are_events:
-            remedy = "Convert them by images.float()"
-        elif images.dtype == torch.bool:
-            remedy = "Convert them by images.float()"
+        remedy = f"If they are 0..255: images.{as_uint8}"
+        if are_events or images.dtype == torch.bool:
+            remedy = f"Convert them by images.{as_float}"
         elif images.dtype == torch.uint16:
-            remedy = "Convert them by images.float() / 65535"
+            remedy = f"Convert them by images.{as_float} / 65535"
         raise ValueError(f"the {what} are {images.dtype}, expected torch.uint8, or "
                          f"{values}. {remedy}")
 
@@ -897,11 +931,13 @@ def images_for(net, images):
         if not (abs(low) < torch.inf and abs(high) < torch.inf):
             raise ValueError(f"{found}, expected finite numbers. Look for NaN and "
                              f"infinite ones in them")
-        if low < 0 or (high > 1 and not are_events):
+        if low < 0 or (high > 1 + ROUNDING and not are_events):
             remedy = "Do not normalise them: the network does"
             if low >= 0:
                 remedy = "Divide pixels by 255, or give them as uint8"
             raise ValueError(f"{found}, expected uint8, or {values}. {remedy}")
+        if not are_events:
+            images = images.clamp(max=1)
     return images
 
 
@@ -933,7 +969,7 @@ def keep_zeros(net, masks=None):
 
     To mask the gradients would not do: momentum, and the moments of Adam, of before
     would still move dead weights. A change of the weights that is no optimizer's step
-    is not seen.
+    is not seen, and neither is one of a copy of the network: call it for the copy too.
     Raises ValueError for masks that do not fit the network.
     """
     if masks is None:
@@ -941,7 +977,10 @@ def keep_zeros(net, masks=None):
         if masks is None or all(mask.all() for mask in masks.values()):
             masks = {name: net.get_parameter(name) != 0 for name in scored_by(net)}
     check_masks(net, masks)
-    net.masks = (net.masks or {}) | masks
+    # a layer that was exchanged has no mask any more
+    kept = {name: mask for name, mask in (net.masks or {}).items()
+            if mask.shape == net.get_parameter(name).shape}
+    net.masks = kept | masks
     # what is deleted is let go
     pairs = [(weakref.ref(net.get_parameter(name)), mask)
              for name, mask in masks.items()]
@@ -988,10 +1027,12 @@ def pack(net, masks=None):
     masks: {name of a weight: bool tensor, True = alive}; None: net.masks, where they
     still hold; without any all weights are alive.
     Raises ValueError for masks that do not fit the weights, and for weights that do not
-    fit net.config, by which load() builds the network.
+    fit net.config, by which load() builds the network; for class names of another
+    number.
     """
     check_masks(net, masks or net.masks or {})
     check_config(net)
+    check_class_names(net.class_names, net.config["num_classes"], "the network")
     state = {name: tensor.detach().cpu().clone()
              for name, tensor in net.state_dict().items()}
     alive = {name: torch.ones(state[name].shape, dtype=torch.bool)
@@ -1004,6 +1045,17 @@ def pack(net, masks=None):
     return {"format": FORMAT, **net.config, "state_dict": state, "masks": alive,
             "normalisation": {"mean": net.mean.tolist(), "std": net.std.tolist()},
             "class_names": net.class_names}
+
+
+def check_class_names(names, count, source):
+    """Raise ValueError unless the names of `count` classes are a list of as many
+    strings, or None. source: what has them, in words."""
+    if names is None:
+        return
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not are_names or len(names) != count:
+        raise ValueError(f"{source} has the class names {names!r}, expected a list of "
+                         f"{count} strings, or None")
 
 
 def check_config(net):
@@ -1045,9 +1097,13 @@ def read(path):
         raise FileNotFoundError(f"there is no file {path}, expected the model.pt of a "
                                 f"run") from None
     except Exception as error:  # zipfile, pickle and the system have no common class
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read ({first_line}), expected a model.pt "
-                         f"that a run of this project has written") from None
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        remedy = ""
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds pickled objects, such as a whole network"
+            remedy = ". Save it by torch.save(models.pack(net), path)"
+        raise ValueError(f"{path} cannot be read ({reason}), expected a model.pt that a "
+                         f"run of this project has written{remedy}") from None
     keys = {"format", "name", "num_classes", "in_channels", "image_size", "time_steps",
             "widths", "state_dict", "masks", "normalisation"}
     if not isinstance(packed, dict) or not keys <= packed.keys():
@@ -1145,12 +1201,7 @@ def unpack(packed, source="model.pt"):
             raise ValueError(f"{source}: weights of {name} that its mask says are "
                              f"pruned are not 0")
     class_names = packed.get("class_names")  # not in older files
-    if class_names is not None:
-        are_names = isinstance(class_names, list) and all(
-            isinstance(name, str) for name in class_names)
-        if not are_names or len(class_names) != packed["num_classes"]:
-            raise ValueError(f"{source} has the class names {class_names!r}, expected "
-                             f"a list of {packed['num_classes']} strings")
+    check_class_names(class_names, packed["num_classes"], source)
     net.class_names, net.masks = class_names, dict(packed["masks"])
     return net.eval()
 

@@ -447,7 +447,8 @@ def main(argv=None):
                 if keep < len(masks.sizes):
                     raise TooFew(f"the structure epochs end with {found} connections, "
                                  f"expected at least one for each of the "
-                                 f"{len(masks.sizes)} layers. Lower --prior")
+                                 f"{len(masks.sizes)} layers. Start again with a lower "
+                                 f"--prior")
                 change = fix_mask(keep, masks, wires, run.generator())
                 if change is not None:
                     final = args.sparsity if args.mode == "matched" else None

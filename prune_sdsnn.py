@@ -59,8 +59,9 @@ TOLERANCE = 1e-4  # INTERPRETATION: a smaller fall of |w| in an epoch is no shri
 class Schedule:
     """When the structure develops, in epochs from 0, and the numbers of its rules.
 
-    The last six are those of a data set, see harness/presets.py: three of them have a
-    number for convolutions ("conv") and one for fully connected layers ("fc").
+    The last five are those of a data set, see harness/presets.py; with --mode official
+    `clamp` and `moves` are too. percentile, count and few have a number for
+    convolutions ("conv") and one for fully connected layers ("fc").
     """
 
     window: int   # n: epochs in a row until a range moves
@@ -447,8 +448,8 @@ def parse_args(argv):
     add("--growth", choices=("signed", "unsigned"),
         help="regenerate the largest w, or |w|")
     add("--mode", choices=("fixed", "official"), help="official: as the published "
-        "code, training is dense, pruned neurons keep their bias, on CIFAR-10 the "
-        "ranges of convolutions stay")
+        "code, training is dense, pruned neurons keep their bias, with the rules of "
+        "CIFAR-10 the ranges of convolutions stay")
     add("--epochs-prune", type=flags.whole(1), metavar="N",
         help="epochs of developing structure")
     add("--epochs-finetune", type=flags.whole(0), metavar="N",

@@ -140,12 +140,13 @@ def data_of(images):
     return (images.hashes or {}) | classes
 
 
-def saved_data(folder):
-    """Return what config.json of a run says of its data (see data_of), a dict; None
-    without it, as in older runs."""
-    with suppress(OSError, ValueError, AttributeError):
-        return json.loads(Path(folder, "config.json").read_text()).get("data")
-    return None
+def saved_config(folder):
+    """Return the config.json of a run, a dict; an empty one if it cannot be read. Its
+    "data" is what data_of() returned; older runs lack it."""
+    with suppress(OSError, ValueError):
+        config = json.loads(Path(folder, "config.json").read_text())
+        return config if isinstance(config, dict) else {}
+    return {}
 
 
 def require_same_data(folder, saved, now, name):

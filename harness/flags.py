@@ -170,13 +170,17 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, flag):
         """Exit because of a flag that is not known."""
-        near = difflib.get_close_matches(flag, self._option_string_actions, 1)
+        near = []
+        if len(flag) > 3:  # "--" is near to all short flags
+            near = difflib.get_close_matches(flag, self._option_string_actions, 1)
         hint = f"Did you mean {near[0]}?" if near else "--help lists all flags"
         self.error(f"unrecognized arguments: {flag}, expected a flag of this script. "
                    f"{hint}")
 
     def error(self, message):
         message = message.removeprefix("argument ").replace(": is ", " is ", 1)
+        message = message.replace(": ignored explicit argument", ": expected no value, "
+                                  "leave out")
         leave(2, f"error: {' '.join(message.split())}", self.prog)
 
 
@@ -331,8 +335,11 @@ def read_config(folder, parser):
     known = NO_FLAGS | {action.dest for action in parser._actions}
     foreign = [key for key in config
                if key not in known and not key.startswith("version_")]
-    if foreign:
-        made_by = config.get("script") or "something else"
+    made_by = config.get("script") or "something else"
+    if foreign and made_by == Path(parser.prog).stem:  # flags of an older version
+        print(f"note: {file} holds {', '.join(foreign)}, which {parser.prog} no longer "
+              f"has: left out")
+    elif foreign:
         raise ValueError(f"{file} holds {', '.join(foreign)}, which {parser.prog} does "
                          f"not know, expected the flags of a run of it; it was made by "
                          f"{made_by}. Go on by the script that made it, or name "
@@ -374,7 +381,17 @@ def wrong_in(action, value):
 def path(text):
     """Return a path, in which ~ is the user's own folder, also where the shell left it
     as it was."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, expected a path")
     return os.path.expanduser(text)
+
+
+def folder(text):
+    """Return the path of a folder for results, which may not be there yet."""
+    found = path(text)
+    if os.path.exists(found) and not os.path.isdir(found):
+        raise argparse.ArgumentTypeError(f"is {text}, a file, expected a folder")
+    return found
 
 
 def device(text):

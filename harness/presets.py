@@ -302,6 +302,14 @@ def of_earlier(config):
     return config | then | given
 
 
+def changed_since(config):
+    """Return what an earlier, unfinished run had that is another thing now, so that it
+    cannot go on, in words; "" if there is no such thing."""
+    if "event_split" not in config and config.get("mode") == "official":
+        return "what --mode official does"
+    return ""
+
+
 def channel_rates(model):
     """Return the paper's regeneration rates of the channels of a network, {p: r}."""
     return CHANNEL_RATES.get(model, CHANNEL_RATES["small"])

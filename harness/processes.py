@@ -42,8 +42,8 @@ from torch.nn.parallel import DistributedDataParallel
 LONGEST_WAIT = timedelta(days=1)
 LEAVING = timedelta(seconds=5)  # how long ranks that leave wait for each other
 # How long ranks that torchrun did not start wait for each other at the start: one
-# alone, by variables of another job, leaves within half a minute
-JOINING = timedelta(seconds=20)
+# alone, by variables of another job, leaves within a minute
+JOINING = timedelta(seconds=45)
 ONE_OR_ALL = ("Start it by torchrun, or, for one process, by python after: unset "
               "WORLD_SIZE")
 
@@ -89,9 +89,9 @@ def _whole(name, default):
 def require_one():
     """Raise ValueError if torchrun started several processes."""
     if size() > 1:
-        raise ValueError(f"torchrun started {size()} processes, expected one: this "
-                         f"script runs in a single one. Start it by python, with "
-                         f"WORLD_SIZE unset")
+        raise ValueError(f"the environment variable WORLD_SIZE is {size()}, as torchrun "
+                         f"sets it, expected one process: this script runs in a single "
+                         f"one. Start it by python, with WORLD_SIZE unset")
 
 
 def check():

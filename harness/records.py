@@ -57,7 +57,7 @@ METHODS = ("dense", "gmp", "slimming", "criticality", "gradient", "random", "gra
            "greg1", "greg2", "imp", "eb", "et", "gradr", "deepr", "sdsnn", "pq")
 
 # The flags that are equal in runs that are compared
-SHARED = ("dataset", "event_split", "model", "width", "encoding", "tau", "threshold",
+SHARED = ("dataset", "event_split", "model", "init", "width", "encoding", "tau", "threshold",
           "surrogate", "alpha", "reset", "detach_reset", "decay_input", "strict",
           "loss", "train_limit", "time_steps", "batch_size", "lr", "smoke",
           "epochs_finetune")

@@ -92,7 +92,7 @@ def require_data_of_finished(args):
     """Raise ValueError or OSError if the data that a finished run names have changed,
     or cannot be read any more. Data that are gone, older runs and named sets, which
     could be downloaded here, pass."""
-    saved = files.saved_data(args.run_dir)
+    saved = files.saved_config(args.run_dir).get("data")
     if saved is None or args.dataset in data.NAMES:
         return
     if os.path.exists(args.dataset):
@@ -210,7 +210,8 @@ class Run:
                         when = f"after iteration {self.iteration}: "
                     raise FloatingPointError(f"{when}{error}") from None
         except BaseException as end:
-            if getattr(end, "code", 1) == 1:  # an error, and no signal
+            is_signal = isinstance(end, KeyboardInterrupt)
+            if not is_signal and getattr(end, "code", 1) == 1:
                 self._leave_nothing()
             raise
         finally:
@@ -501,9 +502,10 @@ class Run:
         taken = self._is_taken()
         self.made = [path for path in (self.folder, *self.folder.parents)
                      if not path.exists()]
-        self.lock = processes.rank_0_first(
-            lambda: files.acquire(self.folder) if processes.rank() == 0 else None)
+        self.lock = None
         try:
+            self.lock = processes.rank_0_first(
+                lambda: files.acquire(self.folder) if processes.rank() == 0 else None)
             taken = self._is_taken()  # another process may have been faster
             self.is_new = not taken
             if taken and self.args.resume:
@@ -625,6 +627,10 @@ class Run:
                      f"with: that they are the same is not checked")
         held = presets.of_earlier(state["flags"])
         with fits(path):
+            changed = presets.changed_since(state["flags"])
+            if changed:
+                raise ValueError(f"{changed} has changed since; only the version that "
+                                 f"began it can go on")
             for flag, value in self._flags(knows_data=saved is not None).items():
                 was, is_new = held.get(flag), flag not in held  # to the run's version
                 if was != value and not (is_new and not value):
@@ -636,9 +642,6 @@ class Run:
             self.seconds, self.notes = state["seconds"], state["notes"]
             self.meter.restore(state["meter"])
             processes.restore_statistics(self.net, state["statistics"])
-            # the run keeps the name that it was started with, in all its files
-            for flag in flags.PLACES:
-                setattr(self.args, flag, state["flags"][flag])
 
     def _restore_position(self, state):
         epoch, step, iteration = state["position"]

@@ -23,7 +23,7 @@ import models
 import plans
 import training
 from harness import files, processes, published
-from harness.flags import SMOKE_IMAGES
+from harness.flags import PLACES, SMOKE_IMAGES
 
 
 def start(args, shared=False):
@@ -47,7 +47,6 @@ def start(args, shared=False):
         raise ValueError(f"--compile is given, but torchrun started "
                          f"{processes.size()} processes, expected one: the two "
                          f"together are not tested. Leave one out")
-    number, here = processes.local()
     if processes.size() > 1 and device.index is not None:
         raise ValueError(f"--device is {device}, but torchrun started "
                          f"{processes.size()} processes, expected a GPU for each. "
@@ -56,6 +55,7 @@ def start(args, shared=False):
         raise ValueError(f"--device is mps, but torchrun started {processes.size()} "
                          f"processes, expected one: they cannot share an Apple GPU. "
                          f"Start it by python, or write --device cpu")
+    number, here = processes.local()
     here = max(here, number + 1)  # another program than torchrun may set one alone
     if args.device == "cuda" and here > torch.cuda.device_count():
         raise ValueError(f"torchrun started {here} processes here, but torch sees "
@@ -148,8 +148,12 @@ def load(args, device):
             f"same data by --dataset or --data-dir") from None
     if is_resumed:
         # config.json is soon read; the checkpoint is compared when it is restored
-        files.require_same_data(args.run_dir, files.saved_data(args.run_dir),
-                                files.data_of(images), args.dataset)
+        config = files.saved_config(args.run_dir)
+        files.require_same_data(args.run_dir, config.get("data"), files.data_of(images),
+                                args.dataset)
+        # the run keeps the names that it was started with, and the presets of these
+        for flag in PLACES & config.keys():
+            setattr(args, flag, config[flag])
     return images.to(device)
 
 
@@ -276,9 +280,9 @@ def start_from(net, path, takes_masks=False, may_be_new=True):
     is_pruned = not all(mask.all() for mask in source.masks.values())
     if is_pruned and not takes_masks:
         raise ValueError(f"{path} is a pruned network, expected a dense one: this "
-                         f"method starts from all weights. Train one with --sparsity "
-                         f"0, or go on from it by prune_unstructured.py or "
-                         f"prune_granet.py")
+                         f"method starts from all weights. Train one by "
+                         f"prune_unstructured.py --sparsity 0, or go on from it by "
+                         f"prune_unstructured.py or prune_granet.py")
     for key in ("name", "in_channels", "image_size", "widths", "encoding", "neuron"):
         if source.config[key] != net.config[key]:
             remedy = "Give the flags that it was made with, or another file"

@@ -228,7 +228,7 @@ def deep(root):
 
 BAD_FOLDERS = {
     "no train": (rename("train", "training"), FileNotFoundError, "train "),
-    "no test": (rename("test", "testing"), FileNotFoundError, "val "),
+    "no test": (rename("test", "testing"), FileNotFoundError, "test "),
     "train is a file": (lambda r: (rename("train", "x")(r), write("train", b"")(r)), ValueError,
                         "train "),
     "empty class": (empty_class, FileNotFoundError, "train/b holds no images"),

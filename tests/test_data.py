@@ -415,6 +415,28 @@ def test_what_lies_beside_train_and_test_is_counted(tmp_path, capsys):
     assert "files left out that are in no class folder: 1 (labels.csv)" in said
 
 
+def test_a_wide_first_image_takes_no_memory(tmp_path):
+    make_folder(tmp_path)
+    save_image(tmp_path / "train/a/0.png", np.zeros((8, 60_000, 3), np.uint8))
+    assert "60000 x 8 pixels" in message_of(ValueError, str(tmp_path))
+
+
+def test_a_dead_link_in_the_place_of_the_test_set_is_said(tmp_path, capsys):
+    make_folder(tmp_path, "val")
+    (tmp_path / "test").symlink_to("nowhere")
+    assert len(data.load(str(tmp_path)).x_test) == 6
+    assert "dead links left out: 1 (test)" in notes_of(capsys)
+
+
+def test_one_split_that_was_divided_is_said(tmp_path, capsys):
+    arrays = good_arrays()
+    data.load(save(tmp_path / "a.npz", **arrays))
+    assert "largest pixel" not in capsys.readouterr().out
+    arrays["x_test"] = arrays["x_test"] % 2
+    data.load(save(tmp_path / "a.npz", **arrays))
+    assert "in x_train, 1 in x_test" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["valid", "validation"])
 def test_other_names_of_val(tmp_path, capsys, name):
     make_folder(tmp_path, name)
@@ -450,6 +472,11 @@ def write_palette(path):
     image.save(path, transparency=bytes([0, 9]))
 
 
+def write_ppm_16(path):
+    """A PPM of 16 bits a colour, which Pillow scales to 8 bits."""
+    path.write_bytes(b"P6\n8 8\n65535\n" + np.full((8, 8, 3), 40000, ">u2").tobytes())
+
+
 def write_rgb_16(path):
     """A PNG of 16 bits a colour, which Pillow reads as RGB and cuts to 8 bits."""
     rows = b"".join(b"\0" + np.full((8, 3), 40000, ">u2").tobytes() for _ in range(8))
@@ -471,6 +498,7 @@ ODD = {  # name of the file, how it is written, the first pixel or the error, th
                   [1, 2, 3], ""),
     "1 bit": ("x.png", lambda p: Image.new("1", (8, 8), 1).save(p), [255, 255, 255], ""),
     "16 bits": ("x.png", write_rgb_16, "pixels of kind RGB with 16 bits", ""),
+    "16 bits, PPM": ("x.ppm", write_ppm_16, "pixels of kind RGB with 16 bits", ""),
     "float": ("x.tif", lambda p: Image.new("F", (8, 8), 0.5).save(p), "pixels of kind F", ""),
     "zero bytes": ("x.png", lambda p: p.write_bytes(b""), "cannot identify", ""),
     "a folder's name": ("x.png", lambda p: p.mkdir(), None, ""),
@@ -560,6 +588,10 @@ CONVERSIONS = {  # what x_train becomes; the way back that the message names, or
     "flat grey": (lambda x: x[..., 0].reshape(6, -1), "x = x.reshape(-1, 8, 8)"),
     "floats, channels first": (lambda x: x.transpose(0, 3, 1, 2) / 255,
                                "x = (255 * x).round().astype('uint8'); x = x.transpose("),
+    "frames of more than 255 events": (lambda x: np.full((6, 3, 2, 8, 8), 300),
+                                       "x = x.clip(0, 255).round().astype('uint8')"),
+    "frames of floats": (lambda x: np.ones((6, 3, 2, 8, 8)), "counts of events"),
+    "complex": (lambda x: x.astype(complex), "values 0 to 255, channels last"),
     "not square": (lambda x: x[:, :, :5], "crop or pad the images to squares"),
 }
 
@@ -571,10 +603,13 @@ def test_the_error_says_how_to_convert(tmp_path, change, way):
     message = message_of(ValueError, save(tmp_path / "a.npz", **arrays))
     assert way in message
     for step in message.partition("Convert it: ")[2].replace(", channels last", "").split("; "):
+        step = step.removeprefix("counts of events: ")
         if not step.startswith("x = "):
             return
         x = eval(step.removeprefix("x = "), {"x": x})  # the way that is named works
     arrays["x_train"] = x
+    if x.ndim == 5:
+        arrays["x_test"] = x[:len(arrays["y_test"])]
     if x.ndim == 3:
         arrays["x_test"] = arrays["x_test"][..., 0]
     data.load(save(tmp_path / "a.npz", **arrays))
@@ -698,11 +733,14 @@ def test_class_names_of_numbers_keep_the_order_of_folders(tmp_path):
         assert dataset.x_train[dataset.y_train == label].unique() == 20 * int(name)
 
 
-def test_class_names_of_an_npz_file(tmp_path):
+def test_class_names_of_an_npz_file(tmp_path, capsys):
     path, arrays = tmp_path / "a.npz", good_arrays()
     assert data.load(save(path, **arrays)).class_names is None
     names = np.array(["cat", "dog", "owl"])
     assert data.load(save(path, **arrays, class_names=names)).class_names == ["cat", "dog", "owl"]
+    more = np.array([*names, "yak"])
+    assert data.load(save(path, **arrays, class_names=more)).class_names == ["cat", "dog", "owl"]
+    assert "class_names has 4 names, of which the first 3 are used" in capsys.readouterr().out
     for wrong in (names[:2], np.arange(3), np.array("cat"), names[:, None]):
         message = message_of(ValueError, save(path, **arrays, class_names=wrong))
         assert "class_names is" in message and "expected text [3], a name for each" in message

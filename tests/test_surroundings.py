@@ -356,7 +356,7 @@ def test_scripts_of_one_process_under_torchrun(main, given, monkeypatch, capsys)
     for name, value in WHOLE.items():
         monkeypatch.setenv(name, value)
     error = refused(capsys, main, *given)
-    assert "torchrun started 2 processes, expected one: this script runs in a single one" in error
+    assert "WORLD_SIZE is 2, as torchrun sets it, expected one process: this script" in error
 
 
 # ---- devices -------------------------------------------------------------------------------------
@@ -537,6 +537,19 @@ def test_a_mistyped_flag(main, given, near, capsys):
     assert f"unrecognized arguments: {flag}, expected" in error and f"Did you mean {near}?" in error
 
 
+def test_a_flag_that_takes_no_value(capsys):
+    error = refused(capsys, prune_unstructured.main, "--compile=1")
+    assert "--compile: expected no value, leave out '1'" in error
+    assert "Did you mean" not in refused(capsys, prune_unstructured.main, "--")
+
+
+def test_a_path_that_can_be_none(capsys):
+    assert "--dataset is empty" in refused(capsys, prune_unstructured.main, "--dataset", "")
+    for main in (analyze.main, compare.main):
+        error = refused(capsys, main, "--out", "tiny.npz")
+        assert "--out is tiny.npz, a file, expected a folder" in error
+
+
 def test_a_flag_like_none(capsys):
     assert "--help lists all flags" in refused(capsys, prune_unstructured.main, "--xyzzy")
     assert "--help lists all flags" in refused(capsys, prune_unstructured.main, "word")
@@ -551,9 +564,15 @@ def test_foreign_keys_of_a_config_are_named(capsys):
         error = refused(capsys, prune_unstructured.main, "--run-dir", "r", "--resume")
         assert f"r/config.json holds {named}, which prune.py does not know" in error
         assert "--overwrite" not in error  # it is somebody else's file
-    run("--overwrite")
+    summary = run("--overwrite")
+    config = json.loads(Path("r/config.json").read_text())
+    Path("r/config.json").write_text(json.dumps(config | dict(script="prune_unstructured")))
     error = refused(capsys, prune_structured.main, "--run-dir", "r", "--resume")
     assert "interval" in error and "which prune.py does not know" in error
+    # a flag of an earlier version of the same script
+    Path("r/config.json").write_text(json.dumps(config | dict(script="prune", warmup=3)))
+    assert run("--resume") == summary
+    assert "r/config.json holds warmup, which prune.py no longer has" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("config, words", [

@@ -151,7 +151,6 @@ def test_prediction_of_all_forms_of_images(name):
     assert torch.equal(classes, logits.sum(0).argmax(1)) and found.names is names is None
     assert torch.allclose(probabilities, logits.mean(0).softmax(1))
     assert torch.allclose(probabilities.sum(1), torch.ones(7)) and not probabilities.requires_grad
-    assert (found.classes is classes) and (found.probabilities is probabilities)
     others = [x.float() / 255, x.numpy(), x.double() / 255, x.numpy() / 255,
               np.ascontiguousarray(x.numpy()[::-1])[::-1]]
     for other in others:
@@ -191,7 +190,6 @@ def test_prediction_leaves_the_network_as_it_was():
     net.class_names = ["cat", "dog", "eel"]
     found = models.predict(net, pixels())
     assert found.names == [net.class_names[k] for k in found.classes]
-    assert found._replace(probabilities=None).names == found.names
 
 
 def test_logits_are_summed_as_float32():
@@ -223,6 +221,7 @@ BAD = {  # images: what predict says
     "0..255": (X * 255, "values from 0 to 255, expected uint8, or floats in 0..1. Divide"),
     "NaN": (X / X.new_tensor(0), "expected finite numbers"),
     "infinite": (torch.where(X > 0.9, torch.inf, X), "expected finite numbers"),
+    "one 0..255": (pixels()[0].numpy().astype(np.int64), "images.astype(np.uint8)"),
     "int64": (pixels().long(), "are torch.int64, expected torch.uint8, or floats in 0..1. If they "
               "are 0..255: images.to(torch.uint8)"),
     "bool": (pixels() > 9, "are torch.bool, expected torch.uint8, or floats in 0..1. Convert them "
@@ -234,10 +233,10 @@ BAD = {  # images: what predict says
     "another size": (pixels(side=20), "expected [N, 1, 16, 16] with N of at least 1, or [1, 16, "
                      "16]. Resize them to the 16 x 16"),
     "channels": (pixels(in_channels=3), "Give as many channels as it was trained with, 1"),
-    "channels last": (pixels().movedim(1, -1), "x.movedim(-1, -3)"),
-    "one, channels last": (pixels()[0].movedim(0, -1), "x.movedim(-1, -3)"),
-    "grey": (pixels()[:, 0], "x.unsqueeze(-3)"), "one grey": (pixels()[0, 0], "x.unsqueeze(-3)"),
-    "time": (pixels()[None], "x.flatten(0, -4)"), "none": (pixels()[:0], "Give at least one"),
+    "channels last": (pixels().movedim(1, -1), "x.permute(0, 3, 1, 2), of an array x.transpose(0"),
+    "one, channels last": (pixels()[0].movedim(0, -1), "x.permute(2, 0, 1), of an array"),
+    "grey": (pixels()[:, 0], "x[..., None, :, :]"), "one grey": (pixels()[0, 0], "x[..., None, :"),
+    "time": (pixels()[None], "x.reshape(-1, 1, 16, 16)"), "none": (pixels()[:0], "Give at least one"),
     "a number": (torch.tensor(1.0), "shape (), expected"),
     "a list": ([pixels()[0], pixels()[1]], "are a list, expected a tensor"),
     "objects": (np.array([None, 1]), "are an array of object"),
@@ -252,6 +251,20 @@ def test_images_that_are_refused(kind):
     with pytest.raises(ValueError, match=re.escape(says)) as error:
         models.predict(net, images)
     assert "\n" not in str(error.value) and "expected" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["channels last", "one, channels last", "grey", "one grey",
+                                  "time"])
+@pytest.mark.parametrize("is_array", [False, True])
+def test_the_way_that_the_error_names_works(kind, is_array):
+    net, x = network(), BAD[kind][0]
+    x = x.numpy() if is_array else x
+    with pytest.raises(ValueError) as error:
+        models.predict(net, x)
+    way = re.findall(r"x(?:\.\w+\(.*?\)|\[.*?\])", str(error.value))[-1 if is_array else 0]
+    images = eval(way, {"x": x})
+    assert models.predict(net, images).classes.tolist() == models.predict(
+        net, pixels()[:len(images)] if images.ndim == 4 else pixels()[0]).classes.tolist()
 
 
 def test_events_that_are_refused():
@@ -278,7 +291,7 @@ ALWAYS_REFUSED = {
     "a wide one": (pixels()[..., :8], "expected [N, 1, 16, 16]"),
     "channels": (pixels(in_channels=3), "Give as many channels"),
     "one image": (pixels()[0], "Give a single image as x[None]"),
-    "channels last": (pixels().movedim(1, -1), "x.movedim(-1, -3)")}
+    "channels last": (pixels().movedim(1, -1), "x.permute(0, 3, 1, 2)")}
 
 
 @pytest.mark.parametrize("name", ["small", "resnet19", "resnet19-pre"])
@@ -289,12 +302,64 @@ def test_input_that_the_network_refuses(kind, name):
     with pytest.raises(ValueError, match=re.escape(says)) as error:
         net(x)
     assert "\n" not in str(error.value)
-    net.train()
-    if kind in ALWAYS_REFUSED:
-        with pytest.raises(ValueError, match=re.escape(says)):
-            net(x)
-    else:  # no value is read in a training step
-        net._check(x)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        net.train()(x)
+
+
+@pytest.mark.parametrize("x", [X.numpy(), [X], None])
+def test_what_is_no_tensor_is_refused(x):
+    with pytest.raises(ValueError, match="expected a tensor. Give it to models.predict"):
+        network()(x)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_floats_of_another_width_are_converted(kind):
+    net, x = network(), ((X - 0.3) / 0.4).to(kind)
+    assert torch.equal(net(x), net(x.float()))
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.nn.Sequential, lambda net: "m.pt"])
+def test_prediction_by_something_else_is_refused(wrap):
+    with pytest.raises(ValueError, match="expected a network of models.load"):
+        models.predict(wrap(network()), X)
+
+
+def test_prediction_of_a_network_whose_weights_are_not_finite_is_refused():
+    net = network()
+    net.fc.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="the network's output is not finite"):
+        models.predict(net, X)
+
+
+def test_pixels_that_rounding_has_made_larger_than_1():
+    x = X.clone()
+    x[0, 0, 0, 0] = 1.00001
+    assert models.predict(network(), x).classes.shape == (4,)
+
+
+def test_a_state_dict_without_normalisation_is_said():
+    net, state = network(), network().state_dict()
+    del state["mean"], state["std"]
+    with pytest.warns(UserWarning, match="the state_dict has no mean and no std: the network keeps"):
+        net.load_state_dict(state, strict=False)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        net.load_state_dict(state)
+    again = copy.deepcopy(net)  # has the hook too
+    with pytest.warns(UserWarning, match="no mean"):
+        again.load_state_dict(state, strict=False)
+    torch.save(net, "whole.pt")
+    with pytest.raises(ValueError, match="it holds pickled objects.*models.pack"):
+        models.load("whole.pt")
+
+
+def test_values_of_which_nobody_has_said_what_they_are():
+    """Events by direct coding, or a scale of one's own, with mean 0 and std 1."""
+    net = network()
+    net.set_normalisation([0.0], [1.0])
+    with torch.no_grad():
+        assert net(X * 40).isfinite().all()
+    with pytest.raises(ValueError, match="expected finite numbers"):
+        net(X / 0)
 
 
 def test_a_training_step_reads_no_value_of_its_input():
@@ -439,12 +504,24 @@ def test_masks_that_do_not_fit_are_refused():
     for use in (models.pack, Masks, lambda net: models.keep_zeros(net, net.masks)):
         with pytest.raises(ValueError, match="the mask of fc.weight has shape .*expected"):
             use(net)
-    del net.masks["fc.weight"]
+    with models.keep_zeros(net, {name: net.masks[name] for name in net.masks
+                                 if name != "fc.weight"}):
+        assert "fc.weight" not in net.masks  # it was of the layer before
     assert Masks(net).alive["fc.weight"].shape == net.fc.weight.shape
     with pytest.raises(ValueError, match="fc.weight has shape .*as net.config says"):
         models.pack(net)
     net.config["num_classes"] = 7
     assert loaded(net).config["num_classes"] == 7
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "b", "c", "d"], ("a", "b", "c"),
+                                   np.array(["a", "b", "c"]), [1, 2, 3]])
+def test_class_names_that_do_not_fit_are_refused(names):
+    net = network()
+    net.class_names = names
+    for use in (models.pack, lambda net: models.predict(net, pixels())):
+        with pytest.raises(ValueError, match="the network has the class names .*expected a list of"):
+            use(net)
 
 
 @pytest.mark.parametrize("name, mask, says", [
@@ -775,6 +852,18 @@ def test_a_run_whose_neurons_were_others_cannot_go_on(monkeypatch, capsys):
     owner = SimpleNamespace(net=now, args=SimpleNamespace(model="sdsnn-large"))
     with pytest.raises(ValueError, match="learnt time constants .*lif_out.w.* fixed in sdsnn-large"):
         Run._restore_parts(owner, {"parts": {"net": net.state_dict()}})
+
+
+def test_an_older_run_of_the_official_mode_cannot_go_on(script, monkeypatch, capsys):
+    """What the mode does has changed since."""
+    given = ["--run-dir", "r", "--train-limit", "40", "--width", "0.25", "--batch-size", "20",
+             "--epochs-prune", "4", "--epochs-finetune", "1", "--mode", "official"]
+    stop_after(3, monkeypatch, prune_sdsnn.main, given)
+    state = models.read_tensors("r/checkpoint.pt")
+    del state["flags"]["event_split"]
+    torch.save(state, "r/checkpoint.pt")
+    error = wrong(capsys, *given, "--resume", module=prune_sdsnn, short=[])
+    assert "what --mode official does has changed since; only the version" in error
 
 
 def test_sync_bn_of_one_process_is_refused(script, monkeypatch, capsys):
