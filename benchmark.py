@@ -3,9 +3,10 @@ neurons.
 
     pip install -r requirements-benchmark.txt     # the frameworks
     python benchmark.py --quick                   # VGG-16 only: 4 minutes on two cores
+    python benchmark.py --quick --report speed    # and a table, a picture, a JSON file
     python benchmark.py --json all.json --figures figures    # everything: 40 minutes
 
-A framework that is not installed has rows that say so.
+A framework that is not installed has rows that say so, and so has a row that fails.
 
 All rows are one network with one set of weights, in which only the neurons differ. Each
 row tells how many spikes of the first batch differ from those of this project. Rows
@@ -16,11 +17,21 @@ rounds, with the middle half of them beside it.
 SpikingJelly runs as its tutorials show it: multi-step neurons, the image repeated over
 T before the first layer, contiguous memory, fp32. "Like for like" lends it what makes
 this project fast (the first layer once, channels_last, bf16) and takes its fastest row.
-On a GPU SpikingJelly chooses its fused kernels by itself. The floor is a ReLU in place
-of the neurons: what a training step costs at T images a sample, without the work of a
-neuron.
+The floor is a ReLU in place of the neurons: what a training step costs at T images a
+sample, without the work of a neuron.
+
+On a GPU the batch is 128 and the optimizer fused, in all rows. A time is that of the
+GPU's own clock, and beside it stands the time that the processor needs to launch a
+step: a step cannot be shorter. More rows show this project without its Triton kernels,
+and SpikingJelly's fused kernels in bf16, which it does not take by itself there.
+Compiled rows come last: compiling takes minutes. fp32 is fp32 in all rows, not TF32.
+
+"x roofline" in the table is the time of a step over the least time that the GPU would
+need for its bytes and FLOPs. This least time is an estimate (harness/roofline.py says
+how it is counted), by the rates of a copy and of a matrix product, measured here.
 """
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -35,26 +46,45 @@ from typing import NamedTuple
 import harness  # first: what is not installed is then one line
 
 import torch
+from torch.autograd import DeviceType
 from tqdm import tqdm
 
 import metrics
 import models
 import training
-from harness import flags, plots, processes, setup
-from harness.files import write_json
-from harness.frameworks import Floor, SnnTorch, SpikingJelly, over_time
+from harness import flags, plots, processes, roofline, setup
+from harness.files import write_json, write_whole
+from harness.frameworks import (Floor, SnnTorch, SpikingJelly, SpikingJellyFused,
+                                over_time, spikingjelly_kernels)
 from harness.machine import device_name
 from kernels import FastLIF
 from masks import Masks, seeded
 from neurons import LIF
 
-# images of CIFAR-100 and of Fashion-MNIST: channels, side, classes, T, batch
+# images of CIFAR-100 and of Fashion-MNIST: channels, side, classes, T, batch on a CPU
 SIZES = {"vgg16": (3, 32, 100, 5, 32),
          "resnet19": (3, 32, 100, 5, 16),
          "small": (1, 28, 10, 4, 64)}
+GPU_BATCH = 128
+EPOCH = 50_000  # images of CIFAR's training sets: 391 steps of 128 images
 SECONDS = {"quick": 60, "full": 45}  # of training steps, for each network
+GPU_SECONDS = {"quick": 30, "full": 45}
+CALLS = 10  # of an action, between two readings of a GPU's clock
+COPIED, SIDE = 2**28, 8192  # float32 numbers copied, side of the matrices multiplied
 STATUS = Path("/proc/self/status")  # Linux tells the peak memory of a process here
 INSTALL = "not installed: pip install -r requirements-benchmark.txt"
+
+
+def on_gpu(device):
+    """Return whether it is a GPU that has events, a profiler and Triton."""
+    return device.type == "cuda"
+
+
+def size_of(network, device):
+    """Return (channels, side, classes, T, batch) of the images of a network."""
+    *size, batch = SIZES[network]
+    return *size, GPU_BATCH if on_gpu(device) else batch
+
 
 # ---- the rows ------------------------------------------------------------------------
 
@@ -68,6 +98,12 @@ class Row(NamedTuple):
     repeated: bool = False   # the image, over T, before the first layer
     compiled: bool = False
     recorded: str | None = None  # how the criticality is recorded in each step
+    triton: bool = True  # whether this project's neurons may run in Triton
+
+    @property
+    def itemsize(self):
+        """The bytes of a number between two layers."""
+        return 2 if self.precision == "bf16" else 4
 
 
 ROWS = {
@@ -84,6 +120,11 @@ ROWS = {
     "plain autograd, fp32": Row(LIF, "fp32"),
     "ReLU floor, fp32": Row(Floor, "fp32"),
     "ReLU floor, bf16": Row(Floor, "bf16")}
+GPU_ROWS = ROWS | {  # on a GPU
+    "this project, fp32, without Triton": Row(FastLIF, "fp32", triton=False),
+    "this project, bf16, without Triton": Row(FastLIF, "bf16", triton=False),
+    "SpikingJelly, bf16, channels_last, fused": Row(SpikingJellyFused, "bf16"),
+    "snnTorch, bf16": Row(SnnTorch, "bf16")}
 OURS, FLOOR, THEIRS = "this project, fp32", "ReLU floor, fp32", "SpikingJelly, fp32"
 
 
@@ -92,8 +133,8 @@ class Candidate:
     predict()."""
 
     def __init__(self, network, row, device, time_steps=None, batch=None):
-        self.row, self.device = ROWS[row], device
-        channels, side, classes, T, N = SIZES[network]
+        self.row, self.device = GPU_ROWS[row], device
+        channels, side, classes, T, N = size_of(network, device)
         self.time_steps, self.batch = time_steps or T, batch or N
         torch.manual_seed(0)  # the same weights and images for all rows
         self.net = models.build(network, classes, channels, side, self.time_steps)
@@ -103,12 +144,15 @@ class Candidate:
         if self.row.neuron is not FastLIF:
             for name in self.lifs:
                 self.net.set_submodule(name, self.row.neuron())
+        if not self.row.triton:
+            leave_out_triton(self.net)
         memory_format = torch.contiguous_format
         if self.row.channels_last:
             memory_format = torch.channels_last
         self.net.to(device, memory_format=memory_format)
-        self.optimizer = torch.optim.SGD(self.net.parameters(), 0.01, 0.9,
-                                         weight_decay=5e-4)
+        self.optimizer = torch.optim.SGD(
+            self.net.parameters(), 0.01, 0.9, weight_decay=5e-4,
+            fused=True if on_gpu(device) else None)
         self.forward = torch.compile(self.net) if self.row.compiled else self.net
 
     def run(self, forward=None):
@@ -150,12 +194,30 @@ class Candidate:
         return seen
 
 
+def leave_out_triton(net):
+    """Let the neurons of a network run in torch's operations alone. Raise ValueError if
+    they do so anyway."""
+    lifs = [module for module in net.modules() if isinstance(module, FastLIF)]
+    if not any(getattr(lif, "triton_devices", ()) for lif in lifs):
+        raise ValueError("no neuron runs in Triton here")
+    for lif in lifs:
+        lif.triton_devices = ()
+
+
+def rows_on(device, quick):
+    """Return the names of the rows that take turns. On a GPU the compiled ones are not
+    among them: see measure_compiled."""
+    rows = GPU_ROWS if on_gpu(device) else ROWS
+    with_compiled = not quick and not on_gpu(device)
+    return [name for name, row in rows.items() if with_compiled or not row.compiled]
+
+
 def available(rows):
     """Return (rows whose framework is installed, {other row: what to do})."""
     missing = {}
     for row in rows:
         try:
-            ROWS[row].neuron()
+            GPU_ROWS[row].neuron()
         except ImportError:
             missing[row] = INSTALL
     return [row for row in rows if row not in missing], missing
@@ -164,24 +226,140 @@ def available(rows):
 # ---- measuring -----------------------------------------------------------------------
 
 
-def take_turns(actions, seconds, device, at_least=5):
-    """Return {name: seconds of each round}: all actions, one after the other, again and
-    again, for so many seconds and at least so many rounds."""
-    def timed(action):
+def timed(action, device):
+    """Return the seconds of an action.
+
+    On a GPU they lie between two events in its queue, a mean over CALLS. One call
+    before keeps the GPU busy when its clock starts. What the processor does counts
+    where the GPU waits for it.
+    """
+    if not on_gpu(device):
         started = time.perf_counter()
         action()
         metrics.wait(device)
         return time.perf_counter() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    action()
+    start.record()
+    for _ in range(CALLS):
+        action()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / CALLS
 
-    for action in actions.values():
-        timed(action)  # to warm up
-    times = {name: [] for name in actions}
-    rounds, end = 0, time.perf_counter() + seconds
-    while rounds < at_least or time.perf_counter() < end:
-        for name, action in actions.items():
-            times[name].append(timed(action))
-        rounds += 1
+
+def take_turns(actions, seconds, device, at_least=5, failed=None):
+    """Return {name: seconds of each round}: all actions, one after the other, again and
+    again, for so many seconds and at least so many rounds.
+
+    failed: a dict that gets the reason of an action that raises an exception, in whose
+    place the others go on; None: it is raised.
+    """
+    left, times = dict(actions), {name: [] for name in actions}
+
+    def turn():
+        for name, action in list(left.items()):
+            try:
+                times[name].append(timed(action, device))
+            except Exception as error:
+                if failed is None:
+                    raise
+                failed[name] = reason(error)
+                del left[name], times[name]
+
+    turn()  # to warm up
+    for rounds in times.values():
+        rounds.clear()
+    count, end = 0, time.perf_counter() + seconds
+    while left and (count < at_least or time.perf_counter() < end):
+        turn()
+        count += 1
     return times
+
+
+def reason(error):
+    """Return in a line why a row has no numbers."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return f"not measured: {text[:80]}"
+
+
+def launch_ms(step, rounds=7):
+    """Return the milliseconds that the processor needs to launch a step on a GPU, a
+    median. The GPU has nothing to do before, so that its queue is empty."""
+    times = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        step()
+        times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times)
+
+
+def profiled(step, steps=3):
+    """Return what torch's profiler finds in a step on a GPU: see counts_of."""
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA]) as profile:
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    return counts_of(profile.events(), steps)
+
+
+def counts_of(events, steps):
+    """Return of a profiler's events, for one of so many steps, a dict: launches, the
+    kernels that ran; kernels_ms, their time; convolutions_ms, that of convolutions
+    forward and backward. Copies and fills of memory are no kernels."""
+    kernels = [event for event in events if event.device_type == DeviceType.CUDA
+               and not event.is_user_annotation
+               and not event.name.startswith(("Memcpy", "Memset"))]
+    convolutions = [event for event in events if event.device_type == DeviceType.CPU
+                    and event.name in ("aten::convolution",
+                                       "aten::convolution_backward")]
+
+    def milliseconds(some):
+        return sum(event.device_time_total for event in some) / 1e3 / steps
+
+    return dict(launches=len(kernels) / steps, kernels_ms=milliseconds(kernels),
+                convolutions_ms=milliseconds(convolutions))
+
+
+def measure_rates(device):
+    """Return what a GPU reaches, {"copy": bytes a second, "fp32" and "bf16": FLOPs a
+    second of a matrix product}; {} for a CPU, whose product in bf16 says nothing about
+    its convolutions."""
+    if not on_gpu(device):
+        return {}
+
+    def clock(action):
+        return timed(action, device)
+
+    return dict(copy=roofline.copy_rate(clock, device, COPIED),
+                fp32=roofline.matmul_rate(clock, device, SIDE, torch.float32),
+                bf16=roofline.matmul_rate(clock, device, SIDE, torch.bfloat16))
+
+
+def work_of(network, device, rates, itemsize):
+    """Return what a training step needs, a dict: gflop, gigabytes, and roofline_ms, the
+    least time. All are estimates. rates: of measure_rates; {}: there is no least time.
+    """
+    channels, side, classes, T, N = size_of(network, device)
+    parts = roofline.count(network, classes, channels, side, T, N, itemsize)
+    least = None
+    if rates:
+        flops = rates["bf16" if itemsize == 2 else "fp32"]
+        least = 1e3 * roofline.seconds(parts, flops, rates["copy"])
+    return dict(gflop=sum(part.flops for part in parts) / 1e9,
+                gigabytes=sum(part.bytes for part in parts) / 1e9, roofline_ms=least)
+
+
+def speed_of(times, batch, work):
+    """Return the cells of a row that follow from the seconds of its steps. work: what
+    work_of returns."""
+    median = statistics.median(times)
+    steps, least = math.ceil(EPOCH / batch), work["roofline_ms"]
+    return median_and_middle_half(times, "step") | dict(
+        steps_per_second=1 / median, epochs_per_minute=60 / (steps * median),
+        times_roofline=1e3 * median / least if least else None, **work)
 
 
 def ratio(one, other):
@@ -200,21 +378,23 @@ def median_and_middle_half(times, key):
 def peak_memory(network, row, device, time_steps):
     """Return by how many MiB two training steps raise the memory, with the network and
     its optimiser. On a CPU a process of its own measures it (Linux)."""
-    if device.type == "cuda":
-        return _peak(network, row, "cuda", time_steps)
+    if on_gpu(device):
+        return _peak(network, row, str(device), time_steps)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak, (network, row, "cpu", time_steps))
 
 
 def _peak(network, row, device, time_steps):
+    is_gpu = on_gpu(torch.device(device))
+
     def peak():
-        if device == "cuda":
+        if is_gpu:
             return torch.cuda.max_memory_allocated() / 2**20
         # not getrusage: a new process starts there with the peak of its parent
         return int(re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())[1]) / 2**10
 
-    ROWS[row].neuron()  # imports the framework
-    if device == "cuda":
+    GPU_ROWS[row].neuron()  # imports the framework
+    if is_gpu:
         torch.cuda.reset_peak_memory_stats()
     before = peak()
     candidate = Candidate(network, row, torch.device(device), time_steps)
@@ -246,24 +426,55 @@ def mask_update_of(net):
     return lambda: update_masks(masks, scores)
 
 
-def build_candidates(network, rows, device):
-    """Return ({row: Candidate} that can be run, {other row: why not})."""
-    candidates, failed = {}, {}
+def build_candidates(network, rows, device, predicts=True):
+    """Return ({row: Candidate} that can be run, {other row: why not}, {row: dict of
+    what building it took}).
+
+    The dict has build_seconds, with first steps and what they compile, and on a GPU
+    memory_mib, the peak of two more steps. predicts: whether to try predict() as well.
+    """
+    candidates, failed, built = {}, {}, {}
     is_quiet = not sys.stderr.isatty()
     for row in tqdm(rows, f"{network}: building", leave=False, disable=is_quiet):
-        candidate = Candidate(network, row, device)
+        started = time.perf_counter()
         try:
+            before = torch.cuda.memory_allocated() if on_gpu(device) else 0
+            candidate = Candidate(network, row, device)
             candidate.step()
-            candidate.predict()
-        except RuntimeError as error:  # torch.compile without a compiler
-            failed[row] = "not measured: " + " ".join(str(error).split())[:80]
+            if predicts:
+                candidate.predict()
+            cells = {}
+            if on_gpu(device):
+                torch.cuda.synchronize()
+                cells["build_seconds"] = time.perf_counter() - started
+                torch.cuda.reset_peak_memory_stats()
+                candidate.step()
+                candidate.step()
+                peak = torch.cuda.max_memory_allocated() - before
+                cells |= dict(memory_mib=peak / 2**20, triton=runs_triton(candidate))
+        except Exception as error:  # no compiler, no memory, a kernel that fails
+            failed[row] = reason(error)
+            candidate = None  # frees its memory
         else:
-            candidates[row] = candidate
-    return candidates, failed
+            candidates[row], built[row] = candidate, cells
+    return candidates, failed, built
+
+
+def runs_triton(candidate):
+    """Return whether Triton runs the first neurons of a row of this project; None for
+    others."""
+    lif = candidate.net.get_submodule(candidate.lifs[0])
+    if not hasattr(lif, "runs_triton"):
+        return None
+    dtype = torch.bfloat16 if candidate.row.precision == "bf16" else torch.float32
+    x_seq = torch.zeros(2, 1, 1, 1, 1, dtype=dtype, device=candidate.device)
+    return lif.runs_triton(x_seq, len(x_seq))
 
 
 def differing_spikes(candidates):
     """Return {row: share of its spikes that differ from this project's, 0..1}."""
+    if OURS not in candidates:
+        return {}
     reference = candidates[OURS].spikes()
     total = sum(layer.numel() for layer in reference)
     shares = {}
@@ -275,89 +486,161 @@ def differing_spikes(candidates):
     return shares
 
 
-def measure(network, device, quick):
-    """Return (rows, ratios) of one network: dicts, and {name of a ratio: number}."""
-    T, N = SIZES[network][3:]
+def measure(network, device, quick, rates):
+    """Return (rows, ratios) of one network: dicts, and {name of a ratio: number}.
+    rates: of measure_rates."""
+    T, N = size_of(network, device)[3:]
     # networks share the code of their class, and its limit of compilations
     torch.compiler.reset()
-    wanted = [row for row in ROWS if not (quick and ROWS[row].compiled)]
-    installed, missing = available(wanted)
-    candidates, failed = build_candidates(network, installed, device)
+    installed, missing = available(rows_on(device, quick))
+    candidates, failed, built = build_candidates(network, installed, device)
     missing |= failed
     differing = differing_spikes(candidates)
 
-    seconds = SECONDS["quick" if quick else "full"]
+    seconds = (GPU_SECONDS if on_gpu(device) else SECONDS)["quick" if quick else "full"]
     print(f"{network}: training steps, {seconds} s and more", file=sys.stderr)
     steps = {row: candidate.step for row, candidate in candidates.items()}
-    step_times = take_turns(steps, seconds, device)
+    step_times = take_turns(steps, seconds, device, failed=missing)
     with_recording = f"{OURS}, recording"
-    pair = {row: steps[row] for row in (OURS, with_recording)}
-    pair_times = take_turns(pair, seconds / 4, device)
+    pair = {row: steps[row] for row in (OURS, with_recording) if row in step_times}
+    pair_times = {}
+    if len(pair) == 2:
+        pair_times = take_turns(pair, seconds / 4, device)
     print(f"{network}: inference and memory", file=sys.stderr)
     predictions = {row: candidate.predict for row, candidate in candidates.items()
                    if candidate.row.recorded is None}
-    inference_times = take_turns(predictions, seconds / 4, device, at_least=4)
-    update = mask_update_of(candidates[OURS].net)
-    update_times = take_turns({"update": update}, 1, device)["update"]
+    inference_times = take_turns(predictions, seconds / 4, device, at_least=4,
+                                 failed=missing)
+    mask_times = {}
+    if OURS in step_times:
+        ours = candidates[OURS]
+        masks = Masks(ours.net)
+        mask_times = take_turns(
+            {"a mask update": mask_update_of(ours.net),
+             "masks after a step": lambda: masks.apply(ours.optimizer)}, 1, device)
+    launches = launches_of(steps) if on_gpu(device) else {}
     theirs = [row for row in candidates if row.startswith("SpikingJelly")]
     candidates.clear()  # before the memory is measured
-    steps, pair, predictions, update = {}, {}, {}, None
+    steps, pair, predictions, ours, masks = {}, {}, {}, None, None
 
-    memory = {}  # {(row, T): MiB}
-    memory_rows = [OURS, THEIRS] if quick else [OURS, THEIRS, FLOOR]
-    if device.type == "cuda" or STATUS.exists():
-        for row in memory_rows:
-            for time_steps in ([T] if quick else [1, T, 2 * T]):
-                if row in step_times:
-                    memory[row, time_steps] = peak_memory(
-                        network, row, device, time_steps)
-
+    memory = memory_of(network, step_times, device, quick, built)
+    work = {itemsize: work_of(network, device, rates, itemsize) for itemsize in (2, 4)}
     table = []
     for row, times in step_times.items():
         cells = dict(network=network, row=row, batch=N, time_steps=T,
-                     spikes_differing=differing.get(row),
-                     memory_mib=memory.get((row, T)))
-        cells |= median_and_middle_half(times, "step")
+                     spikes_differing=differing.get(row))
+        cells |= built[row] | dict(memory_mib=memory.get((row, T)))
+        cells |= speed_of(times, N, work[GPU_ROWS[row].itemsize])
         if row in inference_times:
             cells |= median_and_middle_half(inference_times[row], "infer")
-        table.append(cells)
-    table += [dict(network=network, row=row, note=why) for row, why in missing.items()]
+        table.append(cells | launches.get(row, {}))
+    table += [dict(network=network, row=row, note=why) for row, why in missing.items()
+              if row not in step_times]
     table += [dict(network=network, row=row, time_steps=time_steps, memory_mib=mib)
               for (row, time_steps), mib in memory.items() if time_steps != T]
-    table.append(dict(network=network, row="a mask update",
-                      **median_and_middle_half(update_times, "step")))
+    table += [dict(network=network, row=row, **median_and_middle_half(times, "step"))
+              for row, times in mask_times.items()]
 
-    recording_times = step_times[with_recording] + pair_times[with_recording]
-    ratios = dict(
-        criticality_overhead=ratio(recording_times, step_times[OURS] + pair_times[OURS])
-        - 1,
-        update_vs_step=(statistics.median(update_times)
-                        / statistics.median(step_times[OURS])))
+    ratios = {}
+    if pair_times:
+        recording_times = step_times[with_recording] + pair_times[with_recording]
+        ratios["criticality_overhead"] = ratio(
+            recording_times, step_times[OURS] + pair_times[OURS]) - 1
+    if mask_times:
+        ratios["update_vs_step"] = (statistics.median(mask_times["a mask update"])
+                                    / statistics.median(step_times[OURS]))
     kinds = {"step": step_times, "infer": inference_times}
     for precision in ("fp32", "bf16"):
         ratios |= ratios_of(precision, kinds, theirs)
-    if (THEIRS, T) in memory:
+        ours = step_times.get(f"this project, {precision}")
+        plain = step_times.get(f"this project, {precision}, without Triton")
+        if ours and plain:
+            ratios[f"step_{precision}_without_triton"] = ratio(plain, ours)
+    if (OURS, T) in memory and (THEIRS, T) in memory:
         ratios["memory_vs_spikingjelly"] = memory[OURS, T] / memory[THEIRS, T]
     return table, ratios
 
 
+def launches_of(steps):
+    """Return {row: a dict of what its launches take on a GPU}. steps: {row: action}.
+    What fails is a line on stderr."""
+    found = {}
+    for row, step in steps.items():
+        try:
+            found[row] = dict(host_ms=launch_ms(step), **profiled(step))
+        except Exception as error:
+            print(f"{row}: launches {reason(error)}", file=sys.stderr)
+    return found
+
+
+def memory_of(network, rows, device, quick, built):
+    """Return {(row, T): MiB} at the peak of training. built: of build_candidates."""
+    T = size_of(network, device)[3]
+    memory = {(row, T): built[row]["memory_mib"] for row in rows
+              if "memory_mib" in built[row]}
+    if not on_gpu(device) and not STATUS.exists():
+        return memory
+    wanted = [OURS, THEIRS] if quick else [OURS, THEIRS, FLOOR]
+    for row in wanted:
+        for time_steps in ([T] if quick else [1, T, 2 * T]):
+            if row in rows and (row, time_steps) not in memory:
+                memory[row, time_steps] = peak_memory(network, row, device, time_steps)
+    return memory
+
+
+def measure_compiled(network, device, quick, rates):
+    """Return (rows, ratios), as measure does, of this project compiled, on a GPU: each
+    in turns with itself as it is. `quick`: in bf16 alone."""
+    T, N = size_of(network, device)[3:]
+    seconds = GPU_SECONDS["quick" if quick else "full"] / 4
+    table, ratios = [], {}
+    for precision in ["bf16"] if quick else ["bf16", "fp32"]:
+        ours = f"this project, {precision}"
+        compiled = f"{ours}, compiled"
+        print(f"{network}: compiling, {precision}", file=sys.stderr)
+        torch.compiler.reset()
+        candidates, missing, built = build_candidates(network, [ours, compiled], device,
+                                                      predicts=False)
+        steps = {row: candidate.step for row, candidate in candidates.items()}
+        times = take_turns(steps, seconds, device, failed=missing)
+        cells = dict(network=network, row=compiled)
+        if compiled in times:
+            row = GPU_ROWS[compiled]
+            work = work_of(network, device, rates, row.itemsize)
+            cells |= dict(batch=N, time_steps=T) | built[compiled]
+            cells |= speed_of(times[compiled], N, work)
+            cells |= launches_of({compiled: steps[compiled]}).get(compiled, {})
+            if ours in times:
+                ratios[f"step_{precision}_compiled"] = ratio(times[ours],
+                                                             times[compiled])
+        else:
+            cells["note"] = missing[compiled]
+        table.append(cells)
+    return table, ratios
+
+
 def ratios_of(precision, kinds, theirs):
-    """Return the ratios of this project's times in a precision, {name: number}.
+    """Return the ratios of this project's times in a precision, {name: number}. A ratio
+    to a row without times is left out.
 
     kinds: {"step" | "infer": {row: times}}. theirs: the rows of SpikingJelly.
     """
     ours = f"this project, {precision}"
-    step_times = kinds["step"]
-    to_floor = ratio(step_times[ours], step_times[f"ReLU floor, {precision}"])
-    ratios = {f"step_{precision}_vs_relu_floor": to_floor}
-    alike = [row for row in theirs if precision in row]
+    floor = f"ReLU floor, {precision}"
+    ratios = {}
     for kind, times in kinds.items():
+        if ours not in times:
+            continue
+        if kind == "step" and floor in times:
+            ratios[f"step_{precision}_vs_relu_floor"] = ratio(times[ours], times[floor])
         compiled = times.get(f"{ours}, compiled")
         if compiled is not None:
             ratios[f"{kind}_{precision}_compiled"] = ratio(times[ours], compiled)
-        if theirs:
+        if THEIRS in times:
             ratios[f"{kind}_{precision}_vs_spikingjelly"] = ratio(
                 times[THEIRS], times[ours])
+        alike = [row for row in theirs if precision in row and row in times]
+        if alike:
             ratios[f"{kind}_{precision}_like_for_like"] = min(
                 ratio(times[row], times[ours]) for row in alike)
     return ratios
@@ -366,7 +649,7 @@ def ratios_of(precision, kinds, theirs):
 def measure_pruned_inference(network, device):
     """Return rows of inference with 90 % of the weights masked, and with half of the
     channels removed, beside the dense network."""
-    channels, side, classes, T, N = SIZES[network]
+    channels, side, classes, T, N = size_of(network, device)
     factors = {"dense": 1, "90 % masked": 1, "half of the channels": 0.5}
     rows = []
     for batch in (1, N):
@@ -383,7 +666,7 @@ def measure_pruned_inference(network, device):
         x = torch.randn(batch, channels, side, side, device=device)
         actions = {name: lambda net=net: net(x) for name, net in nets.items()}
         with torch.inference_mode():
-            times = take_turns(actions, 5, device)
+            times = take_turns(actions, 2 if on_gpu(device) else 5, device)
         rows += [dict(network=network, row=f"inference, {name}", batch=batch,
                       time_steps=T, speedup=ratio(times["dense"], times[name]),
                       **median_and_middle_half(times[name], "infer"))
@@ -397,8 +680,8 @@ def measure_pruned_inference(network, device):
 def measure_scaling(device):
     """Return rows: images a second over batch size and T, seconds of an update over the
     number of weights, images a second of one and two processes."""
-    network = "vgg16" if device.type == "cuda" else "small"
-    T, N = SIZES[network][3:]
+    network = "vgg16" if on_gpu(device) else "small"
+    T, N = size_of(network, device)[3:]
     names, _ = available([OURS, "this project, bf16", THEIRS])
     is_quiet = not sys.stderr.isatty()
     rows = []
@@ -483,65 +766,194 @@ def draw_scaling(rows, folder):
                "training steps over batch size and T; a mask update; processes")
 
 
-# ---- the script ----------------------------------------------------------------------
+# ---- table and picture ---------------------------------------------------------------
 
-COLUMNS = {  # name: width
-    "network": 8, "row": 33, "batch": 5, "T": 2, "step, ms": 24, "inference, ms": 24,
-    "memory, MiB": 11, "spikes that differ": 18}
-
-
-def print_ratios(ratios):
-    for name, value in ratios.items():
-        print(f"  {name:<44}{value:.3f}")
-    print()
+def cell(key, form="{:.3g}", factor=1):
+    """Return a function that writes a number of a row, "" where there is none."""
+    def write(row):
+        value = row.get(key)
+        return "" if value is None else form.format(factor * value)
+    return write
 
 
-def print_table(table):
-    """Print rows of measure() and measure_pruned_inference() as a Markdown table."""
-    def time_of(row, key):
+def time_cell(key):
+    """Return a function that writes a median and its middle half."""
+    def write(row):
         values = [row.get(f"{key}{part}_ms") for part in ("", "_low", "_high")]
         if None in values:
             return ""
-        return "{:.1f} ({:.1f}-{:.1f})".format(*values)
+        return "{} ({}-{})".format(*(short(value) for value in values))
+    return write
 
-    def print_cells(cells):
-        padded = (f"{cell:<{width}}" for cell, width in zip(cells, COLUMNS.values()))
-        print("| " + " | ".join(padded) + " |")
 
-    print_cells(COLUMNS)
-    print("|" + "|".join("-" * (width + 2) for width in COLUMNS.values()) + "|")
-    for row in table:
-        memory = differing = ""
-        if row.get("memory_mib"):
-            memory = f"{row['memory_mib']:.0f}"
-        if row.get("spikes_differing") is not None:
-            differing = f"{100 * row['spikes_differing']:.4f} %"
-        print_cells((
-            row["network"], row["row"], row.get("batch", ""), row.get("time_steps", ""),
-            row.get("note") or time_of(row, "step"), time_of(row, "infer"), memory,
-            differing))
+def short(number):
+    """Return a number with one digit behind the point, or three digits in all if it is
+    below 10."""
+    return f"{number:.1f}" if number >= 10 else f"{number:#.3g}"
+
+
+def step_cell(row):
+    return row.get("note") or time_cell("step")(row)
+
+
+COLUMNS = {  # title: how a row writes it. A column without a cell is left out
+    "network": cell("network", "{}"),
+    "row": cell("row", "{}"),
+    "batch": cell("batch", "{}"),
+    "T": cell("time_steps", "{}"),
+    "step, ms": step_cell,
+    "launching it, ms": cell("host_ms"),
+    "steps / s": cell("steps_per_second"),
+    "epochs / min": cell("epochs_per_minute"),
+    "x roofline": cell("times_roofline", "{:.1f}"),
+    "convolutions, ms": cell("convolutions_ms"),
+    "launches": cell("launches", "{:.0f}"),
+    "inference, ms": time_cell("infer"),
+    "memory, MiB": cell("memory_mib", "{:.0f}"),
+    "spikes that differ": cell("spikes_differing", "{:.4f} %", 100),
+    "until the first step, s": cell("build_seconds", "{:.0f}")}
+LEGEND = {  # title: what it is
+    "step, ms": "a training step: the median, and the middle half in brackets",
+    "launching it, ms": "the processor's time for a step",
+    "epochs / min": f"of {EPOCH:,} images",
+    "x roofline": "the time over the least time for its bytes and FLOPs, an estimate",
+    "convolutions, ms": "their own time in the step",
+    "launches": "kernels a step",
+    "memory, MiB": "at the peak of training",
+    "spikes that differ": "from this project's in fp32, in the first batch",
+    "until the first step, s": "with all that is compiled for it"}
+
+
+def markdown(rows):
+    """Return rows of measure() and measure_pruned_inference() as a Markdown table, and
+    under it what its columns are."""
+    table = {title: [write(row) for row in rows] for title, write in COLUMNS.items()}
+    table = {title: cells for title, cells in table.items() if any(cells)}
+    columns = []
+    for title, cells in table.items():
+        width = max(map(len, [title, *cells]))
+        columns.append([text.ljust(width) for text in [title, "-" * width, *cells]])
+    lines = [f"| {' | '.join(line)} |" for line in zip(*columns)]
+    legend = [f"- {title}: {text}" for title, text in LEGEND.items() if title in table]
+    return "\n".join([*lines, "", *legend])
+
+
+def text_of(ratios):
+    return "\n".join(f"    {name:<44}{value:.3f}" for name, value in ratios.items())
+
+
+def title_of(result):
+    """Return in a line on what the numbers of a result were measured."""
+    title = (f"{result['device']}, {result['threads']} threads, torch "
+             f"{result['torch']}")
+    if result["rates"]:
+        copy, fp32, bf16 = (result["rates"][name] for name in ("copy", "fp32", "bf16"))
+        title += (f"; a copy {copy / 1e9:.0f} GB/s, a matrix product "
+                  f"{fp32 / 1e12:.3g} TFLOP/s in fp32, {bf16 / 1e12:.3g} in bf16")
+    return title
+
+
+def write_report(result, folder):
+    """Write benchmark.json, the table benchmark.md and the picture steps.png into a
+    folder."""
+    write_json(folder / "benchmark.json", result)
+    parts = [title_of(result), markdown(result["rows"]), "Ratios:",
+             text_of(result["ratios"])]
+    text = "\n\n".join(parts) + "\n"
+    write_whole(folder / "benchmark.md", lambda file: file.write(text))
+    draw_steps(result, folder)
+
+
+# The colour of a row, by the words that it starts with
+COLOURS = {"this project": plots.BLUE, "SpikingJelly": plots.RED,
+           "snnTorch": plots.PINK, "plain autograd": plots.ORANGE,
+           "ReLU floor": plots.GREY}
+PANELS = {"step_ms": "Training step (ms)", "memory_mib": "Peak memory (MiB)",
+          "launches": "Kernel launches a step"}
+
+
+def colour_of(row):
+    return next((colour for start, colour in COLOURS.items() if row.startswith(start)),
+                plots.BLACK)
+
+
+def draw_steps(result, folder):
+    """Draw the rows of a result as folder/steps.png, .pdf and .csv: bars of the time of
+    a step, of the memory and of the launches, as far as they were measured."""
+    rows = [row for row in result["rows"] if row.get("steps_per_second")]
+    if not rows:
+        return
+    keys = [key for key in PANELS if any(row.get(key) for row in rows)]
+    networks = list(dict.fromkeys(row["network"] for row in rows))
+    figure, axes = plots.canvas(len(keys), len(networks))
+    most = max(sum(row["network"] == network for row in rows) for network in networks)
+    figure.set_size_inches(2.2 + 2.6 * len(keys), len(networks) * (0.9 + 0.17 * most))
+    for network, panels in zip(networks, axes):
+        own = [row for row in rows if row["network"] == network][::-1]
+        names = [row["row"] for row in own]
+        for axis, key in zip(panels, keys):
+            draw_bars(axis, own, key)
+            axis.set_yticks(range(len(own)), names if axis is panels[0] else [])
+            axis.set_xlabel(PANELS[key])
+            axis.set_ylim(-0.6, len(own) - 0.4)
+        panels[0].set_title(f"{network}, batch {own[0]['batch']}", fontsize=8)
+    note = f"{title_of(result)}. Black: the middle half of the rounds"
+    if result["rates"]:
+        note += "; dotted: the least time by the roofline model, an estimate"
+    plots.note(figure, f"{note}.")
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    plots.save(folder / "steps", figure, [dict.fromkeys(names) | row for row in rows],
+               f"training steps on {title_of(result)}")
+
+
+def draw_bars(axis, rows, key):
+    """Draw a bar for each row that has the number."""
+    for y, row in enumerate(rows):
+        value = row.get(key)
+        if value is None:
+            continue
+        axis.barh(y, value, color=colour_of(row["row"]), height=0.75)
+        if key == "step_ms":
+            axis.plot([row["step_low_ms"], row["step_high_ms"]], [y, y],
+                      color=plots.BLACK, linewidth=1)
+            if row["roofline_ms"]:
+                axis.plot([row["roofline_ms"]] * 2, [y - 0.45, y + 0.45],
+                          color=plots.BLACK, linewidth=0.8, linestyle=":")
+
+
+# ---- the script ----------------------------------------------------------------------
 
 
 def parse_args(argv=None):
     parser = flags.Parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true",
-        help="VGG-16 only, nothing compiled, no scaling")
+        help="VGG-16 only, no scaling; compiled on a GPU alone, in bf16")
     add("--networks", nargs="+", choices=list(SIZES), metavar="NAME",
         help=f"of {', '.join(SIZES)} (default: all of them, and the scaling)")
     add("--json", type=flags.path, metavar="FILE",
         help="write every row and the ratios")
+    add("--report", type=flags.folder, metavar="DIR",
+        help="write benchmark.json, the table benchmark.md and the picture steps.png "
+             "into this folder")
     add("--figures", type=flags.folder, metavar="DIR",
         help="draw the scaling (not with --quick or --networks) into this folder")
     add("--device", type=flags.device, metavar="DEVICE",
         help="cpu, cuda or cuda:1; default: the GPU where there is one")
-    parser.set_defaults(quick=False, networks=None, json=None, figures=None,
-                        device=None)
+    parser.set_defaults(quick=False, networks=None, json=None, report=None,
+                        figures=None, device=None)
     args = parser.parse_args(argv)
     if args.figures and (args.quick or args.networks):
         parser.error("--figures needs the scaling, which --quick and --networks leave "
                      "out, expected one of the two. Leave one out")
     return args
+
+
+def set_precision():
+    """Let fp32 be fp32 in all rows, not TF32, and the same each time, as in a run."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 
 
 def main(argv=None):
@@ -551,32 +963,49 @@ def main(argv=None):
         if args.json and not Path(args.json).absolute().parent.is_dir():
             raise ValueError(f"the folder of --json {args.json} does not exist, "
                              f"expected one. Make it")
+        if args.report:
+            if Path(args.report).exists() and not Path(args.report).is_dir():
+                raise ValueError(f"--report {args.report} is a file, expected a "
+                                 f"folder. Name another")
+            Path(args.report).mkdir(parents=True, exist_ok=True)
         device = setup.choose_device(args.device)
     if device.type == "cpu" and sys.platform == "linux":
         setup.keep_freed_memory()  # in all rows, those of the frameworks too
+    if on_gpu(device) and device.index is not None:
+        torch.cuda.set_device(device)  # its events and its memory
+    set_precision()
     started = time.perf_counter()
-    print(f"{device_name(device)}, {torch.get_num_threads()} threads, "
-          f"torch {torch.__version__}; times: median (middle half)\n", flush=True)
+    result = dict(
+        device=device_name(device), threads=torch.get_num_threads(),
+        torch=torch.__version__, spikingjelly_kernels=spikingjelly_kernels(device),
+        seconds=0, rates=measure_rates(device), ratios={}, rows=[])
+    print(f"{title_of(result)}; times: median (middle half)\n", flush=True)
+
+    def add(rows, ratios={}):
+        """Add to the result, and write what there is: a later part may fail."""
+        result["rows"] += rows
+        result["ratios"] |= ratios
+        result["seconds"] = time.perf_counter() - started
+        if args.json:
+            write_json(Path(args.json), result)
+        if args.report:
+            write_report(result, Path(args.report))
 
     networks = args.networks or (["vgg16"] if args.quick else list(SIZES))
-    table, ratios = [], {}
     for network in networks:
-        rows, found = measure(network, device, args.quick)
-        table += rows + measure_pruned_inference(network, device)
         prefix = "" if network == "vgg16" else f"{network}_"
-        ratios |= {prefix + name: value for name, value in found.items()}
-    print_ratios(ratios)
-    print_table(table)
+        parts = [measure, measure_compiled] if on_gpu(device) else [measure]
+        for part in parts:
+            rows, found = part(network, device, args.quick, result["rates"])
+            add(rows, {prefix + name: value for name, value in found.items()})
+        add(measure_pruned_inference(network, device))
+    print(text_of(result["ratios"]) + "\n")
+    print(markdown(result["rows"]))
     if not args.quick and not args.networks:
         scaled = measure_scaling(device)
-        table += scaled
-        if args.figures:
-            draw_scaling(scaled, Path(args.figures))
-    if args.json:
-        write_json(Path(args.json), dict(
-            device=device_name(device), threads=torch.get_num_threads(),
-            torch=torch.__version__, seconds=time.perf_counter() - started,
-            ratios=ratios, rows=table))
+        add(scaled)
+        for folder in {args.figures, args.report} - {None}:
+            draw_scaling(scaled, Path(folder))
     print(f"\ndone in {time.perf_counter() - started:.0f} s")
 
 

@@ -44,6 +44,39 @@ class SpikingJelly(nn.Module):
         return self.neuron(over_time(x_seq, time_steps))
 
 
+class SpikingJellyFused(nn.Module):
+    """SpikingJelly's fastest LIF: its fused kernels with a potential in float32.
+
+    LIFNode makes its potential in the type of its input. Under autocast that is
+    bfloat16, for which SpikingJelly 2.0 takes its plain loop, because its fused kernels
+    ask for float32. In fp32 LIFNode takes the fused kernels by itself, on a GPU.
+    """
+
+    def __init__(self):
+        super().__init__()
+        from spikingjelly.activation_based import functional, surrogate
+        self.run, self.surrogate = functional.lif_multi_step, surrogate.ATan(ALPHA)
+
+    def forward(self, x_seq, time_steps=None):
+        x_seq = over_time(x_seq, time_steps)
+        dtype = torch.promote_types(x_seq.dtype, torch.float32)
+        v = torch.zeros_like(x_seq[0], dtype=dtype)
+        spikes, *_ = self.run(
+            x_seq, v, tau=TAU, decay_input=True, v_threshold=V_THRESHOLD,
+            v_reset=V_RESET, surrogate_function=self.surrogate, detach_reset=True)
+        return spikes
+
+
+def spikingjelly_kernels(device):
+    """Return the name of the kernels that SpikingJelly takes for its LIF on a device,
+    such as "triton"; None if it does not tell."""
+    try:
+        from spikingjelly.activation_based.functional import neuron_implementation
+        return neuron_implementation("lif", device)["implementation"]
+    except Exception:  # not installed, an older version, no kernels for this device
+        return None
+
+
 class SnnTorch(nn.Module):
     """snnTorch's Leaky, step by step. Its reset is not detached, so that its gradient
     differs."""

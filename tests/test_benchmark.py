@@ -1,15 +1,19 @@
 """benchmark.py: the same work in all rows, and a table and a JSON that hold together."""
 import importlib.util
 import json
+import re
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import benchmark
+import metrics
 import models
-from harness import frameworks
+from harness import frameworks, roofline
 from kernels import FastLIF
 from masks import Masks
 from neurons import LIF
@@ -25,7 +29,8 @@ def installed(*names):
 
 def neurons_at_hand():
     return [LIF] + [neuron for neuron, name in (
-        (frameworks.SpikingJelly, "spikingjelly"), (frameworks.SnnTorch, "snntorch"))
+        (frameworks.SpikingJelly, "spikingjelly"),
+        (frameworks.SpikingJellyFused, "spikingjelly"), (frameworks.SnnTorch, "snntorch"))
         if installed(name)]
 
 
@@ -131,6 +136,303 @@ def test_scaling_is_drawn(monkeypatch, tmp_path):
         "scaling.png", "scaling.pdf", "scaling.csv"}
 
 
+# ---- what a step needs ---------------------------------------------------------------------------
+
+
+def test_the_work_of_a_layer_counted_by_hand():
+    conv = torch.nn.Conv2d(2, 4, 3, padding=1, bias=False)  # 4 x 2 x 3 x 3 = 72 weights
+    x, y = 2 * 5 * 5, 4 * 5 * 5
+    parts = roofline.of_layer("c", conv, x, y, 2)
+    # an output is a sum of 2 x 3 x 3 products
+    assert [part.flops for part in parts] == [2 * 100 * 18] * 3
+    assert [part.bytes for part in parts] == [2 * (50 + 72 + 100)] * 3
+    assert [part.what for part in parts] == [
+        "c, forward", "c, backward for the weights", "c, backward for the input"]
+    assert roofline.of_layer("c", conv, x, y, 2, needs_input_gradient=False) == parts[:2]
+    linear = torch.nn.Linear(6, 3)
+    assert roofline.of_layer("l", linear, 4 * 6, 4 * 3, 4)[0] == (
+        "l, forward", 2 * 4 * 6 * 3, 4 * (24 + 18 + 12))
+    grouped = torch.nn.Conv2d(4, 4, 1, groups=4)
+    assert roofline.of_layer("g", grouped, 4, 4, 4)[0].flops == 2 * 4
+    assert [part.bytes for part in roofline.of_layer("b", torch.nn.BatchNorm2d(4), 10, 10, 4)] == [
+        120, 200]
+    # five steps of an input that is the same at each
+    assert [part.bytes for part in roofline.of_layer("s", LIF(), 10, 50, 2)] == [120, 140]
+    assert roofline.of_layer("d", torch.nn.Flatten(), 10, 10, 4) == []
+    assert [part.bytes for part in roofline.of_pooling(40, 10, 2)] == [100, 100]
+    assert roofline.of_optimizer(10, 4) == [("optimizer", 0, 200)]
+    assert roofline.of_optimizer(10, 2) == [("optimizer", 0, 320)]
+
+
+def test_the_work_of_a_network_is_that_of_its_layers():
+    """VGG-16 on a batch of 2, T = 3: MACs as metrics counts them; and the parts by name."""
+    parts = roofline.count("vgg16", 10, 3, 32, 3, 2, 4, models.default_widths("vgg16", 0.1))
+    by_name = {part.what: part for part in parts}
+    config = dict(name="vgg16", num_classes=10, in_channels=3, image_size=32, time_steps=3,
+                  widths=models.default_widths("vgg16", 0.1))
+    macs = metrics.macs(config)
+    first, *others = macs
+    assert len(macs) == 14 and by_name[f"{first}, forward"].flops == 2 * 2 * macs[first]
+    for name in others:  # the first layer sees the image once, and the others 3 steps
+        for way in ("forward", "backward for the weights", "backward for the input"):
+            assert by_name[f"{name}, {way}"].flops == 2 * 2 * 3 * macs[name]
+    assert f"{first}, backward for the input" not in by_name  # the image needs none
+    kinds = [sum(word in part.what for part in parts) for word in (".bn,", "lifs", "pooling")]
+    assert kinds == [2 * 13, 2 * 13, 2 * 5]
+    neuron = by_name["lifs.0, forward"]  # of 6 channels: 2 images of 32 x 32, then 3 steps
+    assert neuron.bytes == 4 * 6 * 32 * 32 * (2 + 6)
+    half = roofline.count("vgg16", 10, 3, 32, 3, 2, 2, models.default_widths("vgg16", 0.1))
+    assert [part.flops for part in half] == [part.flops for part in parts]
+    assert half[0].bytes == parts[0].bytes / 2
+
+
+@pytest.mark.parametrize("name", ["resnet19", "resnet19-pre", "small-avg"])
+def test_other_networks_are_counted_whole(name):
+    widths = models.default_widths(name, 0.1)
+    parts = roofline.count(name, 10, 3, 32, 2, 2, 4, widths)
+    with torch.device("meta"):
+        net = models.build(name, 10, 3, 32, 2, widths)
+    forward = {part.what.removesuffix(", forward") for part in parts}
+    layers = {key for key, module in net.named_modules()
+              if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear, torch.nn.BatchNorm2d, LIF))}
+    assert layers <= forward
+    assert sum("pooling" in part.what for part in parts) == (6 if name == "small-avg" else 0)
+
+
+def test_a_part_takes_the_longer_of_its_two_times():
+    parts = [roofline.Part("a", 100, 1), roofline.Part("b", 10, 300)]
+    assert roofline.seconds(parts, 10, 100) == 100 / 10 + 300 / 100
+
+
+def test_the_rates_are_those_of_the_fastest_round():
+    times = iter([0.5, 2, 1, 4, 8, 2] * 2)  # the first is to warm up
+    calls = []
+
+    def timed(action):
+        action()
+        calls.append(1)
+        return next(times)
+
+    assert roofline.copy_rate(timed, CPU, 100) == 2 * 400 / 1
+    assert roofline.matmul_rate(timed, CPU, 8, torch.float32) == 2 * 8**3 / 1
+    assert len(calls) == 12
+
+
+def test_the_speed_of_a_row():
+    work = dict(gflop=1.0, gigabytes=2.0, roofline_ms=4.0)
+    cells = benchmark.speed_of([0.01, 0.01, 0.01], 128, work)
+    assert cells["steps_per_second"] == pytest.approx(100) and cells["gflop"] == 1
+    assert cells["epochs_per_minute"] == pytest.approx(60 / 3.91)  # 391 steps
+    assert cells["times_roofline"] == pytest.approx(2.5)
+    cells = benchmark.speed_of([0.01, 0.01], 128, work | dict(roofline_ms=None))
+    assert cells["times_roofline"] is None
+    found = benchmark.work_of("vgg16", CPU, dict(copy=1e11, fp32=1e12, bf16=2e12), 4)
+    parts = roofline.count("vgg16", 100, 3, 32, 5, 32, 4)
+    assert found["roofline_ms"] == pytest.approx(1e3 * roofline.seconds(parts, 1e12, 1e11))
+    assert found["gflop"] == pytest.approx(299.2, abs=0.1)
+    assert benchmark.measure_rates(CPU) == {}
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+
+class Clock:
+    """An event of a GPU that is the processor."""
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def synchronize(self):
+        assert self.at
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """The processor stands in for a GPU: the code for GPUs runs, and its numbers mean nothing."""
+    monkeypatch.setattr(benchmark, "on_gpu", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "Event", Clock)
+    for name, value in (("synchronize", None), ("reset_peak_memory_stats", None),
+                        ("memory_allocated", 2**20), ("max_memory_allocated", 3 * 2**20)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(benchmark, "SIZES", TINY)
+    for name, value in (("GPU_BATCH", 3), ("GPU_SECONDS", {"quick": 0, "full": 0}),
+                        ("CALLS", 2), ("COPIED", 100), ("SIDE", 8)):
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr(benchmark, "profiled", lambda step: benchmark.counts_of(EVENTS, 2))
+
+
+def event(name, device, microseconds=0, is_user_annotation=False):
+    return SimpleNamespace(name=name, device_type=device, device_time_total=microseconds,
+                           is_user_annotation=is_user_annotation)
+
+
+HOST, DEVICE = benchmark.DeviceType.CPU, benchmark.DeviceType.CUDA
+EVENTS = [event("aten::convolution", HOST, 3000), event("aten::cudnn_convolution", HOST, 3000),
+          event("aten::convolution_backward", HOST, 5000), event("aten::add", HOST, 100),
+          event("conv_kernel", DEVICE, 3000), event("wgrad", DEVICE, 5000),
+          event("add_kernel", DEVICE, 100), event("Memcpy DtoD (Device -> Device)", DEVICE, 50),
+          event("Memset (Device)", DEVICE, 1),
+          event("Optimizer.step#SGD.step", DEVICE, 9000, is_user_annotation=True)]
+
+
+def test_kernels_are_counted_and_nothing_else():
+    assert benchmark.counts_of(EVENTS, 2) == dict(launches=1.5, kernels_ms=4.05, convolutions_ms=4)
+
+
+def test_the_profiler_gives_what_is_counted():
+    """Its events have the attributes that counts_of reads; a processor has no kernels."""
+    conv, x = torch.nn.Conv2d(1, 1, 3), torch.randn(1, 1, 5, 5)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        conv(x).sum().backward()
+    names = [found.name for found in profile.events()]
+    assert "aten::convolution" in names and "aten::convolution_backward" in names
+    assert benchmark.counts_of(profile.events(), 1) == dict(
+        launches=0, kernels_ms=0, convolutions_ms=0)
+
+
+def test_a_gpu_is_timed_between_events(stand_in, monkeypatch):
+    now, calls = [0.0], []
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def action():
+        calls.append(1)
+        now[0] += 3
+
+    assert benchmark.timed(action, CPU) == 3  # of one call; the first is not timed
+    assert len(calls) == 1 + benchmark.CALLS
+    assert benchmark.launch_ms(action, rounds=3) == 3000
+
+
+def test_what_fails_in_turns_leaves_the_others():
+    def fail():
+        raise RuntimeError("no\n  memory")
+
+    failed, order = {}, []
+    times = benchmark.take_turns({"a": fail, "b": lambda: order.append("b")}, 0, CPU, 3, failed)
+    assert failed == {"a": "not measured: no memory"}
+    assert list(times) == ["b"] and len(times["b"]) == 3
+    with pytest.raises(RuntimeError):
+        benchmark.take_turns({"a": fail}, 0, CPU)
+    assert benchmark.take_turns({"a": fail}, 0, CPU, 3, failed) == {}
+
+
+def test_rows_without_triton_need_triton_first(monkeypatch):
+    net = models.build("small", 5, 1, 8, 2)
+    lifs = [net.get_submodule(name) for name in models.lifs(net)]
+    for lif in lifs:
+        monkeypatch.setattr(lif, "triton_devices", (), raising=False)
+    with pytest.raises(ValueError, match="no neuron runs in Triton"):
+        benchmark.leave_out_triton(net)
+    for lif in lifs:
+        monkeypatch.setattr(lif, "triton_devices", ("cuda",))
+    benchmark.leave_out_triton(net)
+    assert [lif.triton_devices for lif in lifs] == [()] * len(lifs)
+
+
+def test_quick_on_a_gpu_has_every_column(stand_in, narrow, monkeypatch, tmp_path, capsys):
+    class Failing(benchmark.Candidate):
+        def step(self):
+            if self.row.neuron is LIF:
+                raise RuntimeError("the kernel failed")
+            super().step()
+
+    monkeypatch.setattr(benchmark, "Candidate", Failing)
+    monkeypatch.setattr(torch, "compile", lambda net: net)  # the compiler takes minutes
+    monkeypatch.setitem(sys.modules, "snntorch", None)  # not installed
+    monkeypatch.setattr(benchmark, "measure_pruned_inference", lambda *_: [])
+    report = tmp_path / "new" / "report"
+    benchmark.main(["--quick", "--networks", "small", "--device", "cpu", "--report", str(report)])
+    result = json.loads((report / "benchmark.json").read_text())
+    rows = {row["row"]: row for row in result["rows"]}
+    assert set(benchmark.GPU_ROWS) - set(rows) == {"this project, fp32, compiled"}
+    assert rows["plain autograd, fp32"]["note"] == "not measured: the kernel failed"
+    assert rows["snnTorch, bf16"]["note"] == benchmark.INSTALL
+    ours = rows["this project, bf16"]
+    assert ours["batch"] == 3 and ours["memory_mib"] == 2 and ours["launches"] == 1.5
+    assert ours["host_ms"] > 0 and ours["build_seconds"] > 0 and ours["times_roofline"] > 0
+    assert set(result["rates"]) == {"copy", "fp32", "bf16"}
+    compiled = rows["this project, bf16, compiled"]
+    assert compiled["launches"] == 1.5 and compiled["step_ms"] > 0 and "infer_ms" not in compiled
+    assert {"small_step_bf16_compiled", "small_step_bf16_vs_relu_floor"} <= set(result["ratios"])
+    text = (report / "benchmark.md").read_text()
+    assert all(title in text for title in benchmark.COLUMNS)
+    assert all(row in text for row in rows) and "the kernel failed" in text
+    assert all(f"- {title}:" in text for title in benchmark.LEGEND)
+    assert {path.name for path in report.iterdir()} == {
+        "benchmark.json", "benchmark.md", "steps.png", "steps.pdf", "steps.csv"}
+    assert text.split("\n\n")[1] in capsys.readouterr().out
+
+
+def test_nothing_is_lost_if_ours_fails(stand_in, narrow, monkeypatch, tmp_path):
+    step = benchmark.Candidate.step
+
+    def fail(self):
+        if self.row.neuron is FastLIF:
+            raise RuntimeError("the kernel failed")
+        step(self)
+
+    monkeypatch.setattr(benchmark.Candidate, "step", fail)
+    rates = dict(copy=1e9, fp32=1e9, bf16=1e9)
+    rows, ratios = benchmark.measure("small", CPU, True, rates)
+    rows = {row["row"]: row for row in rows}
+    assert rows[benchmark.FLOOR]["step_ms"] > 0 and ratios == {}
+    assert rows[benchmark.OURS]["note"] == "not measured: the kernel failed"
+    rows, ratios = benchmark.measure_compiled("small", CPU, True, rates)
+    assert rows == [dict(network="small", row="this project, bf16, compiled",
+                         note="not measured: the kernel failed")] and ratios == {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is here")
+def test_a_step_on_a_real_gpu_is_measured(monkeypatch):
+    monkeypatch.setattr(benchmark, "GPU_SECONDS", {"quick": 1, "full": 1})
+    device = torch.device("cuda")
+    rows, ratios = benchmark.measure("small", device, True, benchmark.measure_rates(device))
+    ours = {row["row"]: row for row in rows}["this project, bf16"]
+    assert ours["launches"] > 10 and 0 < ours["convolutions_ms"] < ours["kernels_ms"]
+    assert 0 < ours["roofline_ms"] < ours["step_ms"] and ours["memory_mib"] > 1
+
+
+def test_a_table_has_the_columns_that_it_has_cells_for():
+    table = benchmark.markdown([dict(row="a", step_ms=3.0, step_low_ms=1.234, step_high_ms=45.67),
+                                dict(row="b", note="not installed")])
+    assert table.splitlines()[:4] == [
+        "| row | step, ms         |", "| --- | ---------------- |",
+        "| a   | 3.00 (1.23-45.7) |", "| b   | not installed    |"]
+    assert table.splitlines()[5].startswith("- step, ms:") and len(table.splitlines()) == 6
+
+
+def test_the_picture_is_drawn_from_what_there_is(tmp_path):
+    """Invented numbers, of a GPU and of a processor; and of a result without rows."""
+    row = dict(network="small", batch=128, time_steps=4, step_ms=3.0, step_low_ms=2.9,
+               step_high_ms=3.2, steps_per_second=333.3, roofline_ms=None)
+    result = dict(device="invented", threads=1, torch="0", rates={}, rows=[])
+    benchmark.draw_steps(result, tmp_path)
+    assert not list(tmp_path.iterdir())
+    names = ["this project, fp32", "SpikingJelly, fp32", "ReLU floor, fp32", "another"]
+    result["rows"] = [row | dict(row=name) for name in names]
+    benchmark.draw_steps(result, tmp_path / "cpu")
+    gpu = result | dict(rates=dict(copy=1e12, fp32=1e13, bf16=1e14), rows=[
+        row | dict(row=name, network=network, roofline_ms=1.0, launches=99, memory_mib=9)
+        for name in names for network in ("small", "vgg16")])
+    benchmark.draw_steps(gpu, tmp_path / "gpu")
+    for folder in ("cpu", "gpu"):
+        assert {path.name for path in (tmp_path / folder).iterdir()} == {
+            "steps.png", "steps.pdf", "steps.csv"}
+
+
+def test_a_report_is_a_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["--quick", "--report", str(tmp_path / "file")])
+    assert stopped.value.code == 2 and "expected a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv", [["--quick", "--figures", "x"], ["--json", "nowhere/x.json"],
                                   ["--fast"]])
 def test_bad_flags(argv, capsys):
@@ -174,3 +476,25 @@ def test_the_ratios_in_the_readme_are_those_of_the_logs():
     text = (ROOT / "docs/speed.md").read_text().splitlines()
     for row in ratio_rows():
         assert row in text
+
+
+def test_the_estimates_in_the_docs_are_those_of_the_count():
+    """docs/speed.md: times of the paper's schedules, by half of the FLOPs and 80 % of the bytes a
+    second that a card's data sheet promises."""
+    text = (ROOT / "docs/speed.md").read_text()
+    counted = [roofline.count(name, 100, 3, 32, 5, 128, 2) for name in ("vgg16", "resnet19")]
+    rows = re.findall(r"^\| (.+) \| ([\d.]+), (\d+) \| (.+) \|$", text, re.M)
+    assert len(rows) == 6
+    for _, terabytes, teraflops, cells in rows:
+        expected = []
+        for parts in counted:
+            step = roofline.seconds(parts, 0.5e12 * float(teraflops), 0.8e12 * float(terabytes))
+            minutes = 500 * 391 * step / 60
+            whole = f"{minutes:.0f} min" if minutes < 90 else f"{minutes / 60:.1f} h"
+            expected += [f"{1e3 * step:.1f}", f"{391 * step:.1f}", whole]
+        assert cells == " | ".join(expected)
+    totals = [(sum(p.flops for p in parts) / 1e12, sum(p.bytes for p in parts) / 1e9)
+              for parts in counted]
+    for words in ("has {:.2f} TFLOP", "at least {:.1f} GB"):
+        assert words.format(totals[0]["GB" in words]) in " ".join(text.split())
+    assert "has {:.2f} TFLOP and {:.1f} GB".format(*totals[1]) in text
