@@ -44,6 +44,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
+import plans
 from models import lifs, scored_by
 from neurons import widest
 
@@ -124,6 +125,9 @@ def parameters(net, alive=None):
                 sparsity_all=(prunable - n_alive) / total)
 
 
+_macs = {}  # what macs() has counted, {repr of the network: {layer: MACs}}
+
+
 @torch.no_grad()
 def macs(config, time_steps=1):
     """Return {layer: MACs} of the network models.build(**config), of one time step, or
@@ -133,15 +137,19 @@ def macs(config, time_steps=1):
     """
     # the encoding of the input changes no count of one step
     direct = config | dict(time_steps=time_steps, encoding="direct")
-    with torch.device("meta"):
-        net = models.build(**direct).eval()
-        image = torch.empty(1, config["in_channels"], *[config["image_size"]] * 2)
-    with FlopCounterMode(display=False) as counter:
-        net(image)
-    # {"VGG.fc": {operation: FLOPs}}, 2 FLOPs a MAC
-    by_module = counter.get_flop_counts()
-    return {name: sum(by_module[f"{type(net).__name__}.{name}"].values()) // 2
-            for name in prunable_layers(net)}
+    # a run asks for the same counts many times, and a network takes some 50 ms
+    key = repr((direct, plans.NETWORKS.get(config["name"])))
+    if key not in _macs:
+        with torch.device("meta"):
+            net = models.build(**direct).eval()
+            image = torch.empty(1, config["in_channels"], *[config["image_size"]] * 2)
+        with FlopCounterMode(display=False) as counter:
+            net(image)
+        # {"VGG.fc": {operation: FLOPs}}, 2 FLOPs a MAC
+        by_module = counter.get_flop_counts()
+        _macs[key] = {name: sum(by_module[f"{type(net).__name__}.{name}"].values()) // 2
+                      for name in prunable_layers(net)}
+    return dict(_macs[key])
 
 
 def conventions(config, time_steps):

@@ -30,6 +30,7 @@ input:
   prediction is always the same;
 - "events": frames [T, N, 2, H, W] of event counts, taken as they are.
 """
+import functools
 import inspect
 import pickle
 import warnings
@@ -247,6 +248,19 @@ def warn_of_missing(net, keys):
                       stacklevel=2)
 
 
+def _outside_graphs(method):
+    """Keep a method out of compiled graphs, as torch.compiler.disable does. That
+    imports torch's compiler, 1 to 2 s of the start of a script: here only while a
+    network is compiled."""
+    @functools.wraps(method)
+    def run(*given):
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(method)(*given)
+        return method(*given)
+
+    return run
+
+
 class SpikingNet(nn.Module):
     """What the networks share: normalisation, padding and the first layer of direct
     coding.
@@ -384,7 +398,7 @@ class SpikingNet(nn.Module):
         current = first(self._input(x, pad_to))
         return lif(current, None if x.dim() == 5 else self.time_steps)
 
-    @torch.compiler.disable  # one break, where the seeded generator would make many
+    @_outside_graphs  # one break, where the seeded generator would make many
     def _spikes(self, x):
         """Return spikes [T, N, C, H, W], drawn with the probabilities of pixels [N, C,
         H, W]. In eval mode all images share one seeded draw, so that a prediction does

@@ -11,6 +11,20 @@ import pytest
 
 pytest.register_assert_rewrite("helpers")
 
+# The files that take longest. A file is one worker's (--dist loadfile): of two workers the one that
+# gets a long file last lets the other wait. By itself xdist begins with the files of most tests.
+LONGEST = ("structured scripts processes faults analyze networks lottery use docs gradr sdsnn pq "
+           "published events surroundings greg").split()
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    places = {f"test_{name}.py": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
+
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, tmp_path_factory, monkeypatch):
@@ -54,6 +68,16 @@ def curves_are_drawn_once(drawn, monkeypatch):
     monkeypatch.setattr(plots, "draw_curves", draw)
 
 
+@pytest.fixture(autouse=True)
+def speeds_are_measured_briefly(monkeypatch):
+    """A run that removes channels measures for 4 s how much faster the network is: let it be 5
+    pairs of passes."""
+    import metrics
+
+    speedup = metrics.speedup
+    monkeypatch.setattr(metrics, "speedup", lambda *given, seconds=2.0: speedup(*given, seconds=0))
+
+
 @pytest.fixture
 def offline(monkeypatch):
     """Make each try to download fail, and return the list of addresses."""
@@ -67,3 +91,30 @@ def offline(monkeypatch):
 
     monkeypatch.setattr(torchvision.datasets.utils.urllib.request, "urlopen", fail)
     return tried
+
+
+@pytest.fixture
+def few_test_images(monkeypatch):
+    """fashion-mini with 100 of its 1,000 test images: tiny runs would evaluate longer than they
+    train. Scripts that a test starts as processes have all of them."""
+    import data
+    import helpers
+
+    monkeypatch.setattr(data, "_read", helpers.read_few)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """once(run, *given) returns the folder of run(*given, "--run-dir", folder), which is made for
+    the first test of a file that asks for it. No test changes it."""
+    folders = {}
+
+    def folder_of(run, *given, **named):
+        key = repr((run.__module__, run.__name__, given, named))
+        if key not in folders:
+            folder = tmp_path_factory.mktemp("once") / "r"
+            run(*given, "--run-dir", folder, **named)
+            folders[key] = folder
+        return folders[key]
+
+    return folder_of

@@ -3,10 +3,13 @@ what can be wrong with them. No tests."""
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import pickle
+import runpy
 import signal
 import struct
+import sys
 import tarfile
 from pathlib import Path
 
@@ -71,6 +74,38 @@ def stop_after(iteration, monkeypatch, run, *given):
     monkeypatch.setattr(Meter, "add", add)
 
 
+# ---- processes -----------------------------------------------------------------------------------
+
+
+def fork(function, *arguments):
+    """Start function(*arguments) in a process of its own, in which torch is imported already: a
+    new one takes seconds to import it. Return the process."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch", "torch._dynamo", "torchvision", "matplotlib.pyplot", "pytest"])
+    process = context.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def write_to(path):
+    """Let what this process writes to stdout and stderr stand in a file."""
+    out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(out, stream)
+
+
+def run_as_typed(words, folder, out, prepare=None):
+    """What a process of its own does: run the script words[0] as if typed in a folder, after some
+    preparation. Its output is appended to the file out."""
+    os.chdir(folder)
+    write_to(out)
+    if prepare:
+        prepare()
+    sys.argv = list(map(str, words))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
 # ---- networks ------------------------------------------------------------------------------------
 
 
@@ -111,6 +146,23 @@ def let_fire(net):
 
 def real_images(count=16, offset=0):
     return data.load("fashion-mini").x_test[offset:offset + count]
+
+
+_read = data._read
+
+
+def read_few(name, *given):
+    """data._read with 100 of the 1,000 test images of fashion-mini."""
+    found = _read(name, *given)
+    if name == "fashion-mini":
+        x_train, y_train, x_test, y_test = found.arrays
+        found = found._replace(arrays=[x_train, y_train, x_test[:100], y_test[:100]])
+    return found
+
+
+def with_few_test_images():
+    """Let this process read few images; a test has the fixture few_test_images."""
+    data._read = read_few
 
 
 # ---- data sets, and what can be wrong with them --------------------------------------------------

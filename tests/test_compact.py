@@ -285,9 +285,7 @@ def test_a_compact_file_of_an_older_run_goes():
 
 
 @pytest.fixture
-def no_waiting(monkeypatch):
-    speedup = metrics.speedup
-    monkeypatch.setattr(metrics, "speedup", lambda *nets: speedup(*nets, seconds=0))
+def as_typed(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compact.py"])
 
 
@@ -302,7 +300,7 @@ def write_masked(path, name="small", factor=0.5):
 @pytest.mark.parametrize("given, written", [
     (["runs/a/model.pt"], "runs/a/compact.pt"), (["runs/a/model.pt", "--out", "b.pt"], "b.pt")])
 @pytest.mark.parametrize("name, factor", NETS)
-def test_the_script_writes_the_same_function(name, factor, given, written, no_waiting, capsys):
+def test_the_script_writes_the_same_function(name, factor, given, written, as_typed, capsys):
     net, masks = write_masked("runs/a/model.pt", name, factor)
     compact.main(given)
     assert {path for path in Path().rglob("*.pt")} == {Path("runs/a/model.pt"), Path(written)}
@@ -321,7 +319,7 @@ def test_the_script_writes_the_same_function(name, factor, given, written, no_wa
     assert "times as fast at batch 1, " in text and "at batch 32\n" in text
 
 
-def test_the_script_has_nothing_to_leave_out(no_waiting, capsys):
+def test_the_script_has_nothing_to_leave_out(as_typed, capsys):
     torch.save(models.pack(random_net("small", 0.5, dtype=torch.float32)), "model.pt")
     compact.main(["model.pt"])  # no SystemExit: exit code 0
     assert capsys.readouterr().out == (
@@ -336,7 +334,7 @@ def test_the_script_has_nothing_to_leave_out(no_waiting, capsys):
     (["model.pt", "--out", "no/such/folder.pt"], "no/such/folder.pt cannot be written"),
     (["model.pt", "--out", "model.pt"], "model.pt is the file that is read, expected another"),
     ([], "the following arguments are required: MODEL.pt")])
-def test_the_script_refuses_in_one_line(given, words, no_waiting, capsys):
+def test_the_script_refuses_in_one_line(given, words, as_typed, capsys):
     write_masked("model.pt")
     content = Path("model.pt").read_bytes()
     Path("damaged.pt").write_bytes(content[:-500])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import compare
+import helpers
 from harness import records
 from harness import runfolder
 from helpers import one_line
@@ -30,6 +31,15 @@ def few():
 
 @pytest.fixture
 def two_methods(monkeypatch):
+    """Two methods, whose runs are processes in which torch is imported already."""
+    def run(words, stdout, stderr, env):
+        assert words[0] == sys.executable and stderr == "with stdout"
+        assert int(env["OMP_NUM_THREADS"]) >= 1
+        process = helpers.fork(helpers.run_as_typed, words[1:], Path.cwd(), stdout.name)
+        process.join()
+        return SimpleNamespace(returncode=process.exitcode)
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run, STDOUT="with stdout"))
     monkeypatch.setattr(compare, "WEIGHTS", dict(
         dense=compare.WEIGHTS["dense"] + " --interval 2",
         gmp=compare.WEIGHTS["gmp"] + " --interval 2"))

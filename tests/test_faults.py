@@ -8,7 +8,6 @@ import fcntl
 import importlib
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -165,20 +164,15 @@ def limit_files(size, n):
 def child(folder, script, given, prepare, how):
     """What a process of its own does: it runs a script after some preparation."""
     os.chdir(folder)
-    out = os.open("out.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for stream in (1, 2):
-        os.dup2(out, stream)
+    Path("out.txt").unlink(missing_ok=True)
+    helpers.write_to("out.txt")
     sys.argv = [f"{script}.py"]
     prepare(*how)
     importlib.import_module(script).main(given)
 
 
 def start(script, given, prepare, *how):
-    context = multiprocessing.get_context("forkserver")  # torch is imported once, before the forks
-    context.set_forkserver_preload(["torch", "torchvision", "matplotlib.pyplot", "pytest"])
-    process = context.Process(target=child, args=(os.getcwd(), script, given, prepare, how))
-    process.start()
-    return process
+    return helpers.fork(child, os.getcwd(), script, given, prepare, how)
 
 
 KILLS = {  # place, its n-th moment, minutes between checkpoints (0: after each step)

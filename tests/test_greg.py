@@ -10,7 +10,6 @@ import torch
 
 import channels
 import data
-import metrics
 import models
 import prune_greg
 from harness import runfolder
@@ -136,13 +135,12 @@ SHORT = ["--train-limit", "400", "--epochs-pretrain", "2", "--epochs-finetune", 
          "--width", "0.5", "--batch-size", "25"]  # 16 steps an epoch
 TINY = ["--train-limit", "100", "--epochs-pretrain", "1", "--epochs-finetune", "1",
         "--width", "0.25", "--batch-size", "25"]  # 4 steps an epoch
+pytestmark = pytest.mark.usefixtures("few_test_images")
 
 
 @pytest.fixture(autouse=True)
 def the_name_of_the_script(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prune_greg.py"])
-    speedup = metrics.speedup
-    monkeypatch.setattr(metrics, "speedup", lambda *nets, seconds: speedup(*nets, seconds=0))
 
 
 def run(*given, short=SHORT):

@@ -612,12 +612,6 @@ ALL = dict(
                   "loss"])
 
 
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    speedup = metrics.speedup
-    monkeypatch.setattr(metrics, "speedup", lambda *nets, seconds: speedup(*nets, seconds=0))
-
-
 def run(script, monkeypatch, *given):
     """Run a script under --smoke on 60 random images: 4 steps an epoch, two epochs."""
     if not Path("mine.npz").exists():

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import data
+import helpers
 import models
 import prune_unstructured
 import training
@@ -22,6 +23,7 @@ from helpers import TIMES, assert_same_run, lines, one_line, stop_after
 from masks import Masks
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("few_test_images")
 SHORT = ["--train-limit", "400", "--epochs-prune", "2", "--epochs-finetune", "1", "--interval", "6",
          "--width", "0.25", "--batch-size", "25"]  # 16 steps an epoch, 5 updates
 
@@ -196,7 +198,8 @@ def test_the_paper_setting_on_cifar100_data():
     x = rng.integers(0, 256, (300, 32, 32, 3), dtype=np.uint8)
     y = np.arange(300) % 100
     np.savez("data/cifar100.npz", x_train=x, y_train=y, x_test=x[:100], y_test=y[:100])
-    summary = run(*"--dataset cifar100 --sparsity 0.9 --regen 0.5 --smoke".split(), short=False)
+    summary = run(*"--dataset cifar100 --sparsity 0.9 --regen 0.5 --smoke --width 0.1".split(),
+                  short=False)
     assert summary["model"] == "vgg16" and summary["time_steps"] == 5
     assert len(lines(next(Path("runs").glob("smoke-cifar100-*")), "updates")) == 4
 
@@ -262,10 +265,10 @@ def test_no_regeneration_is_gmp_bit_by_bit():
     assert all(torch.equal(packed["masks"][name], alive[name]) for name in alive)
 
 
-def test_the_same_seed_gives_the_same_run():
-    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
-        run("--run-dir", folder, "--seed", seed)
-    assert_same_run("a", "b")
+def test_the_same_seed_gives_the_same_run(once):
+    run("--run-dir", "a")
+    run("--run-dir", "c", "--seed", 1)
+    assert_same_run("a", once(run))
     weights = [models.load(f"{folder}/model.pt").convs[1].conv.weight for folder in "ac"]
     assert not torch.equal(*weights)
 
@@ -332,43 +335,44 @@ def test_scores_are_taken_from_the_batch_of_the_update(monkeypatch):
 def wait_for(condition, process, seconds=120):
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        assert process.is_alive() and time.monotonic() < end, Path("out.txt").read_text()
         time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number, code", [
     (signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_stopped_run_goes_on_bit_by_bit(number, code):
+def test_a_stopped_run_goes_on_bit_by_bit(number, code, usual_signals, once):
     longer = ["--epochs-prune", "6", "--epochs-finetune", "4", "--train-limit", "500"]
-    run("--run-dir", "unbroken", *longer)
-    process = subprocess.Popen(command("--run-dir", "r", *longer), text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    unbroken = once(run, *longer)
+    process = helpers.fork(
+        helpers.run_as_typed, command("--run-dir", "r", *longer)[1:], Path.cwd(), "out.txt",
+        helpers.with_few_test_images)
     wait_for(lambda: Path("r/metrics.jsonl").exists() and len(lines("r", "metrics")) >= 3, process)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
+    os.kill(process.pid, number)
+    process.join(60)
+    out = Path("out.txt").read_text()
+    assert process.exitcode == code, out
     if number != signal.SIGKILL:
         assert ("saved. Go on with: python" in out and "--resume --run-dir r" in out
-                and "Traceback" not in err)
+                and "Traceback" not in out)
     assert not Path("r/summary.json").exists()
     assert 0 < torch.load("r/checkpoint.pt", weights_only=True)["position"][2] < 200
     run("--run-dir", "r", "--resume", short=False)  # all other flags come from its config.json
-    assert_same_run("unbroken", "r")
+    assert_same_run(unbroken, "r")
 
 
 @pytest.mark.parametrize("step", [0, 5, 15, 23, 31, 40])
-def test_resume_from_any_step(step, monkeypatch):
+def test_resume_from_any_step(step, monkeypatch, once):
     """Stop inside an epoch, at an update, at the end of an epoch, in fine-tuning;
     go on in one process."""
-    run("--run-dir", "unbroken")
     stop_after(step + 1, monkeypatch, run, "--run-dir", "r")
     run("--run-dir", "r", "--resume")
-    assert_same_run("unbroken", "r")
+    assert_same_run(once(run), "r")
 
 
-def test_work_after_the_last_checkpoint_is_done_again(monkeypatch, capsys):
+def test_work_after_the_last_checkpoint_is_done_again(monkeypatch, capsys, once):
     """Die inside the second epoch, after updates that no checkpoint knows, without saving."""
-    run("--run-dir", "unbroken")
+    unbroken = once(run)
     add = meters.Meter.add
 
     def die(self, loss, logits, labels, at=0):
@@ -381,7 +385,7 @@ def test_work_after_the_last_checkpoint_is_done_again(monkeypatch, capsys):
     assert len(lines("r", "updates")) == 5 and len(lines("r", "metrics")) == 1
     monkeypatch.setattr(meters.Meter, "add", add)
     run("--run-dir", "r", "--resume")
-    assert_same_run("unbroken", "r")
+    assert_same_run(unbroken, "r")
 
 
 @pytest.mark.parametrize("given", [
@@ -400,8 +404,8 @@ def test_resume_of_other_runs_with_a_smaller_last_batch(given, monkeypatch):
     assert_same_run("unbroken", "r")
 
 
-def test_a_signal_in_the_evaluation_stops_the_run_too(monkeypatch):
-    run("--run-dir", "unbroken")
+def test_a_signal_in_the_evaluation_stops_the_run_too(monkeypatch, once):
+    unbroken = once(run)
     evaluate = training.evaluate
 
     def interrupted(*arguments):
@@ -415,7 +419,7 @@ def test_a_signal_in_the_evaluation_stops_the_run_too(monkeypatch):
         assert stop.value.code == 130
     monkeypatch.setattr(training, "evaluate", evaluate)
     run("--run-dir", "r", "--resume")
-    assert_same_run("unbroken", "r")
+    assert_same_run(unbroken, "r")
 
 
 def test_resume_without_a_checkpoint_and_of_a_finished_run(capsys):

@@ -455,13 +455,12 @@ SHORT = ["--train-limit", "400", "--epochs-pretrain", "2", "--epochs-finetune", 
          "--batch-size", "25"]  # 16 steps an epoch
 TINY = ["--train-limit", "100", "--epochs-pretrain", "1", "--epochs-finetune", "1", "--width", "0.25",
         "--batch-size", "25"]  # 4 steps an epoch
+pytestmark = pytest.mark.usefixtures("few_test_images")
 
 
 @pytest.fixture(autouse=True)
 def the_name_of_the_script(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prune_structured.py"])
-    speedup = metrics.speedup
-    monkeypatch.setattr(metrics, "speedup", lambda *nets, seconds: speedup(*nets, seconds=0))
 
 
 def run(*given, short=SHORT):
@@ -647,14 +646,14 @@ def test_a_metric_of_one_s_own_is_a_function_and_a_row(monkeypatch, capsys):
     assert stop.value.code == 2 and "invalid choice: 'mine'" in one_line(capsys)
 
 
-def test_no_regeneration_is_slimming_bit_by_bit():
+def test_no_regeneration_is_slimming_bit_by_bit(once):
     run("--run-dir", "a", "--regen", 0, short=TINY)
     run("--run-dir", "b", "--method", "slimming", short=TINY)
-    run("--run-dir", "c", short=TINY)
+    unbroken = once(run, short=TINY)
     assert_same_run("a", "b")
     assert json.loads(Path("a/summary.json").read_text())["method"] == "slimming"
-    assert row("a", "gamma").equal(row("c", "gamma"))  # the same dense network
-    assert record("a")["regenerated"] == 0 < record("c")["regenerated"]
+    assert row("a", "gamma").equal(row(unbroken, "gamma"))  # the same dense network
+    assert record("a")["regenerated"] == 0 < record(unbroken)["regenerated"]
 
 
 def test_the_same_seed_gives_the_same_run():
@@ -701,13 +700,18 @@ def test_l1_in_the_fine_tuning():
     assert sizes[0] < sizes[1]
 
 
-def test_init_skips_the_pretraining():
-    dense = run("--run-dir", "dense", "--prune-ratio", 0, short=TINY)
-    found = run("--run-dir", "r", "--init", "dense/model.pt", "--prune-ratio", 0.5,
+@pytest.fixture
+def dense(once):
+    """The folder of a run that has removed nothing."""
+    return once(run, "--prune-ratio", 0, short=TINY)
+
+
+def test_init_skips_the_pretraining(dense):
+    found = run("--run-dir", "r", "--init", dense / "model.pt", "--prune-ratio", 0.5,
                 short=TINY[:2] + TINY[4:])
     assert [r["stage"] for r in lines("r", "metrics")] == ["finetune"]
-    assert found["dense_accuracy"] == dense["test_accuracy"]
-    assert row("r", "gamma").equal(channels.gammas(models.load("dense/model.pt")).double())
+    assert found["dense_accuracy"] == lines(dense, "metrics")[-1]["test_accuracy"]
+    assert row("r", "gamma").equal(channels.gammas(models.load(dense / "model.pt")).double())
 
 
 def accuracy_of(path):
@@ -733,12 +737,11 @@ def test_without_fine_tuning_the_result_is_that_of_the_small_network():
 
 @pytest.mark.parametrize("given", [(), ("--method", "slimming"), ("--target-macs", 0.9),
                                    ("--prune-ratio", 0)])
-def test_a_network_of_init_may_be_cut_without_any_epoch(given, capsys):
-    run("--run-dir", "dense", "--prune-ratio", 0, short=TINY)
-    found = run("--run-dir", "r", "--init", "dense/model.pt", "--epochs-finetune", 0, *given,
+def test_a_network_of_init_may_be_cut_without_any_epoch(given, dense, capsys):
+    found = run("--run-dir", "r", "--init", dense / "model.pt", "--epochs-finetune", 0, *given,
                 short=TINY[:2] + TINY[6:])
     assert found["test_accuracy"] == pytest.approx(accuracy_of("r/model.pt"), abs=1e-6)
-    assert found["dense_accuracy"] == pytest.approx(accuracy_of("dense/model.pt"), abs=1e-6)
+    assert found["dense_accuracy"] == pytest.approx(accuracy_of(dense / "model.pt"), abs=1e-6)
     assert (found["epochs"], found["training_cost"], found["seconds"]) == (0, 0, 0)
     assert not Path("r/curves.png").exists() and not Path("r/metrics.jsonl").exists()
     assert "Traceback" not in capsys.readouterr().err
@@ -777,10 +780,9 @@ def test_every_share_of_the_macs_that_is_accepted_is_reached(name, factor, publi
     assert removed(choose(ratio).kept) == pytest.approx(most)
 
 
-def test_a_kill_before_the_first_step_after_init(monkeypatch):
+def test_a_kill_before_the_first_step_after_init(monkeypatch, dense):
     """The cut is saved at iteration 0: going on does not take the small network for --init's."""
-    dense = run("--run-dir", "dense", "--prune-ratio", 0, short=TINY)
-    given = ["--init", "dense/model.pt", "--prune-ratio", "0.5"]
+    given = ["--init", dense / "model.pt", "--prune-ratio", "0.5"]
     run("--run-dir", "unbroken", *given, short=TINY[:2] + TINY[4:])
 
     def die(*_):
@@ -792,7 +794,7 @@ def test_a_kill_before_the_first_step_after_init(monkeypatch):
     assert torch.load("r/checkpoint.pt", weights_only=True)["position"] == [0, 0, 0]
     summary = run("--run-dir", "r", "--resume", short=[])
     assert_same_run("unbroken", "r")
-    assert summary["dense_accuracy"] == dense["test_accuracy"]
+    assert summary["dense_accuracy"] == lines(dense, "metrics")[-1]["test_accuracy"]
 
 
 # ---- stopping and going on -----------------------------------------------------------------------
@@ -812,9 +814,9 @@ def test_resume_from_any_step(given, steps, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["score_channels", "evaluate"])
-def test_a_kill_between_the_stages(where, monkeypatch):
+def test_a_kill_between_the_stages(where, monkeypatch, once):
     """Die while channels are scored, and while the removal is measured: nothing is saved there."""
-    run("--run-dir", "unbroken", short=TINY)
+    unbroken = once(run, short=TINY)
     function, calls = getattr(training, where), []
 
     def die(*arguments, **named):
@@ -830,15 +832,15 @@ def test_a_kill_between_the_stages(where, monkeypatch):
     assert torch.load("r/checkpoint.pt", weights_only=True)["position"] == [1, 0, 4]
     monkeypatch.setattr(training, where, function)
     run("--run-dir", "r", "--resume", short=[])
-    assert_same_run("unbroken", "r")
+    assert_same_run(unbroken, "r")
 
 
-def test_a_checkpoint_after_the_removal_does_not_choose_again(monkeypatch):
-    run("--run-dir", "unbroken", short=TINY)
+def test_a_checkpoint_after_the_removal_does_not_choose_again(monkeypatch, once):
+    unbroken = once(run, short=TINY)
     stop_after(5, monkeypatch, lambda *a: run(*a, short=TINY), "--run-dir", "r")
     monkeypatch.setattr(training, "score_channels", None)
     run("--run-dir", "r", "--resume", short=[])
-    assert_same_run("unbroken", "r")
+    assert_same_run(unbroken, "r")
 
 
 # ---- what a wrong command gets -------------------------------------------------------------------

@@ -4,6 +4,7 @@ import copy
 import gc
 import json
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -35,6 +36,7 @@ from plans import default_widths
 
 SHORT = ["--train-limit", "200", "--epochs-prune", "2", "--epochs-finetune", "1", "--interval", "3",
          "--width", "0.25", "--batch-size", "25"]  # 8 steps an epoch, 5 updates
+pytestmark = pytest.mark.usefixtures("few_test_images")
 
 
 def generator(seed=0):
@@ -609,14 +611,19 @@ def wrong(capsys, *given, module=prune_unstructured, short=SHORT):
     return one_line(capsys)
 
 
+@pytest.fixture
+def first(script, once):
+    """A run that has pruned 70 %, in first/."""
+    shutil.copytree(once(run, "--sparsity", 0.7), "first")
+
+
 def dead_of(path):
     return {name: ~mask for name, mask in models.read(path)["masks"].items()}
 
 
 @pytest.mark.parametrize("given", [[], ["--regen", 0], ["--candidates", "new"],
                                    ["--as-published", "zero", "classifier", "ties"]])
-def test_init_from_a_pruned_network(given, script, capsys):
-    run("--run-dir", "first", "--sparsity", 0.7)
+def test_init_from_a_pruned_network(given, first, capsys):
     capsys.readouterr()
     summary = run("--run-dir", "r", "--sparsity", 0.9, "--init", "first/model.pt", *given)
     said = capsys.readouterr().out
@@ -640,8 +647,7 @@ def test_init_from_a_pruned_network(given, script, capsys):
         assert back > 0  # or it may be regenerated, as what earlier updates have pruned
 
 
-def test_init_starts_from_the_very_weights_and_masks(script):
-    run("--run-dir", "first", "--sparsity", 0.7)
+def test_init_starts_from_the_very_weights_and_masks(first):
     args = prune_unstructured.parse_args([*SHORT, "--init", "first/model.pt", "--sparsity", "0.9"])
     images = setup.load(args, torch.device("cpu"))
     net, old = setup.build(args, images, takes_masks=True), models.load("first/model.pt")
@@ -661,8 +667,7 @@ def test_the_normalisation_after_init_is_that_of_the_images(script):
     assert b.mean.tolist() == torch.tensor(images.mean).tolist() != a.mean.tolist()
 
 
-def test_a_run_from_a_pruned_network_is_resumed(script, monkeypatch, capsys):
-    run("--run-dir", "first", "--sparsity", 0.7)
+def test_a_run_from_a_pruned_network_is_resumed(first, monkeypatch, capsys):
     given = ["--init", "first/model.pt", "--sparsity", 0.9]
     run("--run-dir", "unbroken", *given)
     stop_after(2, monkeypatch, run, "--run-dir", "r", *given)
@@ -673,8 +678,7 @@ def test_a_run_from_a_pruned_network_is_resumed(script, monkeypatch, capsys):
     assert_same_run("unbroken", "r")
 
 
-def test_the_same_sparsity_again_and_a_lower_one(script, capsys):
-    run("--run-dir", "first", "--sparsity", 0.7)
+def test_the_same_sparsity_again_and_a_lower_one(first, capsys):
     again = run("--run-dir", "r", "--sparsity", 0.7, "--regen", 0, "--init", "first/model.pt")
     assert again["sparsity"] == pytest.approx(0.7, abs=1e-3)
     before, after = dead_of("first/model.pt"), dead_of("r/model.pt")
@@ -692,8 +696,7 @@ def test_the_same_sparsity_again_and_a_lower_one(script, capsys):
     assert not Path("new").exists()
 
 
-def test_granet_goes_on_from_a_pruned_network(script, capsys):
-    run("--run-dir", "first", "--sparsity", 0.7)
+def test_granet_goes_on_from_a_pruned_network(first, capsys):
     summary = run("--run-dir", "r", "--sparsity", 0.9, "--init", "first/model.pt",
                   module=prune_granet)
     assert "its masks are taken over" in capsys.readouterr().out
@@ -705,8 +708,7 @@ def test_granet_goes_on_from_a_pruned_network(script, capsys):
     (prune_structured, ["--interval"]), (prune_greg, ["--interval"]),
     (prune_lottery, ["--interval"]), (prune_gradr, []), (prune_sdsnn, ["--interval"]),
     (prune_pq, [])])
-def test_scripts_that_start_from_all_weights_refuse_a_pruned_network(module, drops, script, capsys):
-    run("--run-dir", "first", "--sparsity", 0.7)
+def test_scripts_that_start_from_all_weights_refuse_a_pruned_network(module, drops, first, capsys):
     short = ["--train-limit", "200", "--width", "0.25", "--batch-size", "25"]
     error = wrong(capsys, "--run-dir", "new", "--init", "first/model.pt", module=module,
                   short=short)
@@ -779,8 +781,7 @@ def test_other_names_are_other_classes():
         assert says in found and bool(found) == bool(says)
 
 
-def test_a_pruned_network_with_an_empty_layer_is_refused(script, capsys):
-    run("--run-dir", "first", "--sparsity", 0.7)
+def test_a_pruned_network_with_an_empty_layer_is_refused(first, capsys):
     packed = models.read("first/model.pt")
     packed["masks"]["convs.1.conv.weight"][:] = False
     packed["state_dict"]["convs.1.conv.weight"][:] = 0
