@@ -530,9 +530,9 @@ def parse_args(argv):
         add(f"--{flag}", type=convert, default=None, help="as in the other scripts")
     add("--jobs", type=flags.whole(1), default=1, metavar="N",
         help="runs at a time (default 1)")
-    add("--out", type=flags.folder, default=None, metavar="DIR", help="the folder of the "
-        "runs and of the result (default runs/compare); with --runs, of the result "
-        "(default: the first of those folders)")
+    add("--out", type=flags.folder, default=None, metavar="DIR",
+        help="the folder of the runs and of the result (default runs/compare); with "
+             "--runs, of the result (default: the first of those folders)")
     add("--runs", type=flags.path, nargs="+", default=None, metavar="DIR",
         help="run nothing: only tabulate and draw the runs in these folders, at any "
         "depth")

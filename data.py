@@ -509,8 +509,8 @@ def _check_images(source, *splits):
     x_train, x_test = checked
     tops = [int(x.max()) for x in checked]
     if x_train.ndim < 5 and min(tops) <= 1 < max(tops):
-        print(f"note: {source}: the largest pixel is {tops[0]} in x_train, {tops[1]} in "
-              f"x_test: is one of them in 0..1 and the other in 0..255?")
+        print(f"note: {source}: the largest pixel is {tops[0]} in x_train, {tops[1]} "
+              f"in x_test: is one of them in 0..1 and the other in 0..255?")
     if x_train.shape[1:] != x_test.shape[1:]:
         raise error(ValueError, f"{source}: images are {list(x_train.shape[1:])} in "
                     f"x_train, {list(x_test.shape[1:])} in x_test",
@@ -529,7 +529,8 @@ def _conversion(x):
     elif is_number and x.dtype != np.uint8:
         low, high = x.min().item(), x.max().item()
         if x.ndim == 5:
-            steps.append("counts of events: x = x.clip(0, 255).round().astype('uint8')")
+            steps.append("counts of events: "
+                         "x = x.clip(0, 255).round().astype('uint8')")
         elif low < 0:
             steps.append(f"its values are {low:g} to {high:g}, undo what shifted them, "
                          f"to 0 to 255")

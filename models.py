@@ -330,9 +330,9 @@ class SpikingNet(nn.Module):
         against pixels in 0..255 that nobody has normalised.
         """
         if not isinstance(x, Tensor):
-            raise ValueError(f"the network got a {type(x).__name__}, expected a tensor. "
-                             f"Give it to models.predict(net, images), or convert it "
-                             f"by torch.as_tensor")
+            raise ValueError(f"the network got a {type(x).__name__}, expected a "
+                             f"tensor. Give it to models.predict(net, images), or "
+                             f"convert it by torch.as_tensor")
         side, channels = self.image_size, len(self.mean)
         are_events = self.encoding == "events"
         fits = tuple(x.shape[-3:]) == (channels, side, side) and x.dim() in (4, 5)
@@ -860,10 +860,10 @@ def predict(net, images, batch_size=128):
     step could rank another class first.) They are not calibrated.
     Raises ValueError for images of another kind, shape or range.
     """
-    if not hasattr(net, "checks_values"):  # of SpikingNet, also under torch.compile
+    if not hasattr(net, "checks_values"):  # SpikingNet's, also after torch.compile
         raise ValueError(f"predict got a {type(net).__name__}, expected a network of "
-                         f"models.load(path) or models.build(...). Of a wrapper such as "
-                         f"DataParallel give net.module")
+                         f"models.load(path) or models.build(...). Of a wrapper such "
+                         f"as DataParallel give net.module")
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}, expected a whole number of at "
                          f"least 1. Change it")
@@ -882,8 +882,8 @@ def predict(net, images, batch_size=128):
             module.training = mode
     total = torch.cat(totals)
     if not total.isfinite().all():
-        raise ValueError("the network's output is not finite (NaN or infinite), expected "
-                         "numbers. Look for such weights in net.state_dict()")
+        raise ValueError("the network's output is not finite (NaN or infinite), "
+                         "expected numbers. Look for such weights in net.state_dict()")
     classes, names = total.argmax(1), None
     if net.class_names is not None:
         check_class_names(net.class_names, total.shape[1], "the network")
@@ -1116,8 +1116,8 @@ def read(path):
         if isinstance(error, pickle.UnpicklingError):
             reason = "it holds pickled objects, such as a whole network"
             remedy = ". Save it by torch.save(models.pack(net), path)"
-        raise ValueError(f"{path} cannot be read ({reason}), expected a model.pt that a "
-                         f"run of this project has written{remedy}") from None
+        raise ValueError(f"{path} cannot be read ({reason}), expected a model.pt that "
+                         f"a run of this project has written{remedy}") from None
     keys = {"format", "name", "num_classes", "in_channels", "image_size", "time_steps",
             "widths", "state_dict", "masks", "normalisation"}
     if not isinstance(packed, dict) or not keys <= packed.keys():
