@@ -90,8 +90,8 @@ def require_one():
     """Raise ValueError if torchrun started several processes."""
     if size() > 1:
         raise ValueError(f"the environment variable WORLD_SIZE is {size()}, as "
-                         f"torchrun sets it, expected one process: this script runs in a single "
-                         f"one. Start it by python, with WORLD_SIZE unset")
+                         f"torchrun sets it, expected one process: this script runs in "
+                         f"a single one. Start it by python, with WORLD_SIZE unset")
 
 
 def check():

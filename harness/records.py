@@ -58,8 +58,8 @@ METHODS = ("dense", "gmp", "slimming", "criticality", "gradient", "random", "gra
 
 # The flags that are equal in runs that are compared
 SHARED = ("dataset", "event_split", "model", "init", "width", "encoding", "tau",
-          "threshold", "surrogate", "alpha", "reset", "detach_reset", "decay_input", "strict",
-          "loss", "train_limit", "time_steps", "batch_size", "lr", "smoke",
+          "threshold", "surrogate", "alpha", "reset", "detach_reset", "decay_input",
+          "strict", "loss", "train_limit", "time_steps", "batch_size", "lr", "smoke",
           "epochs_finetune")
 # Runs with equal items of --as-published have equal flags that these imply
 SAME = {
