@@ -3,10 +3,15 @@
     from kernels import FastLIF
     spikes = FastLIF()(x_seq)    # [T, N, ...] -> 0 or 1, as neurons.LIF
 
-There are two fast paths, each for one neuron. FastLIF takes one of them if its settings
-are those, and if it agrees with neurons.LIF on small inputs: in the spikes, the
-gradient and the score. Otherwise FastLIF runs the plain loop of neurons.py. So a change
-in neurons.py takes effect.
+There are two fast paths in torch, each for one neuron, and on a GPU the Triton kernels
+of kernels_triton.py, for all neurons with a hard reset and a fixed tau. FastLIF takes
+one of them if its settings are those, and if it agrees with neurons.LIF on small
+inputs: in the spikes, the gradient and the score. Otherwise FastLIF runs the plain loop
+of neurons.py. So a change in neurons.py takes effect.
+
+On a GPU Triton is taken first, for inputs in float32 or less and up to 64 steps. It is
+compared twice: its formulas in float64, when a neuron is made; and what a GPU computes,
+at the first input there.
 
 ArctanLIF, the neuron of the paper's text: arctan surrogate, detached hard reset,
 decayed input, a spike where the potential reaches the threshold, a fixed tau. Its
@@ -32,6 +37,8 @@ gradient, an input that is not decayed, a spike above the threshold. There
 import functools
 import inspect
 import math
+import os
+import warnings
 
 import torch
 
@@ -46,7 +53,7 @@ CPU_BLOCK = 2**20
 
 
 class FastLIF(LIF):
-    """neurons.LIF, computed by the fast path if that gives the same. Its settings are
+    """neurons.LIF, computed by a fast path if that gives the same. Its settings are
     fixed when it is made."""
 
     def __init__(self, **settings):
@@ -55,32 +62,52 @@ class FastLIF(LIF):
         functions = [item for item in vars(neurons).values()
                      if inspect.isfunction(item)]
         methods = [LIF.forward, LIF.over_time, Spike.forward, Spike.backward]
-        self.path = path_of(tuple(settings.items()), *functions, *methods,
-                            *neurons.SURROGATES[self.surrogate])
+        self.settings = tuple(settings.items())
+        key = (self.settings, *functions, *methods, *neurons.SURROGATES[self.surrogate])
+        self.path = path_of(*key)
         # torch.compile cannot read an attribute of the class in forward()
         self.records = () if self.path is None else self.path.RECORDS
+        self.triton_devices = triton_devices(*key)
 
     @property
     def is_fast(self):
-        """Whether a fast path is used, but for what it does not record."""
+        """Whether a fast path in torch is used, but for what it does not record."""
         return self.path is not None
 
     def forward(self, x_seq, time_steps=None):
-        is_recorded = self._aggregate is not None
-        if self.path is None or (is_recorded and self._by not in self.records):
-            return super().forward(x_seq, time_steps)
+        record = None if self._aggregate is None else self._by
         T = len(self.over_time(x_seq, time_steps))  # checks the shape
-        spikes, near = self.path.apply(
-            x_seq, T, self.tau, self.v_threshold, self.v_reset, self.alpha, is_recorded)
-        if is_recorded:
+        if self.runs_triton(x_seq, T):
+            import kernels_triton  # here: it needs Triton
+            spikes, near = kernels_triton.run(self, x_seq, T, record)
+        elif self.path is not None and record in (None, *self.records):
+            spikes, near = run(self.path, self, x_seq, T, record)
+        else:
+            return super().forward(x_seq, time_steps)
+        if record is not None:
             self._score = neurons.per_channel(near, self._aggregate)
         return spikes
+
+    def runs_triton(self, x_seq, time_steps):
+        """Return whether kernels_triton.py computes an input over time_steps steps."""
+        if x_seq.device.type not in self.triton_devices:
+            return False
+        import kernels_triton
+        is_recorded = self._aggregate is not None
+        if is_recorded and self._by not in kernels_triton.RECORDS[self.surrogate]:
+            return False
+        return kernels_triton.fits(x_seq, time_steps) and (
+            torch.compiler.is_compiling()  # no trial there: torch.compile needs Triton
+            or works_on(x_seq.device, x_seq.dtype, self.settings))
+
+
+# ---- which path ----------------------------------------------------------------------
 
 
 @functools.cache
 def path_of(settings, *functions):
-    """Return the fast path that gives the same as neurons.LIF with these settings,
-    ArctanLIF or TanhLIF, else None.
+    """Return the fast path in torch that gives the same as neurons.LIF with these
+    settings, ArctanLIF or TanhLIF, else None.
 
     settings: pairs (argument, value). functions: those of neurons.py. They are part of
     the cache's key: with another function the comparison is made again.
@@ -88,50 +115,121 @@ def path_of(settings, *functions):
     lif = LIF(**dict(settings))
     for path in (ArctanLIF, TanhLIF):
         if path.computes(lif):
-            return path if agrees(path, lif) else None
+            fast = functools.partial(run, path, lif)
+            return path if agrees(fast, lif, path.RECORDS) else None
     return None
 
 
-def agrees(path, lif):
-    """Return whether a fast path gives the same as a neurons.LIF."""
-    def fast(x, time_steps):
-        is_recorded = "derivative" in path.RECORDS
-        return path.apply(x, time_steps, lif.tau, lif.v_threshold, lif.v_reset,
-                          lif.alpha, is_recorded)
+def run(path, lif, x_seq, time_steps, record):
+    """Run a neurons.LIF by ArctanLIF or TanhLIF. record: None, or the score."""
+    return path.apply(x_seq, time_steps, lif.tau, lif.v_threshold, lif.v_reset,
+                      lif.alpha, record is not None)
 
-    def plain(x, time_steps):
-        lif.start_recording("max")
-        spikes = lif(x, time_steps)
+
+@functools.cache
+def triton_devices(settings, *functions):
+    """Return the kinds of devices on which kernels_triton.py computes neurons.LIF with
+    these settings: ("cuda",), or () without a GPU, without Triton, or if its formulas
+    do not give the same. Arguments are those of path_of.
+
+    With TRITON_INTERPRET=1 a CPU runs the kernels, slowly, for tests: ("cpu",).
+    """
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (is_interpreted or torch.cuda.is_available()):
+        return ()
+    try:
+        import kernels_triton
+    except Exception:  # Triton is not installed, or too old
+        return ()
+    lif = LIF(**dict(settings))
+    formulas = functools.partial(kernels_triton.run_formulas, lif)
+    if not (kernels_triton.computes(lif)
+            and agrees(formulas, lif, kernels_triton.RECORDS[lif.surrogate])):
+        return ()
+    return ("cpu",) if is_interpreted else ("cuda",)
+
+
+@functools.cache
+def works_on(device, dtype, settings):
+    """Return whether the kernels of kernels_triton.py run on a GPU, and give the same
+    as neurons.LIF there. Warn where they do not: Triton needs a C compiler, and not too
+    old a GPU."""
+    import kernels_triton
+    lif = LIF(**dict(settings))
+    fast = functools.partial(kernels_triton.run, lif)
+    records = kernels_triton.RECORDS[lif.surrogate]
+    try:
+        if agrees(fast, lif, records, dtype, device):
+            return True
+        reason = "its results differ"
+    except Exception as error:  # of Triton, of the C compiler, of the driver
+        reason = (str(error).splitlines() or [type(error).__name__])[-1]
+    warnings.warn(f"the neurons run without Triton on {device}, which is slower: "
+                  f"{reason}", stacklevel=2)
+    return False
+
+
+# relative and absolute: how far gradients and scores of one neuron may differ. Those in
+# half precision are rounded to it
+TOLERANCES = {torch.float64: (1e-9, 1e-12), torch.float32: (1e-4, 1e-6),
+              torch.bfloat16: (2**-6, 1e-6), torch.float16: (2**-9, 1e-6)}
+
+
+def agrees(fast, lif, records, dtype=torch.float64, device="cpu"):
+    """Return whether a function gives the same as a neurons.LIF on small inputs: the
+    spikes, the gradient and the scores.
+
+    fast: (x_seq, time_steps, record) -> spikes, and the score of each neuron or None.
+    records: the scores that it records. In half precision it is compared with the
+    neurons.LIF of the same input in float32.
+    """
+    def plain(x_seq, time_steps, record):
+        lif.start_recording("max", record or "derivative")
+        spikes = lif(x_seq, time_steps)
         return spikes, lif.stop_recording()
 
-    def spikes_gradient_score(forward, x):
+    def spikes_gradient_score(forward, x, record):
         leaf = x.clone().requires_grad_()
-        spikes, score = forward(leaf, 4)
-        weights = torch.cos(torch.arange(spikes.numel(), dtype=x.dtype))
+        spikes, score = forward(leaf, 4, record)
+        weights = torch.cos(torch.arange(spikes.numel())).to(dtype).to(x.dtype)
         (spikes * weights.view(spikes.shape)).sum().backward()
         return spikes.detach(), leaf.grad, score
 
+    full = torch.promote_types(dtype, torch.float32)
+    relative, absolute = TOLERANCES[dtype]
     # a network may be built inside other contexts, such as torch.device("meta")
-    with torch.device("cpu"), torch.inference_mode(False), torch.enable_grad():
-        span = lif.v_threshold - lif.v_reset
-        x = torch.linspace(-span, 4 * span, 120, dtype=torch.float64)
-        x = x[torch.arange(120) * 37 % 120]  # in a mixed order
-        x[-16:] *= torch.logspace(0, 4, 16, dtype=torch.float64)  # some are far away
-        x[:9] = span * lif.tau * (1 + torch.arange(-4, 5) * 2**-52)  # some on the edge
-        x = x.view(4, 2, 3, 5)
+    with (torch.device(device), torch.inference_mode(False), torch.enable_grad(),
+          torch.autocast(torch.device(device).type, enabled=False)):
+        x = probe(lif, dtype)
         for batch in (x, x[:1]):  # four steps, and one that is repeated
-            spikes, gradient, near = spikes_gradient_score(fast, batch)
-            try:
-                expected = spikes_gradient_score(plain, batch)
-            except Exception:  # changed so that it takes other shapes, say
-                return False
-            found = spikes, gradient
-            if near is not None:
-                found += (neurons.per_channel(near, "max"),)
-            if not all(torch.allclose(one, other, rtol=1e-9, atol=1e-12)
-                       for one, other in zip(found, expected)):
-                return False
+            for record in records or (None,):
+                spikes, gradient, near = spikes_gradient_score(fast, batch, record)
+                try:
+                    expected = spikes_gradient_score(plain, batch.to(full), record)
+                except Exception:  # changed so that it takes other shapes, say
+                    return False
+                found = [spikes.to(full), gradient.to(full)]
+                if near is not None:
+                    found.append(neurons.per_channel(near, "max"))
+                if not all(torch.allclose(one, other, rtol=relative, atol=absolute)
+                           for one, other in zip(found, expected)):
+                    return False
     return True
+
+
+def probe(lif, dtype):
+    """Return currents for the comparison, [4, 2, 3, 5]: from far below the threshold of
+    a neurons.LIF to far above, and some on it."""
+    span = lif.v_threshold - lif.v_reset
+    x = torch.linspace(-span, 4 * span, 120, dtype=torch.float64)
+    x = x[torch.arange(120) * 37 % 120]  # in a mixed order
+    x[-16:] *= torch.logspace(0, 4, 16, dtype=torch.float64)  # some are far away
+    x[:9] = span * lif.tau * (1 + torch.arange(-4, 5) * 2**-52)  # some on the edge
+    x = x.clamp(max=torch.finfo(dtype).max)
+    return x.to(dtype).view(4, 2, 3, 5)
+
+
+# ---- what the paths in torch share ---------------------------------------------------
 
 
 def _as_rows(seq, order):

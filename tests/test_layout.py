@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 MODELS = {"neurons", "kernels", "plans", "models"}
 BELOW = {
     "neurons": set(),
-    "kernels": {"neurons"},
+    "kernels_triton": set(),
+    "kernels": {"neurons", "kernels_triton"},
     "plans": set(),
     "models": {"neurons", "kernels", "plans"},
     "sources": set(),
@@ -72,6 +73,17 @@ def test_the_root_holds_the_library_the_scripts_and_the_reader_s_test():
         assert (ROOT / name).is_file()
 
 
+def test_triton_is_imported_by_one_file_that_is_imported_where_it_is_needed():
+    """Not every machine has Triton, and few that have it need it."""
+    for path in product_files():
+        tree = ast.parse(path.read_text())
+        found = {module for node in ast.walk(tree) for module in modules_of(node)}
+        assert path.stem == "kernels_triton" or not {module for module in found
+                                                     if module.split(".")[0] == "triton"}
+        at_import = {module for node in tree.body for module in modules_of(node)}
+        assert "kernels_triton" not in at_import
+
+
 @pytest.mark.parametrize("name", sorted(LIBRARY))
 def test_a_library_file_imports_only_what_is_below_it(name):
     assert imports(ROOT / f"{name}.py") <= BELOW[name]
@@ -113,7 +125,7 @@ def test_nothing_imports_a_test_but_its_helpers():
 
 
 NO_METHOD = [ROOT / f"{name}.py" for name in (
-    "neurons", "kernels", "models", "data", "masks", "channels", "metrics", "training")]
+    "neurons", "kernels", "kernels_triton", "models", "data", "masks", "channels", "metrics", "training")]
 NO_METHOD += [ROOT / "harness" / f"{name}.py" for name in (
     "runfolder", "setup", "files", "meters", "processes", "machine")]
 METHODS = re.compile(r"\b(?:SD-?SNN|Grad[- ]?R|GraNet|GReg[12]?|Deep[- ]?R|lottery|PQ)\b", re.I)
