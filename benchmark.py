@@ -56,7 +56,7 @@ from harness import flags, plots, processes, roofline, setup
 from harness.files import write_json, write_whole
 from harness.frameworks import (Floor, SnnTorch, SpikingJelly, SpikingJellyFused,
                                 over_time, spikingjelly_kernels)
-from harness.machine import device_name
+from harness.machine import device_name, forbid_tf32
 from kernels import FastLIF
 from masks import Masks, seeded
 from neurons import LIF
@@ -951,8 +951,7 @@ def parse_args(argv=None):
 
 def set_precision():
     """Let fp32 be fp32 in all rows, not TF32, and the same each time, as in a run."""
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    forbid_tf32()
     torch.backends.cudnn.deterministic = True
 
 

@@ -60,7 +60,7 @@ class Masks:
         self.returned = torch.zeros_like(self.flat)
 
     def _hold(self, flat):
-        self.flat = flat
+        self.flat, self._factors, self._factors_of = flat, [], None
         parts = zip(self.weights.items(), flat.split(self.sizes))
         self.alive = {name: part.view(weight.shape) for (name, weight), part in parts}
         if hasattr(self.net, "masks"):
@@ -98,7 +98,9 @@ class Masks:
 
     def per_layer(self, flat):
         """Return how many values of [M] bool are True in each layer, a list of ints."""
-        return [count(part) for part in flat.split(self.sizes)]
+        # one tensor: on a GPU the host waits for each that it reads
+        counts = [part.count_nonzero() for part in flat.split(self.sizes)]
+        return torch.stack(counts).tolist()
 
     # ---- weights, gradients and scores as one vector ---------------------------------
 
@@ -193,10 +195,29 @@ class Masks:
     def apply(self, optimizer):
         """Set dead weights and their momentum to 0. Call it after each step: the step
         changes dead weights too, by their gradient and momentum."""
-        for name, weight in self.weights.items():
-            weight.mul_(self.alive[name])
-            for momentum in self._masked_momenta(optimizer, weight):
-                momentum.mul_(self.alive[name])
+        tensors, factors = [], []
+        for weight, factor in zip(self.weights.values(), self.factors()):
+            rows = [weight, *self._masked_momenta(optimizer, weight)]
+            tensors += rows
+            factors += [factor] * len(rows)
+        torch._foreach_mul_(tensors, factors)
+
+    @torch.no_grad()
+    def factors(self):
+        """Return the masks as numbers, 1 = alive, 0 = dead: for each weight a tensor of
+        its shape, dtype and memory format.
+
+        They are made again when a mask has changed. torch counts the changes of a
+        tensor and of its views together, so that no change is missed, whoever makes it.
+        Only what is written through `.data` or numpy is not counted: do not.
+        """
+        now = [(id(mask), mask._version) for mask in (self.flat, *self.alive.values())]
+        if self._factors_of != now:
+            pairs = zip(self.weights.values(), self.alive.values())
+            self._factors = [torch.empty_like(weight).copy_(mask)
+                             for weight, mask in pairs]
+            self._factors_of = now
+        return self._factors
 
     def _masked_momenta(self, optimizer, weight):
         return [] if self.keep_momentum else momenta(optimizer, weight)

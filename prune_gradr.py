@@ -152,18 +152,42 @@ def grad_r_step(wires, g, lr, prior, target):
 # ---- Deep R --------------------------------------------------------------------------
 
 
-def choose_at_random(candidates, number):
-    """Choose `number` of the candidates, [M] bool, each with equal chance. Return [M]
-    bool.
+def choose_at_random(candidates, number, most, spare):
+    """Choose `number` of the candidates, [M] bool, each with equal chance, without
+    replacement. Return [M] bool.
 
-    number: a tensor, so that the host does not wait for the device. The first ones of a
-    random order are taken.
+    number: a tensor, so that the host does not wait for the device. most: at least
+    `number`. spare: how many candidates are left where `most` are chosen, or fewer.
+    Places are drawn with replacement. What is no candidate, or was drawn before, is
+    passed over, until there are enough. This takes far less than an order of all M.
     """
-    order = torch.randperm(len(candidates), device=candidates.device)
-    shuffled = candidates[order]
-    chosen = torch.empty_like(candidates)
-    chosen[order] = shuffled & (shuffled.cumsum(0) <= number)
-    return chosen
+    places, device = len(candidates), candidates.device
+    n_draws = enough_draws(places, most, spare)
+    if n_draws >= places:  # few of the places are candidates: the first of an order
+        order = torch.randperm(places, device=device)
+        n_draws = places
+    else:
+        order = torch.randint(places, (n_draws,), device=device)
+    draw = torch.arange(n_draws, dtype=torch.int32, device=device)
+    # first: [M], the draw that takes a place first; n_draws: none
+    first = torch.full((places,), n_draws, dtype=torch.int32, device=device)
+    first.scatter_reduce_(0, order, draw, "amin")
+    is_new = candidates[order] & (first[order] == draw)
+    enough = (is_new.cumsum(0) <= number).sum()  # the draws that count
+    return candidates & (first < enough)
+
+
+def enough_draws(places, most, spare):
+    """Return how many draws with replacement meet `most` different candidates, where
+    at least `spare` more are left: the mean of this number, 8 of its standard
+    deviations, and some. They are too few less than once in 10^13 times.
+    """
+    if spare == 0:
+        return math.inf
+    chance = spare / places  # of a new candidate, at the last draw; before it is larger
+    mean = places * math.log1p(most / spare)
+    deviation = math.sqrt(most * (1 - chance)) / chance  # at most
+    return math.ceil(mean + 8 * deviation + 64 / chance)
 
 
 def start_with(keep, masks, wires, generator):
@@ -174,11 +198,12 @@ def start_with(keep, masks, wires, generator):
     wires.fix(masks.flat)
 
 
-def deep_r_step(wires, g, lr, l1, temperature):
+def deep_r_step(wires, g, lr, l1, temperature, keep=None):
     """Take one step of Deep R (its Algorithm 1) on the active connections, whose number
     stays the same.
 
-    g: dL/dw, [M]. INTERPRETATION: the order of the terms, which its code leaves open;
+    g: dL/dw, [M]. keep: that number, K; None: it is counted, for which the host waits
+    for the device. INTERPRETATION: the order of the terms, which its code leaves open;
     and one K over all layers, as in the paper, where its code has one a matrix. A new
     connection has the sign of the start.
     """
@@ -189,7 +214,12 @@ def deep_r_step(wires, g, lr, l1, temperature):
     stays = wires.active & ~(theta < 0)  # prune
     # rewire: any dormant one, those that were just pruned too, until K are active again
     n_lost = (wires.active & ~stays).count_nonzero()
-    born = choose_at_random(~stays, n_lost)
+    if keep is None:
+        keep = count(wires.active)
+    most = keep
+    if theta.device.type == "cpu":  # where a look at the number costs nothing
+        most = int(n_lost)
+    born = choose_at_random(~stays, n_lost, most, spare=len(theta) - keep)
     wires.theta = torch.where(born, REVIVED, torch.where(stays, theta, 0.0))
     wires.active = stays | born  # the next step moves the new ones too
     # the new ones have no past
@@ -432,7 +462,7 @@ def main(argv=None):
                 if args.method == "gradr":
                     grad_r_step(wires, g, lr, args.prior, args.sparsity)
                 else:
-                    deep_r_step(wires, g, lr, args.prior, args.temperature)
+                    deep_r_step(wires, g, lr, args.prior, args.temperature, keep)
                 wires.write()  # w = sign * max(theta, 0)
 
                 if run.iteration % args.interval == 0 or run.iteration == last:

@@ -56,14 +56,18 @@ def mean_size(weight):
     return weight.detach().abs().mean((1, 2, 3))
 
 
+def how_many(channels, ratio):
+    """Return how many of so many filters go: ceil(ratio * C), but not all."""
+    return min(math.ceil(ratio * channels), channels - 1)
+
+
 def smallest(size, ratio):
-    """Return the filters that go, [C] bool: the ceil(ratio * C) smallest, but not all.
+    """Return the filters that go, [C] bool: the smallest ones.
 
     size: [C]. Of equal ones the lower index goes.
     """
-    count = min(math.ceil(ratio * len(size)), len(size) - 1)
     goes = torch.zeros_like(size, dtype=torch.bool)
-    goes[size.sort(stable=True).indices[:count]] = True
+    goes[size.sort(stable=True).indices[:how_many(len(size), ratio)]] = True
     return goes
 
 
@@ -147,25 +151,50 @@ def no_penalty(weights, method, ratio):
 
 
 def grow(state, weights, schedule, ratio):
-    """One update of the penalties, in layers that are not done."""
+    """One update of the penalties, in layers that are not done.
+
+    The host reads one tensor for all layers: on a GPU it waits once.
+    """
     growing = {name: layer for name, layer in state.items() if not layer["done"]}
+    if not growing:
+        return
+    sizes = {name: mean_size(weights[name]) for name in growing}
+    # of each layer: the ratio of mean |w|, and whether its penalty has reached the
+    # limit of picking, and has passed that of growing
+    rows = []
     for name, layer in growing.items():
-        penalty, goes, size = layer["penalty"], layer["goes"], mean_size(weights[name])
+        penalty, goes, size = layer["penalty"], layer["goes"], sizes[name]
+        now = torch.zeros_like(size[0])
         if goes is None:  # GReg-2: all shrink, and those that matter to the loss resist
             penalty += schedule.pick
-            if penalty.max() >= PICK_LIMIT:
-                layer["goes"] = smallest(size, ratio)
-            continue
-        penalty[goes] += schedule.grow
-        penalty[~goes] = RECOVER if schedule.pick else 0  # set, not added
-        now = float(size[~goes].mean() / size[goes].mean())
-        past = layer["mean_ratio"]
-        layer["mean_ratio"] = 0.9 * past + 0.1 * now if past else now
+        else:
+            rest = RECOVER if schedule.pick else 0.0  # set, not added
+            penalty.copy_(torch.where(goes, penalty + schedule.grow, rest))
+            now = ratio_of_means(size, goes, how_many(len(size), ratio))
+        largest = penalty.max()
+        rows.append(torch.stack([now, largest >= PICK_LIMIT, largest > LIMIT]))
+
+    found = dict(zip(growing, torch.stack(rows).tolist()))
+    for name, layer in growing.items():
+        now, is_picked, _ = found[name]
+        if layer["goes"] is not None:
+            past = layer["mean_ratio"]
+            layer["mean_ratio"] = 0.9 * past + 0.1 * now if past else now
+        elif is_picked:
+            layer["goes"] = smallest(sizes[name], ratio)
 
     least = min(layer["mean_ratio"] for layer in state.values())
-    for layer in growing.values():  # GReg-1 waits for all layers, GReg-2 for its own
+    for name, layer in growing.items():
+        # GReg-1 waits for all layers, GReg-2 for its own
         reached = layer["mean_ratio"] if schedule.pick else least
-        layer["done"] = bool(layer["penalty"].max() > LIMIT or reached >= ENOUGH)
+        layer["done"] = bool(found[name][2]) or reached >= ENOUGH
+
+
+def ratio_of_means(size, goes, count):
+    """Return the mean size of the filters that stay / of the `count` ones that go."""
+    # of a mask the host would ask how many it has, and wait for the answer
+    order = (~goes).byte().sort(stable=True).indices
+    return size[order[count:]].mean() / size[order[:count]].mean()
 
 
 def penalise(state, weights):

@@ -132,7 +132,8 @@ def make_parser(doc):
         help="the run's folder (default: runs/ and a name made of the flags)")
     add("--save-every", type=number(0), metavar="MINUTES",
         help="save a checkpoint inside an epoch too, every so many minutes; a run that "
-             "is killed loses no more than these")
+             "is killed loses no more than these, and no more than an epoch and 20 "
+             "times what a checkpoint takes to write")
     add("--resume", action="store_true",
         help="go on where this run was stopped, or begin it")
     add("--overwrite", action="store_true",

@@ -5,7 +5,7 @@
         for epoch in run.epochs():
             for x, y in run.batches(epoch):    # counts, saves on Ctrl-C, looks for NaN
                 training.step(run, x, y, lr)
-            run.end_epoch()                    # evaluates, logs, saves a checkpoint
+            run.end_epoch()                    # evaluates, logs, may save a checkpoint
         run.finish("prune_unstructured", "gmp")    # model.pt, curves.png, summary.json
 
 A run that was killed is resumed with --resume. It then ends with the same bits as a run
@@ -45,6 +45,10 @@ from masks import TooFew, seeded
 FILES = ("config.json", "summary.json", "checkpoint.pt", "metrics.jsonl",
          "updates.jsonl", "model.pt", "curves.png", "channels.json", "gamma.npz",
          "compact.pt", "analysis.npz")
+
+# A checkpoint at the end of an epoch waits until the last one is so many times older
+# than what it took to write
+SAVING_RATIO = 20
 
 SUMMARY_KEYS = [
     "script", "method", "dataset", "model", "seed", "time_steps", "train_limit",
@@ -154,6 +158,7 @@ class Run:
         self.first_iteration = self.iteration
         # times: of the start, of the start of the epoch, of the last checkpoint
         self.started = self.began = self.saved_at = time.monotonic()
+        self.save_seconds = 0.0  # what the last checkpoint took; 0: not known yet
 
     def hold(self, **parts):
         """Take these objects as parts of the run, in the place of those it has."""
@@ -280,8 +285,8 @@ class Run:
         if net is None:
             net, forward = self.net, self.forward
         processes.average_statistics(net)
-        # without a backward pass there is memory for larger batches
-        pairs = self.images.pairs("test", 4 * self.args.batch_size)
+        size = setup.evaluation_batch(self.args, self.images)
+        pairs = self.images.pairs("test", size)
         return training.evaluate(forward, net, processes.share(pairs), self.args,
                                  self.total)
 
@@ -329,7 +334,8 @@ class Run:
             self.verify(keep, may_be_empty)
 
     def end_epoch(self, sparsity=None, masks_hold=True):
-        """Evaluate, print the epoch, write it to metrics.jsonl, save a checkpoint.
+        """Evaluate, print the epoch, write it to metrics.jsonl, and save a checkpoint,
+        always at the end of a stage and else if the last one is old.
 
         sparsity: of the network, 0..1; None: of the masks. masks_hold: whether dead
         weights are 0 already, which is then checked.
@@ -361,7 +367,8 @@ class Run:
             test_accuracy=test["accuracy"], sparsity=sparsity,
             firing_rate=test["rate"], seconds=seconds))
         write_lines(self.folder / "metrics.jsonl", self.rows)
-        self.save()
+        if self._is_worth_saving(is_stage_end=within + 1 == count):
+            self.save()
 
         steps_done = max(1, self.iteration - self.first_iteration)
         steps_left = self.total_steps - self.iteration
@@ -375,6 +382,8 @@ class Run:
             self.say(f"  note: no neuron of {', '.join(test['silent'])} fired on the "
                      f"whole test set")
         _, is_stopped = self._due(now=True)
+        if is_stopped and self.unsaved:
+            self.save()
         if is_stopped:
             raise Stopped
 
@@ -584,6 +593,7 @@ class Run:
         if not files.holds(self.lock):
             raise OSError(f"{self.folder} was deleted or replaced under the run, "
                           f"expected it to stay. Nothing more is saved; start again")
+        started = time.monotonic()
         # some methods train dead weights too, for a while
         masks_hold = self.masks is not None and not self.masks.violation(self.optimizer)
         save_tensors(self.folder / "checkpoint.pt", {
@@ -601,6 +611,7 @@ class Run:
             "data": files.data_of(self.images),
             "seconds": self.seconds + time.monotonic() - self.began})
         self.unsaved, self.saved_at = False, time.monotonic()
+        self.save_seconds = self.saved_at - started
 
     def _flags(self, knows_data=False):
         """Return the flags that a resumed run must share with its checkpoint.
@@ -724,6 +735,18 @@ class Run:
             self.bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _is_worth_saving(self, is_stage_end):
+        """Return whether the end of an epoch is saved: at the end of a stage, and where
+        the last checkpoint is older than --save-every, or than SAVING_RATIO times what
+        it took. So saving takes a small share of the time, also where epochs are short.
+
+        All processes return the same, what the first one finds: it writes.
+        """
+        age = time.monotonic() - self.saved_at
+        is_old = age >= min(60 * self.args.save_every, SAVING_RATIO * self.save_seconds)
+        first_finds = is_old and processes.rank() == 0
+        return processes.largest(int(is_stage_end or first_finds)) == 1
 
     def _due(self, now=False):
         """Return (whether a checkpoint is due, whether a signal has come), two bools.

@@ -24,6 +24,7 @@ import plans
 import training
 from harness import files, processes, published
 from harness.flags import PLACES, SMOKE_IMAGES
+from harness.machine import forbid_tf32
 
 
 def start(args, shared=False):
@@ -67,8 +68,7 @@ def start(args, shared=False):
         require_compiler(device)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = True  # the same seed gives the same run
-    # fp32 is the reference for the other precisions
-    torch.backends.cudnn.allow_tf32 = False
+    forbid_tf32()  # fp32 is the reference for the other precisions
     if processes.size() > 1 and args.device == "cuda":
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)
@@ -357,6 +357,26 @@ def num_updates(args, stages):
                          f"interval of at most as many. Lower --interval or raise "
                          f"--epochs-prune")
     return steps // args.interval
+
+
+MOST_NUMBERS = 2**28  # 1 GiB of float32
+
+
+def evaluation_batch(args, images):
+    """Return how many images a batch of an evaluation has. Without a backward pass
+    there is memory for more than in training.
+
+    On a GPU it is up to as many as fill MOST_NUMBERS in a layer of 64 channels at the
+    size of the image, such as the first of VGG-16: few large batches keep it busy. A
+    CPU is slower by them, since they leave its cache.
+    """
+    batch = 4 * args.batch_size
+    if torch.device(args.device).type == "cuda":
+        *_, height, width = images.x_test.shape
+        most = MOST_NUMBERS // (args.time_steps * 64 * height * width)
+        share = math.ceil(len(images.x_test) / processes.size())
+        batch = max(batch, min(most, share))
+    return min(batch, len(images.x_test))
 
 
 def forward_of(args, net):

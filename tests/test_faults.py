@@ -264,6 +264,85 @@ def test_checkpoints_inside_an_epoch(monkeypatch, unbroken):
     assert saved == [(0, 4), (1, 0), (1, 4), (2, 0), (2, 4), (3, 0)]
 
 
+EIGHT_AND_ONE = ["--epochs-prune", 8, "--epochs-finetune", 1]
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Let each step take a second, and each checkpoint another. Return where checkpoints are
+    saved, a list that grows: (epoch, step)."""
+    saved, now, save_tensors, add = [], [0.0], runfolder.save_tensors, meters.Meter.add
+
+    def step(self, *given):
+        now[0] += 1
+        add(self, *given)
+
+    def write(path, value):
+        save_tensors(path, value)
+        if path.name == "checkpoint.pt":
+            now[0] += 1
+            saved.append(tuple(value["position"][:2]))
+
+    monkeypatch.setattr(meters.Meter, "add", step)
+    monkeypatch.setattr(runfolder, "save_tensors", write)
+    monkeypatch.setattr(runfolder.time, "monotonic", lambda: now[0])
+    return saved
+
+
+def test_short_epochs_are_saved_where_the_last_checkpoint_is_old(slow_disk):
+    """After the first epoch, then 20 times later than one takes, and at the end of each stage."""
+    run(MAIN, "--run-dir", "r", *EIGHT_AND_ONE)
+    assert slow_disk == [(1, 0), (5, 0), (8, 0), (9, 0)]
+    slow_disk.clear()
+    run(MAIN, "--run-dir", "minutes", *EIGHT_AND_ONE, "--save-every", 0.2)  # 12 s
+    assert slow_disk == [(1, 0), (2, 6), (4, 6), (6, 6), (8, 0), (9, 0)]
+    assert_same_run("minutes", "r")
+
+
+@pytest.mark.parametrize("iteration, kept", [(5, None), (29, (1, 0)), (35, (5, 0)), (50, (8, 0))])
+def test_what_a_kill_costs_between_checkpoints_of_epochs(iteration, kept, slow_disk, monkeypatch):
+    run(MAIN, "--run-dir", "unbroken", *EIGHT_AND_ONE)
+    slow_disk.clear()
+    add = meters.Meter.add
+
+    def die(self, loss, logits, labels, at=0):
+        add(self, loss, logits, labels, at)
+        if at == iteration:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(meters.Meter, "add", die)
+    with pytest.raises(SystemExit):
+        run(MAIN, "--run-dir", "r", *EIGHT_AND_ONE)
+    state = files.read_checkpoint("r")
+    assert (state and tuple(state["position"][:2])) == kept
+    if kept:  # six steps an epoch, a second each: an epoch and 20 s at most
+        assert iteration - 6 * kept[0] <= 6 + 20
+    monkeypatch.setattr(meters.Meter, "add", add)
+    resume(MAIN) if kept else run(MAIN, "--run-dir", "r", *EIGHT_AND_ONE, "--resume")
+    assert_same_run("unbroken", "r")
+
+
+@pytest.mark.parametrize("epoch", [3, 4])
+def test_a_signal_at_the_end_of_an_epoch_that_is_not_saved(epoch, slow_disk, monkeypatch):
+    run(MAIN, "--run-dir", "unbroken", *EIGHT_AND_ONE)
+    evaluate = training.evaluate
+    ends = []
+
+    def interrupted(*given):
+        ends.append(None)
+        if len(ends) == epoch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*given)
+
+    monkeypatch.setattr(training, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(MAIN, "--run-dir", "r", *EIGHT_AND_ONE)
+    assert stop.value.code == 143
+    assert files.read_checkpoint("r")["position"][:2] == [epoch, 0]
+    resume(MAIN)
+    assert_same_run("unbroken", "r")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_while_the_result_is_counted(number, monkeypatch, capsys, unbroken):
     """All is saved by then: it ends at once, and only the end is left to do."""

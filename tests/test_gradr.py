@@ -18,7 +18,7 @@ import training
 from helpers import assert_same_run, lines, one_line, stop_after
 from masks import Masks, seeded
 from prune_gradr import (REVIVED, Connections, centre, choose_at_random, deep_r_step, default_prior,
-                         ending, fix_mask, fixed_mask_step, follow, grad_r_step, sum_of_rates)
+                         ending, enough_draws, fix_mask, fixed_mask_step, follow, grad_r_step, sum_of_rates)
 
 ROOT = Path(prune_gradr.__file__).parent
 SHORT = ["--dataset", "mine.npz", "--epochs-prune", "2", "--epochs-finetune", "1", "--interval",
@@ -328,12 +328,80 @@ def test_draws_are_exact_and_uniform():
     candidates[[1, 3, 4, 8, 10]] = True
     hits = torch.zeros(12)
     for _ in range(3000):
-        chosen = choose_at_random(candidates, torch.tensor(2))
+        chosen = choose_at_random(candidates, torch.tensor(2), 2, 3)
         assert chosen.sum() == 2 and not (chosen & ~candidates).any()
         hits += chosen
     assert np.allclose(hits[candidates] / 3000, 2 / 5, atol=0.04)
-    assert choose_at_random(candidates, torch.tensor(0)).sum() == 0
-    assert torch.equal(choose_at_random(candidates, torch.tensor(5)), candidates)
+    assert choose_at_random(candidates, torch.tensor(0), 0, 5).sum() == 0
+    assert torch.equal(choose_at_random(candidates, torch.tensor(5), 5, 0), candidates)
+
+
+SHAPES = [(400, 300, 2, 2), (400, 300, 0, 0), (400, 300, 40, 40), (400, 300, 40, 150),
+          (5000, 4600, 100, 500), (5000, 2500, 1, 1), (5000, 4999, 500, 500), (90, 80, 9, 9),
+          (5000, 40, 9, 20), (64, 64, 64, 64)]
+
+
+@pytest.mark.parametrize("places,n_candidates,number,most", SHAPES)
+def test_a_draw_takes_what_a_plain_loop_takes(places, n_candidates, number, most):
+    """most: what the host knows of the number. The last rows take an order of all places."""
+    torch.manual_seed(places + most)
+    spare, drawn_again = n_candidates - most, 0
+    for _ in range(30):
+        candidates = torch.zeros(places, dtype=torch.bool)
+        candidates[torch.randperm(places)[:n_candidates]] = True
+        state = torch.get_rng_state()
+        n_draws = enough_draws(places, most, spare)
+        if n_draws < places:
+            order = torch.randint(places, (n_draws,)).tolist()
+        else:
+            order = torch.randperm(places).tolist()
+        torch.set_rng_state(state)
+        chosen = choose_at_random(candidates, torch.tensor(number), most, spare)
+        taken = []
+        for place in order:
+            if len(taken) < number and candidates[place]:
+                drawn_again += place in taken
+                if place not in taken:
+                    taken.append(place)
+        assert sorted(taken) == chosen.nonzero().flatten().tolist() and len(taken) == number
+    assert drawn_again or number < 9 or n_draws >= places
+
+
+def test_all_subsets_of_a_draw_are_as_likely():
+    """Of 120 places, 110 of them candidates: pairs of the first three, and each place alone."""
+    torch.manual_seed(1)
+    candidates = torch.ones(120, dtype=torch.bool)
+    candidates[50:60] = False
+    rounds, number = 4000, torch.tensor(30)
+    assert enough_draws(120, 0, 110) < 120  # by draws, not by an order of all places
+    hits, pairs = torch.zeros(120), torch.zeros(3)
+    for _ in range(rounds):
+        chosen = choose_at_random(candidates, number, 0, 110)  # more than enough draws
+        hits += chosen
+        pairs += torch.stack([chosen[0] & chosen[1], chosen[0] & chosen[2], chosen[1] & chosen[2]])
+    share = hits[candidates] / rounds
+    expected = 30 / 110
+    error = math.sqrt(expected * (1 - expected) / rounds)
+    assert (share - expected).abs().max() < 4.5 * error and hits[~candidates].sum() == 0
+    together = expected * 29 / 109
+    assert np.allclose(pairs / rounds, together, atol=4.5 * math.sqrt(together / rounds))
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("all_lost", [True, False])
+def test_draws_are_enough(sparsity, all_lost):
+    """Deep R with all K active connections lost at once, and with none."""
+    places, torch_seed = 20_000, 3
+    torch.manual_seed(torch_seed)
+    keep = round(places * (1 - sparsity))
+    assert enough_draws(places, keep, places - keep) < places
+    for _ in range(100):
+        if all_lost:
+            candidates, number = torch.ones(places, dtype=torch.bool), keep
+        else:
+            candidates, number = torch.arange(places) >= keep, 0
+        chosen = choose_at_random(candidates, torch.tensor(number), keep, places - keep)
+        assert chosen.sum() == number
 
 
 # ---- the end of the structure epochs -------------------------------------------------------------
