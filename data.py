@@ -508,7 +508,7 @@ def _check_images(source, *splits):
         checked.append(np.ascontiguousarray(x))
     x_train, x_test = checked
     tops = [int(x.max()) for x in checked]
-    if x_train.ndim < 5 and min(tops) <= 1 < max(tops):
+    if x_train.ndim < 5 and min(tops) == 1 and max(tops) > 127:
         print(f"note: {source}: the largest pixel is {tops[0]} in x_train, {tops[1]} "
               f"in x_test: is one of them in 0..1 and the other in 0..255?")
     if x_train.shape[1:] != x_test.shape[1:]:

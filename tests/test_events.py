@@ -524,8 +524,8 @@ def test_own_frames_are_counts_as_they_are():
     (lambda x: x.transpose(0, 1, 3, 4, 2), "x = x.transpose(0, 1, 4, 2, 3), polarities before"),
     (lambda x: x[:, :, :1], "[60, 4, 1, 16, 16], expected"),
     (lambda x: x[..., :9], "[60, 4, 2, 16, 9], expected"),
-    (lambda x: x.astype(np.float32), "x = x.round().astype('uint8')"),
-    (lambda x: x.astype(np.int16) + 300, "divide them by"),
+    (lambda x: x.astype(np.float32), "x = x.clip(0, 255).round().astype('uint8')"),
+    (lambda x: x.astype(np.int16) + 300, "x = x.clip(0, 255)"),
     (lambda x: x.sum(1)[:, 0], "images are [16, 16, 1] in x_train, [4, 2, 16, 16] in x_test")])
 def test_frames_of_another_form(change, text):
     own_frames(x_train=change(own_frames()["x_train"]))

@@ -782,5 +782,5 @@ def test_a_prior_that_leaves_fewer_connections_than_layers(given, capsys):
         run(*strong)
     assert stop.value.code == 1
     error = one_line(capsys)
-    assert "connections, expected at least one for each of the 5 layers. Lower --prior" in error
+    assert "connections, expected at least one for each of the 5 layers. Start again" in error
     assert "mistake" not in error

@@ -486,7 +486,7 @@ def test_a_script_of_one_process_says_so(rank, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         analyze.main(["--runs", "r"])
     assert stop.value.code == 2
-    assert "error: torchrun started 2 processes, expected one" in helpers.one_line(capsys)
+    assert "WORLD_SIZE is 2, as torchrun sets it, expected one process" in helpers.one_line(capsys)
 
 
 # ---- what is refused before any rank joins -------------------------------------------------------
@@ -506,7 +506,7 @@ def test_what_is_refused(monkeypatch, capsys):
     two = dict(WORLD_SIZE="2", RANK="0", LOCAL_WORLD_SIZE="2")
     assert "--sync-bn is given, but --device is cpu" in refused(
         monkeypatch, capsys, prune_unstructured.main, "--sync-bn", "--device", "cpu")
-    assert "torchrun started 2 processes, expected one" in refused(
+    assert "WORLD_SIZE is 2, as torchrun sets it, expected one process" in refused(
         monkeypatch, capsys, prune_lottery.main, **two)
     assert "--compile is given, but torchrun started 2 processes" in refused(
         monkeypatch, capsys, prune_unstructured.main, "--compile", **two)
