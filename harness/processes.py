@@ -42,8 +42,8 @@ from torch.nn.parallel import DistributedDataParallel
 LONGEST_WAIT = timedelta(days=1)
 LEAVING = timedelta(seconds=5)  # how long ranks that leave wait for each other
 # How long ranks that torchrun did not start wait for each other at the start: one
-# alone, by variables of another job, leaves within a minute
-JOINING = timedelta(seconds=45)
+# alone, by variables of another job, leaves within half a minute
+JOINING = timedelta(seconds=25)
 ONE_OR_ALL = ("Start it by torchrun, or, for one process, by python after: unset "
               "WORLD_SIZE")
 
