@@ -218,7 +218,7 @@ def available(rows):
     for row in rows:
         try:
             GPU_ROWS[row].neuron()
-        except ImportError:
+        except (ImportError, AttributeError):  # absent, or too old
             missing[row] = INSTALL
     return [row for row in rows if row not in missing], missing
 
@@ -326,16 +326,19 @@ def counts_of(events, steps):
 def measure_rates(device):
     """Return what a GPU reaches, {"copy": bytes a second, "fp32" and "bf16": FLOPs a
     second of a matrix product}; {} for a CPU, whose product in bf16 says nothing about
-    its convolutions."""
+    its convolutions, and for a GPU with too little memory."""
     if not on_gpu(device):
         return {}
 
     def clock(action):
         return timed(action, device)
 
-    return dict(copy=roofline.copy_rate(clock, device, COPIED),
-                fp32=roofline.matmul_rate(clock, device, SIDE, torch.float32),
-                bf16=roofline.matmul_rate(clock, device, SIDE, torch.bfloat16))
+    try:
+        return dict(copy=roofline.copy_rate(clock, device, COPIED),
+                    fp32=roofline.matmul_rate(clock, device, SIDE, torch.float32),
+                    bf16=roofline.matmul_rate(clock, device, SIDE, torch.bfloat16))
+    except torch.OutOfMemoryError:  # a small card, or one that others use
+        return {}
 
 
 def work_of(network, device, rates, itemsize):
@@ -558,7 +561,32 @@ def measure(network, device, quick, rates):
             ratios[f"step_{precision}_without_triton"] = ratio(plain, ours)
     if (OURS, T) in memory and (THEIRS, T) in memory:
         ratios["memory_vs_spikingjelly"] = memory[OURS, T] / memory[THEIRS, T]
+    if on_gpu(device):
+        in_mib = {row: mib for (row, steps), mib in memory.items() if steps == T}
+        ratios |= gpu_ratios(step_times, in_mib, launches)
     return table, ratios
+
+
+def gpu_ratios(times, memory, launches):
+    """Return the ratios in bf16 that matter on a GPU, {name: number}: to SpikingJelly
+    as it comes, to its fused kernels, and to the time of the convolutions alone. One
+    without its rows is left out.
+
+    times: {row: seconds of the rounds}. memory: {row: MiB}. launches: of launches_of.
+    """
+    ours, fused = "this project, bf16", "SpikingJelly, bf16, channels_last, fused"
+    ratios = {}
+    for name, row in {"default": "SpikingJelly, bf16", "fused": fused}.items():
+        if ours in times and row in times:
+            ratios[f"step_bf16_vs_spikingjelly_bf16_{name}"] = ratio(
+                times[row], times[ours])
+    if ours in memory and fused in memory:
+        ratios["memory_bf16_vs_spikingjelly_fused"] = memory[ours] / memory[fused]
+    convolutions = launches.get(ours, {}).get("convolutions_ms")
+    if ours in times and convolutions:
+        ratios["step_bf16_vs_convolutions"] = (1e3 * statistics.median(times[ours])
+                                               / convolutions)
+    return ratios
 
 
 def launches_of(steps):

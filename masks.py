@@ -211,8 +211,11 @@ class Masks:
         tensor and of its views together, so that no change is missed, whoever makes it.
         Only what is written through `.data` or numpy is not counted: do not.
         """
-        now = [(id(mask), mask._version) for mask in (self.flat, *self.alive.values())]
-        if self._factors_of != now:
+        all_masks = (self.flat, *self.alive.values())
+        now = None  # inference tensors count no changes
+        if not any(mask.is_inference() for mask in all_masks):
+            now = [(id(mask), mask._version) for mask in all_masks]
+        if now is None or self._factors_of != now:
             pairs = zip(self.weights.values(), self.alive.values())
             self._factors = [torch.empty_like(weight).copy_(mask)
                              for weight, mask in pairs]

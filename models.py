@@ -249,9 +249,9 @@ def warn_of_missing(net, keys):
 
 
 def _outside_graphs(method):
-    """Keep a method out of compiled graphs, as torch.compiler.disable does. That
-    imports torch's compiler, 1 to 2 s of the start of a script: here only while a
-    network is compiled."""
+    """Keep a method out of compiled graphs, by torch.compiler.disable. That imports
+    torch's compiler, 1 to 2 s of the start of a script: here only while a network is
+    compiled, which then breaks its graph once more than with the decorator."""
     @functools.wraps(method)
     def run(*given):
         if torch.compiler.is_compiling():

@@ -367,13 +367,15 @@ def evaluation_batch(args, images):
     there is memory for more than in training.
 
     On a GPU it is up to as many as fill MOST_NUMBERS in a layer of 64 channels at the
-    size of the image, such as the first of VGG-16: few large batches keep it busy. A
-    CPU is slower by them, since they leave its cache.
+    size of the image, such as the first of VGG-16: few large batches keep it busy. It
+    is at most 16 times --batch-size, so that a smaller one needs less memory. A CPU is
+    slower by large batches, since they leave its cache.
     """
     batch = 4 * args.batch_size
     if torch.device(args.device).type == "cuda":
         *_, height, width = images.x_test.shape
         most = MOST_NUMBERS // (args.time_steps * 64 * height * width)
+        most = min(most, 16 * args.batch_size)
         share = math.ceil(len(images.x_test) / processes.size())
         batch = max(batch, min(most, share))
     return min(batch, len(images.x_test))

@@ -22,6 +22,7 @@ from helpers import rng
 from kernels import FastLIF
 from neurons import LIF
 
+torch.backends.cudnn.deterministic = True  # two backward passes are compared bit by bit
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 on_cuda = pytest.mark.skipif(INTERPRETED, reason="needs a GPU")

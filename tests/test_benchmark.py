@@ -498,3 +498,15 @@ def test_the_estimates_in_the_docs_are_those_of_the_count():
     for words in ("has {:.2f} TFLOP", "at least {:.1f} GB"):
         assert words.format(totals[0]["GB" in words]) in " ".join(text.split())
     assert "has {:.2f} TFLOP and {:.1f} GB".format(*totals[1]) in text
+
+
+def test_ratios_that_matter_on_a_gpu():
+    ours, default = "this project, bf16", "SpikingJelly, bf16"
+    fused = f"{default}, channels_last, fused"
+    times = {ours: [0.002, 0.004, 0.002], default: [0.006, 0.012, 0.006], fused: [0.003, 0.006, 0.003]}
+    found = benchmark.gpu_ratios(times, {ours: 600, fused: 1000}, {ours: dict(convolutions_ms=1.6)})
+    assert found == pytest.approx(dict(
+        step_bf16_vs_spikingjelly_bf16_default=3, step_bf16_vs_spikingjelly_bf16_fused=1.5,
+        memory_bf16_vs_spikingjelly_fused=0.6, step_bf16_vs_convolutions=1.25))
+    assert benchmark.gpu_ratios({}, {}, {}) == {}
+    assert benchmark.gpu_ratios({ours: [1.0]}, {ours: 1}, {ours: {}}) == {}
