@@ -75,6 +75,8 @@ class FastLIF(LIF):
         return self.path is not None
 
     def forward(self, x_seq, time_steps=None):
+        if torch.compiler.is_exporting():  # it takes operations of torch alone
+            return super().forward(x_seq, time_steps)
         record = None if self._aggregate is None else self._by
         T = len(self.over_time(x_seq, time_steps))  # checks the shape
         if self.runs_triton(x_seq, T):

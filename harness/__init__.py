@@ -16,7 +16,7 @@ from harness import output
 # The packages of requirements.txt that a script needs, and those that they bring
 NEEDED = ("torch", "torchvision", "numpy", "matplotlib", "tqdm", "PIL", "filelock")
 # The scripts besides prune_*.py
-OTHERS = ("analyze.py", "compare.py", "benchmark.py", "compact.py")
+OTHERS = ("analyze.py", "compare.py", "benchmark.py", "compact.py", "export.py")
 
 # OpenMP reads this when torch is loaded. Threads that wait for each other then sleep.
 # By default they spin, and two runs side by side take two to four times as long. A run
