@@ -31,6 +31,7 @@ from harness import plots
 from harness import presets
 from harness import processes
 from harness import records
+from harness import report
 from harness.plots import by_layer, canvas, layer_ticks, legend, plot, spread, style_of
 from harness.records import (BASELINE, CHANNELS, WEIGHTS, Unfit, all_runs, analysis_of,
                              compared, layers_of, read, runs_of)
@@ -65,6 +66,15 @@ def accuracy_over(axis, runs, name, x_of, label):
     return rows
 
 
+def fit_accuracy(axis, rows, name):
+    """Set the limits of an axis by the rows in which no seed failed, and write what
+    lies below as a number. name: of x in the rows."""
+    axis.set_ylim(plots.limits_of([row["accuracy"] for row in rows],
+                                  [row["std"] for row in rows]))
+    for row in rows:
+        plots.mark_below(axis, row[name], row["accuracy"], row["method"])
+
+
 def ratio(runs):
     """Fig. 1(a): accuracy over the regeneration rate."""
     for group in records.comparable_groups(runs, WEIGHTS):
@@ -88,6 +98,7 @@ def ratio(runs):
             rows.append(dict(method=method, regen=0.0, accuracy=mean, std=std,
                              seeds=len(others)))
             used += others
+    fit_accuracy(axis, rows, "regen")
     legend(axis, 3)
     says = {}
     for row in rows:
@@ -112,6 +123,7 @@ def epochs(runs):
     rows = accuracy_over(axis, used, "epochs_prune",
                          lambda run: run.config["epochs_prune"], "Epochs of pruning")
     axis.xaxis.get_major_locator().set_params(integer=True)
+    fit_accuracy(axis, rows, "epochs_prune")
     legend(axis)
     return figure, rows, used, "; ".join(
         f"{row['method']} {row['accuracy']:.1f} % with {row['epochs_prune']}"
@@ -353,24 +365,37 @@ def per_class(runs, key, label, better):
 def draw_classes(axis, methods, pruned, key, better):
     """Draw a number of each class, for each method; return rows of the CSV and how the
     methods compare with the baseline, a list of texts."""
-    values = {method: np.array([analysis_of(run)[key] for run in mine])
-              for method, mine in methods.items()}  # [seeds, K]
+    values = values_of_classes(methods, key)
     base = values[BASELINE[pruned]]
     order = base.mean(0).argsort()
+    first = next(iter(methods.values()))[0]
+    names = records.class_names_of(first) or [str(k) for k in range(len(order))]
     rows, texts = [], []
     for method, found in values.items():
         mean, std = spread(found[:, order])
         plot(axis, range(len(order)), mean, std, method, linestyle="none")
-        rows += [dict(method=method, label=k, mean=m, std=s)
+        rows += [{"method": method, "label": k, "class": names[k], "mean": m, "std": s}
                  for k, m, s in zip(order, mean, std)]
         if found is not base:
-            won = found < base if better == "lower" else found > base
-            texts.append(f"{method} is {better} in {100 * won.mean():.0f} % of the "
+            won = share_won(found, base, better)
+            texts.append(f"{method} is {better} in {100 * won:.0f} % of the "
                          f"classes (each seed counted), {found.mean():.4f} against "
                          f"{base.mean():.4f} of {BASELINE[pruned]}")
     if len(order) <= 20:
-        axis.set_xticks(range(len(order)), order)
+        layer_ticks(axis, [names[k] for k in order])
     return rows, texts
+
+
+def values_of_classes(methods, key):
+    """Return {method: a number of each class, [seeds, K]}. methods: {method: runs}."""
+    return {method: np.array([analysis_of(run)[key] for run in mine])
+            for method, mine in methods.items()}
+
+
+def share_won(found, base, better):
+    """Return in which share of the classes, each seed counted, found is better than
+    base. better: "lower" or "higher"."""
+    return (found < base if better == "lower" else found > base).mean()
 
 
 def variance(runs):
@@ -455,6 +480,7 @@ def interval(runs):
     rows = accuracy_over(axis, used, "interval", lambda run: run.config["interval"],
                          "Steps between two updates")
     axis.set_xticks(sorted({row["interval"] for row in rows}))
+    fit_accuracy(axis, rows, "interval")
     legend(axis)
     return figure, rows, used, "; ".join(
         f"{row['method']} {row['accuracy']:.1f} % with {row['interval']} steps"
@@ -585,8 +611,8 @@ PAIRS = (f"{UNSTRUCTURED}; {UNSTRUCTURED} --regen 0; {STRUCTURED}; "
 WITH_DENSE = f"{PAIRS}; {UNSTRUCTURED} --sparsity 0; {STRUCTURED} --prune-ratio 0"
 FIGURES = {  # name: (function, what to look for, commands of the runs that it needs)
     "ratio": (
-        ratio, "The paper's curve rises from GMP (r = 0) to a rate in the middle and "
-        "falls again; criticality lies above the other rankings.",
+        ratio, "In the paper accuracy is stable from r = 0.1 to 0.6; criticality, "
+        "gradient and random are above GMP, and criticality is above the other two.",
         f"for r in 0 0.1 0.3 0.5 0.7; do {UNSTRUCTURED} --regen $r; done"),
     "epochs": (
         epochs, "In the paper criticality is above GMP at each length, and most where "
@@ -595,8 +621,9 @@ FIGURES = {  # name: (function, what to look for, commands of the runs that it n
         f"--regen $r; done; done"),
     "survival": (
         survival, "In the paper more than half of what an update prunes comes back in "
-        "it, and about half of what is alive in the end had come back. What the last "
-        "update brought back equals r by construction.",
+        "it; 48.03 % of the final weights and 42.60 % of the final channels had come "
+        "back. What the last update brought back equals r by construction, so that "
+        "this share says nothing for or against the method.",
         f"{UNSTRUCTURED}; {STRUCTURED}"),
     "importance": (
         importance, "In the paper the channels that criticality brought back gain in "
@@ -644,6 +671,7 @@ def draw_figure(name, runs, out):
         print(f"{name:<12}not drawn; the runs that it needs: {needed}")
         return None
     figure, rows, used, says = drawn
+    plots.note(figure, marks_of(name, figure, rows))
     # what a picture says of regeneration holds at these rates and intervals alone
     settings = [text for text in (records.rates_of(used), records.updates_of(used))
                 if text]
@@ -656,6 +684,17 @@ def draw_figure(name, runs, out):
                                  *settings]))
     print(f"{name:<12}{out / name}.png  {of}: {says}")
     return drawn
+
+
+def marks_of(name, figure, rows):
+    """Return what the bars and numbers in a picture are, in words."""
+    if name == "criticality":
+        return ("Boxes: quartiles and median of the channels; whiskers: to the last "
+                "one within 1.5 times the height of the box; dots: beyond.")
+    text = plots.BARS if plots.has_bars(figure) else "One seed: no error bars."
+    if "accuracy" in rows[0] and any(axis.texts for axis in figure.axes):
+        text += " A number at the lower edge: a mean below the panel."
+    return text
 
 
 def flags_of(run):
@@ -749,19 +788,268 @@ def read_runs(folders):
     return runs
 
 
+# ---- the report ---------------------------------------------------------------------
+# A judge takes the rows of a figure's CSV and the runs that it used, and returns the
+# verdict on a claim and what it rests on, in words.
+
+SEEN, PARTLY, NOT_SHOWN = "seen", "in part", "not shown"
+OPPOSITE, UNKNOWN = "the opposite", "cannot be told"
+EMPTY = "says nothing"
+
+
+def by_method(used, pruned, method):
+    return [run for run in used if (run.pruned, run.method) == (pruned, method)]
+
+
+def by_seed(runs):
+    return {run.seed: run for run in runs}
+
+
+def judge_differences(differences):
+    """Return the verdict on "above", and the words for it.
+
+    differences: {where: (mean, half of the 95 % interval), in points}, as
+    records.against returns them: NaN where fewer than two seeds are shared.
+    """
+    told = {place: pair for place, pair in differences.items()
+            if not np.isnan(pair[0])}
+    if not told:
+        return UNKNOWN, "one seed, or none in common"
+    where = {"above": [], "below": [], "not told apart": []}
+    for place, (mean, half) in told.items():
+        word = "not told apart"
+        if abs(mean) > half:
+            word = "above" if mean > 0 else "below"
+        where[word].append(f"{place}: {mean:+.1f} ({mean - half:+.1f} to "
+                           f"{mean + half:+.1f})")
+    text = "; ".join(f"{word}, points: {', '.join(places)}"
+                     for word, places in where.items() if places)
+    if where["above"]:
+        return SEEN if len(where["above"]) == len(told) else PARTLY, text
+    return OPPOSITE if len(where["below"]) == len(told) else NOT_SHOWN, text
+
+
+def judge_over(flag, words, *rivals):
+    """Return a judge: is criticality above rivals at each value of a flag? GMP has no
+    rate: it is the same for all of them."""
+    def judge(rows, used):
+        ours = by_method(used, WEIGHTS, "criticality")
+
+        def value_of(run):
+            return run.regen if flag == "regen" else run.config[flag]
+
+        differences = {}
+        for rival in rivals:
+            theirs = by_method(used, WEIGHTS, rival)
+            for value in sorted({value_of(run) for run in ours}):
+                mine = [run for run in ours if value_of(run) == value]
+                fixed = flag == "regen" and rival == "gmp"
+                other = [run for run in theirs if fixed or value_of(run) == value]
+                if other:
+                    place = f"{words.format(value)}, {rival}"
+                    differences[place] = records.against(by_seed(mine), by_seed(other))
+        return judge_differences(differences)
+    return judge
+
+
+def judge_ends(rows, used):
+    differences = {}
+    for pruned, baseline in BASELINE.items():
+        ours = by_seed(by_method(used, pruned, "criticality"))
+        theirs = by_seed(by_method(used, pruned, baseline))
+        if ours and theirs:
+            differences[pruned] = records.against(ours, theirs)
+    return judge_differences(differences)
+
+
+def judge_rescue(rows, used):
+    shares = [row["share"] for row in rows if row["what"] == "pruned in update"
+              and np.isfinite(row["share"])]
+    if not shares:
+        return UNKNOWN, "no update is logged"
+    more = sum(share > 50 for share in shares)
+    text = (f"in {more} of {len(shares)} updates; {min(shares):.0f} to "
+            f"{max(shares):.0f} % come back")
+    if more == len(shares):
+        return SEEN, text
+    return (PARTLY if more else NOT_SHOWN), text
+
+
+def judge_back(rows, used):
+    final = {f"alive {pruned}": pruned for pruned in BASELINE}
+    found = [f"{row['share']:.1f} % ({final[row['what']]})" for row in rows
+             if row["what"] in final]
+    return EMPTY, f"{', '.join(found)}: equals r about by construction"
+
+
+def judge_importance(rows, used):
+    rows = [row for row in rows if row["normalisation"] == "share of the mean"]
+    ours, theirs = ([row["importance"] for row in rows if row["method"] == method]
+                    for method in ("criticality", BASELINE[CHANNELS]))
+    text = (f"criticality's go from {ours[0]:.2f} to {ours[-1]:.2f} of the network's "
+            f"mean, slimming's from {theirs[0]:.2f} to {theirs[-1]:.2f}")
+    if ours[-1] <= ours[0]:
+        return NOT_SHOWN, text
+    return (SEEN if ours[-1] > theirs[-1] else PARTLY), text
+
+
+def judge_classes(key, better):
+    """Return a judge: is criticality better in three classes of four or more? What
+    other rankings reach stands beside it."""
+    def judge(rows, used):
+        texts, shares = [], []
+        for pruned, baseline in BASELINE.items():
+            names = records.in_order(run.method for run in used
+                                     if run.pruned == pruned)
+            if not names:
+                continue
+            values = values_of_classes(
+                {name: by_method(used, pruned, name) for name in names}, key)
+            base = values.pop(baseline)
+            won = {name: share_won(found, base, better)
+                   for name, found in values.items()}
+            shares.append(won["criticality"])
+            texts.append(f"{pruned}: {better} in " + ", ".join(
+                f"{100 * share:.0f} % of the classes ({name})"
+                for name, share in won.items()))
+        if min(shares) >= 0.75:
+            verdict = SEEN
+        elif max(shares) <= 0.25:
+            verdict = OPPOSITE
+        else:
+            verdict = PARTLY
+        return verdict, "; ".join(texts)
+    return judge
+
+
+CLAIMS = {  # figure: [(what the paper says, the judge)]
+    "ratio": [
+        ("criticality is above GMP, by up to 1.8 points",
+         judge_over("regen", "r = {:g}", "gmp")),
+        ("criticality is above gradient and random at the same r",
+         judge_over("regen", "r = {:g}", "gradient", "random"))],
+    "epochs": [("criticality is above GMP at each length of pruning",
+                judge_over("epochs_prune", "{:g} epochs", "gmp"))],
+    "survival": [
+        ("more than half of what an update prunes comes back in it", judge_rescue),
+        ("48.03 % of the final weights, 42.60 % of the final channels had come back",
+         judge_back)],
+    "importance": [
+        ("the channels that criticality alone kept gain in importance, and pass those "
+         "that slimming alone kept", judge_importance)],
+    "variance": [("features vary less within a class than the baseline's",
+                  judge_classes("variance", "lower"))],
+    "similarity": [
+        ("features of training and test set are more alike than the baseline's",
+         judge_classes("similarity", "higher"))],
+    "curves": [("criticality ends above the baseline: GMP, for channels slimming",
+                judge_ends)],
+}
+INTRO = (
+    "Figures of runs by the scripts of this project, and what they say of the claims "
+    "of the paper (arXiv 2311.16141).",
+    "The verdicts hold for these runs alone. \"seen\", \"the opposite\": the 95 % "
+    "interval of the differences at the same seeds (Student's t) leaves out 0, as one "
+    "in twenty does by chance; of classes: in three of four or more. \"in part\": "
+    "here and there. \"not shown\": the interval holds 0. \"cannot be told\": there "
+    "is one seed. \"says nothing\": the number follows by construction.",
+    "README.md weighs the runs that come with this project, none of them at the "
+    "paper's own scale (200 + 300 epochs of VGG-16 and ResNet-19 on CIFAR): there "
+    "criticality is not above GMP.")
+
+# {figure: (what names a row of its table, a column, and the number; digits; caption)}
+TABLES = {
+    "ratio": (["method"], "regen", "accuracy", 1, "Test accuracy, %, over r"),
+    "epochs": (["method"], "epochs_prune", "accuracy", 1,
+               "Test accuracy, %, over the epochs of pruning"),
+    "survival": (["what"], "x", "share", 0,
+                 "Shares, %, over the updates; \"end\": of what is alive in the end"),
+    "importance": (["normalisation", "method"], "epoch", "importance", 2,
+                   "Importance over the epochs of fine-tuning"),
+    "variance": (["normalisation", "pruned", "method"], "class", "mean", 4,
+                 "Variance of each class"),
+    "similarity": (["normalisation", "pruned", "method"], "class", "mean", 4,
+                   "Similarity of each class"),
+    "curves": (["pruned", "method", "set", "quantity"], "epoch", "mean", 2,
+               "Accuracy, %, and loss, nats, over the epochs of fine-tuning"),
+    "interval": (["method"], "interval", "accuracy", 1,
+                 "Test accuracy, %, over the steps between two updates"),
+    "entropy": (["pruned", "quantity", "method"], "layer", "mean", 2, "By layer"),
+    "criticality": (["pruned", "method"], "layer", "criticality", 3,
+                    "Median of the channels of a layer"),
+    "layers": (["pruned", "method"], "layer", "mean", 1, "Weights alive, %"),
+    "activity": (["pruned", "quantity", "method"], "layer", "mean", 3, "By layer"),
+}
+MOST_COLUMNS = 14  # of a table; of more, some are left out evenly
+
+
+def table_of(name, rows):
+    """Return the report.Table of a figure: the rows of its CSV, with a column for each
+    x."""
+    keys, column, number, digits, caption = TABLES[name]
+    cells, columns = {}, {}
+    for row in rows:
+        x = "end" if row[column] is None else row[column]
+        columns[x] = f"{x:g}" if isinstance(x, float) else str(x)
+        title = ", ".join(" ".join(str(row[key]).split()) for key in keys)
+        cells.setdefault(title, {}).setdefault(x, []).append(row)
+    shown = list(columns)
+    if column not in ("class", "layer"):
+        shown.sort(key=lambda x: (x == "end", 0 if x == "end" else x))
+    step = -(-len(shown) // MOST_COLUMNS)
+    if step > 1:
+        shown = [x for i, x in enumerate(shown) if i % step == 0 or x == shown[-1]]
+        caption += f"; one in {step} columns, all are in {name}.csv"
+    lines, has_std = [], False
+    for title, found in cells.items():
+        line = [title]
+        for x in shown:
+            values = [row[number] for row in found.get(x, ())]
+            stds = [row.get("std") for row in found.get(x, ())]
+            text = f"{np.median(values):.{digits}f}" if values else "-"
+            if len(values) == 1 and stds[0]:
+                text += f" ± {stds[0]:.{digits}f}"
+                has_std = True
+            line.append("-" if text.startswith("nan") else text)
+        lines.append(line)
+    if has_std:
+        caption += "; mean ± deviation of the seeds"
+    return report.Table([""] + [columns[x] for x in shown], lines, f"{caption}.")
+
+
+def summary_of(drawn):
+    """Return the report.Table of the claims that the figures drawn speak of; None
+    without any."""
+    lines = []
+    for name, claims in CLAIMS.items():
+        for claim, judge in claims if name in drawn else ():
+            _, rows, used, _ = drawn[name]
+            verdict, here = judge(rows, used)
+            lines.append([claim, verdict, here, name])
+    if not lines:
+        return None
+    return report.Table(["the paper says", "here", "by", "figure"], lines)
+
+
 def write_report(path, drawn):
     """Write figures, {name: what draw_figure returned}, into one HTML page."""
     sections = []
-    for name, (figure, _, used, says) in drawn.items():
+    for name, (figure, rows, used, says) in drawn.items():
         make, look_for, _ = FIGURES[name]
         heading = " ".join(make.__doc__.split("\n\n")[0].split())  # first sentence
-        texts = (plots.note_of(figure), look_for, f"Here: {says}.",
-                 records.describe(used))
-        commands = "\n".join(dict.fromkeys(map(records.command_of, used)))
-        sections.append((path.with_name(f"{name}.png"), heading,
-                         filter(None, texts), commands))
-    plots.page(path, "Pruning spiking neural networks", sections)
+        sections.append(report.Section(
+            path.with_name(f"{name}.png"), heading.rstrip("."), [look_for],
+            table_of(name, rows),
+            "\n".join(dict.fromkeys(map(records.command_of, used))),
+            says.split("; ") if name in IN_WORDS else (),
+            [plots.note_of(figure), records.describe(used)]))
+    report.page(path, "Pruning spiking neural networks", INTRO, summary_of(drawn),
+                sections)
     print(f"report      {path}")
+
+
+# Figures whose numbers, in words, are more than their table
+IN_WORDS = {"survival", "variance", "similarity", "entropy", "activity"}
 
 
 def parse_args(argv):

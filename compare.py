@@ -4,15 +4,22 @@
     python compare.py --sparsity 0.9 0.95 --jobs 4  # four runs at a time
     python compare.py --epochs-prune 4 --epochs-finetune 2 --train-limit 3000
                                                     # a shorter one
+    python compare.py --methods gmp criticality     # these alone
+    python compare.py --methods gmp criticality --dry-run
+                                                    # print the commands, start nothing
     python compare.py --runs runs/compare           # only the table, of finished runs
-    python compare.py --runs runs/compare --baseline criticality
-                                                    # differences to criticality
+    python compare.py --runs runs/compare --baseline criticality --latex
+                                                    # differences to criticality; for a
+                                                    # paper
 
 Weights: all methods have the same data, network, batches, epochs and final sparsity;
 where a method's own sparsity is an outcome, its structure epochs end with an exact cut.
 Channels: all methods end at equal MACs. The runs are processes of the scripts beside
 this file. Finished ones are not repeated, stopped ones go on, and one that fails is a
 line that names its log.
+
+With --dry-run nothing is run, written or downloaded: the commands of the runs that are
+not finished are printed, one a line, for a scheduler (docs/cluster.md).
 
 With --runs nothing is run: a folder with a config.json is a run, and runs are found at
 any depth below the folders named. There is a table for each data set, network and
@@ -34,14 +41,21 @@ paper's text. Differences between the two: --baseline "gmp, as published". The c
                     updates
     back            share of the final weights, or channels, that had been brought back:
                     is about r by construction (Eq. 7), and measures no method
+
+The plot has the largest table of weights and that of channels: accuracy by target and
+over the training cost. Below, runs of a method that differ in one number, of any flag
+or of --time-steps say, are a line over it.
 """
+import difflib
 import os
 import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 
 import harness  # first: what is not installed is then one line
@@ -51,12 +65,14 @@ from tqdm import tqdm
 
 import data
 from harness import flags
+from harness import planning
 from harness import plots
 from harness import presets
 from harness import processes
 from harness import published
 from harness import records
 from harness.files import write_whole
+from harness.records import against
 
 # name: script and flags, beside the sparsity and the epochs, which all share
 WEIGHTS = {
@@ -81,11 +97,25 @@ CHANNELS = {
     "greg2": "prune_greg --method greg2",
     "criticality": "prune_structured",
 }
+# The methods as --methods names them: "criticality" is that of weights
+METHODS = {**WEIGHTS, **{f"channels-{name}": command
+                         for name, command in CHANNELS.items()}}
 COLUMNS = ("method", "target", "test accuracy, %", "against the baseline, points",
            "seeds", "sparsity, %", "MACs, M", "faster", "SOPs, k", "energy, uJ",
            "training cost", "rescued, %", "back, %")
-# Student's t for a two-sided 95 % interval, by degrees of freedom from 1 on
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+# {the header of compare.csv: what a row calls it}. A cell is empty where "-" stands in
+# the table
+CSV = {
+    "setting": "setting", "method": "method", "target": "target",
+    "test accuracy (%)": "accuracy", "standard deviation (points)": "std",
+    "against the baseline (points)": "against",
+    "half of its 95 % interval (points)": "half", "seeds": "seeds",
+    "sparsity (%)": "sparsity", "MACs of a step (M)": "macs",
+    "speed-up at batch 32 (dense = 1)": "faster",
+    "synaptic operations of an image (k)": "sops", "energy of an image (uJ)": "energy",
+    "training cost (dense = 1)": "training_cost", "rescued (%)": "rescued",
+    "back (%)": "back",
+}
 # A row is not named after these values: they are our reading of the paper
 USUAL = dict(aggregate="max", candidates="all")
 # What does not make runs of one method differ: the target is a column of its own,
@@ -95,16 +125,51 @@ NO_VARIANT = {*records.NO_SETTINGS, "as_published", "seed", "sparsity", "target_
               "prune_ratio", "data_dir", "save_every", "death_rate"}
 
 
+# Flags that the runs get as they are
+PASSED_ON = ("dataset", "data_dir", "width", "train_limit", "precision", "device")
+
+
 # ---- running ------------------------------------------------------------------------
 
 
-def budget_of(dataset):
-    """Return (epochs_prune, epochs_finetune), the budget of all methods on a data set.
+def epochs_of(args):
+    """Return the budget of all methods: epochs that change the mask, epochs with it
+    fixed, and the epochs of each of the two stages of channels, None for the scripts'.
 
-    It is that of prune_unstructured.py: other scripts' defaults are their own papers'.
+    Without flags it is that of prune_unstructured.py: other scripts' defaults are their
+    own papers'.
     """
-    settings = presets.of(dataset, "unstructured")
-    return settings["epochs_prune"], settings["epochs_finetune"]
+    usual = presets.of(args.dataset, "unstructured")
+    prune, finetune = args.epochs_prune, args.epochs_finetune
+    if prune is None:
+        prune = usual["epochs_prune"]
+    if finetune is None:
+        finetune = usual["epochs_finetune"]
+    return prune, finetune, args.epochs_prune
+
+
+def is_chosen(methods, channels, name):
+    """Return whether --methods names a method, or the row of this name.
+
+    methods: those named; None: all. channels: whether it prunes channels: its name is
+    then "channels-NAME", or NAME where no method of weights has it.
+    """
+    if methods is None:
+        return True
+    names = {name, style_name(name)}
+    if channels:
+        names = {f"channels-{name}" for name in names} | (names - set(WEIGHTS))
+    return not names.isdisjoint(methods)
+
+
+def require_known(methods, known):
+    """Raise ValueError for a method, of --methods, that is not known."""
+    for name in methods or ():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            raise ValueError(f"--methods has {name}, expected names of methods. {hint}"
+                             f"There are: {', '.join(known)}")
 
 
 def as_words(values):
@@ -132,8 +197,7 @@ def frames_of(args, images):
 def plan(args, frames=None):
     """Return [(folder, words of the command)] of all runs. frames: see frames_of."""
     usual = presets.of(args.dataset)
-    shared = dict(dataset=args.dataset, data_dir=args.data_dir, width=args.width,
-                  train_limit=args.train_limit)
+    shared = {flag: getattr(args, flag) for flag in PASSED_ON}
     for flag in ("batch_size", "model", "time_steps"):
         shared[flag] = getattr(args, flag) or usual[flag]
     # Some scripts have their own paper's network on some data sets, with its input
@@ -141,28 +205,28 @@ def plan(args, frames=None):
         shared[flag] = usual[flag]
     if frames is not None:
         shared |= dict(encoding="events", time_steps=frames)
-    prune, finetune = budget_of(args.dataset)
-    if args.epochs_prune is not None:
-        prune = args.epochs_prune
-    if args.epochs_finetune is not None:
-        finetune = args.epochs_finetune
+    prune, finetune, of_channels = epochs_of(args)
 
     commands = {}  # name of the run: words
     for seed in range(args.seeds):
         for method, command in WEIGHTS.items():
+            if not is_chosen(args.methods, False, method):
+                continue
             for sparsity in args.sparsity if method != "dense" else [None]:
                 name = method if sparsity is None else f"{method}-{sparsity:g}"
                 commands[f"{name}-seed{seed}"] = command.split() + as_words(dict(
                     sparsity=sparsity, epochs_prune=prune, epochs_finetune=finetune,
                     seed=seed))
         for method, command in CHANNELS.items():
+            if not is_chosen(args.methods, True, method):
+                continue
             target, name = None, "channels-dense"
             if method != "dense":
                 target = args.target_macs
                 name = f"channels-{method}-macs{target:g}"
             commands[f"{name}-seed{seed}"] = command.split() + as_words(dict(
-                target_macs=target, epochs_pretrain=args.epochs_prune,
-                epochs_finetune=args.epochs_prune, seed=seed))
+                target_macs=target, epochs_pretrain=of_channels,
+                epochs_finetune=of_channels, seed=seed))
 
     jobs = []
     for name, (script, *own) in commands.items():
@@ -177,6 +241,23 @@ def log_of(folder):
     return folder.with_name(f"{folder.name}.log")
 
 
+def is_finished(folder):
+    return (folder / "summary.json").exists()
+
+
+def print_commands(jobs):
+    """Print the commands of the runs that are not finished, one a line; on stderr, how
+    many they are."""
+    left = [words for folder, words in jobs if not is_finished(folder)]
+    for _, script, *rest in left:
+        script = Path(script)
+        if script.is_relative_to(Path.cwd()):
+            script = script.relative_to(Path.cwd())
+        print(shlex.join(["python", str(script), *rest]))
+    print(f"compare.py: {len(left)} of {len(jobs)} runs are to be run",
+          file=sys.stderr)
+
+
 def run_all(jobs, at_a_time):
     """Run all commands that are not finished, some at a time. One that fails is named,
     and the others go on."""
@@ -186,7 +267,7 @@ def run_all(jobs, at_a_time):
 
     def start(job):
         folder, words = job
-        if not (folder / "summary.json").exists():
+        if not is_finished(folder):
             shown = shlex.join(["python", Path(words[1]).name, *words[2:]])
             with open(log_of(folder), "w", encoding="utf-8",
                       errors="backslashreplace") as log:
@@ -210,21 +291,29 @@ def run_all(jobs, at_a_time):
 # ---- the tables ---------------------------------------------------------------------
 
 
-def setting_of(run):
-    """Return what runs of a table share, in words: "weights" or "channels", data set,
-    network, T and epochs, and each flag that is not the usual one. What --as-published
-    has set stands in the name of a row."""
+def settings_of(run):
+    """Return {flag: words} of what the runs of a table share: data set, network, T and
+    epochs, and each flag that is not the usual one. What --as-published has set stands
+    in the name of a row."""
     config, usual = run.config, presets.of(run.config["dataset"])
     first = "epochs_pretrain" if run.pruned == records.CHANNELS else "epochs_prune"
-    words = [Path(config["dataset"]).stem, config["model"],
-             f"T = {config['time_steps']}",
-             f"{config.get(first)} + {config['epochs_finetune']} epochs"]
-    said = {"dataset", "model", "time_steps", "epochs_finetune"}
+    words = dict(
+        dataset=Path(config["dataset"]).stem, model=config["model"],
+        time_steps=f"T = {config['time_steps']}",
+        epochs=f"{config.get(first)} + {config['epochs_finetune']} epochs")
+    said = {*words, "epochs_finetune"} | published.implied(config)
     for flag in (*records.SHARED, "precision"):
-        if flag in said | published.implied(config):
-            continue
-        if config.get(flag) != usual.get(flag):
-            words.append(f"{flag.replace('_', ' ')} {config.get(flag)}")
+        if flag not in said and config.get(flag) != usual.get(flag):
+            words[flag] = f"{flag.replace('_', ' ')} {config.get(flag)}"
+    return words
+
+
+def setting_of(run, without=None):
+    """Return what the runs of a table share, in words: "weights: fashion-mini, ...".
+    without: a flag that is left out."""
+    if str(without).startswith("epochs_"):
+        without = "epochs"
+    words = [text for flag, text in settings_of(run).items() if flag != without]
     return f"{run.pruned}: {', '.join(words)}"
 
 
@@ -275,13 +364,17 @@ def gather(*folders):
             str(variant.get(flag)) for run, variant in zip(runs.values(), variants)
             if flag not in published.implied(run.config)}) > 1]
         for run, variant in zip(runs.values(), variants):
-            words = [f"{flag.replace('_', ' ')} {variant[flag]}" for flag in vary
+            words = [words_of(flag, variant[flag]) for flag in vary
                      if flag in variant and variant[flag] != USUAL.get(flag)]
             reading = published.words(run.config)
             name = ", ".join(filter(None, [method, reading, *words]))
             seeds = told_apart.setdefault((setting, target, name), {})
             seeds.setdefault(run.seed, run)
     return told_apart, notes
+
+
+def words_of(flag, value):
+    return f"{flag.replace('_', ' ')} {value}"
 
 
 def variant_of(run):
@@ -298,22 +391,6 @@ def variant_of(run):
 def cost(run):
     """Return the epochs of a run, each weighted by density and time steps."""
     return run.summary["training_cost"] * run.summary["epochs"]
-
-
-def against(runs, baseline):
-    """Return the mean difference in accuracy to a baseline at the same seeds, in
-    points, and half of its 95 % interval by Student's t.
-
-    runs, baseline: {seed: run}. Both are NaN where they share fewer than two seeds.
-    """
-    pairs = [100 * (run.summary["test_accuracy"]
-                    - baseline[seed].summary["test_accuracy"])
-             for seed, run in runs.items() if seed in baseline]
-    if len(pairs) < 2 or runs == baseline:
-        return np.nan, np.nan
-    n = len(pairs) - 1
-    t = T95[n - 1] if n <= len(T95) else 1.96 + 2.4 / n  # to 0.03
-    return np.mean(pairs), t * np.std(pairs, ddof=1) / np.sqrt(len(pairs))
 
 
 def rescued(run):
@@ -346,7 +423,8 @@ def tabulate(found, versus=None):
                  for run in runs.values()
                  if (kind, style_name(name)) == (setting, "dense")]
         tables.setdefault(setting, []).append(
-            dict(method=method, target=target) | row_of(by_seed, baseline, dense))
+            dict(setting=setting, method=method, target=target)
+            | row_of(by_seed, baseline, dense))
     for rows in tables.values():
         rows.sort(key=lambda row: (by_size(row["target"]), -row["accuracy"]))
     return dict(sorted(tables.items(), key=lambda item: (-len(item[1]), item[0])))
@@ -372,7 +450,10 @@ def row_of(by_seed, baseline, dense):
         come_back = 100 * np.mean([rescued(run) for run in runs])
     # NaN: without an epoch there is no cost to compare with
     usual_cost = (np.mean(dense) if dense else runs[0].summary["epochs"]) or np.nan
+    numbers = {flag: value for flag, value in variant_of(runs[0]).items()
+               if isinstance(value, (int, float)) and not isinstance(value, bool)}
     return dict(
+        pruned=runs[0].pruned, numbers=numbers, like=likeness(runs[0], numbers),
         accuracy=accuracy, std=std, against=difference, half=half,
         seeds=" ".join(str(seed) for seed in sorted(by_seed)),
         sparsity=mean("sparsity", 100), macs=mean("macs", 1e-6),
@@ -381,25 +462,38 @@ def row_of(by_seed, baseline, dense):
         training_cost=np.mean([cost(run) for run in runs]) / usual_cost)
 
 
-def markdown(tables, notes):
-    """Return the tables as text; a run that is not finished is a line that says why."""
+def likeness(run, numbers):
+    """Return {flag: what a run has in common, in all but this number, with the runs
+    that it is a line with: a key, and the setting of all lines in a panel}."""
+    rest = variant_of(run) | dict(
+        reading=published.words(run.config), method=run.method, target=target_of(run))
+    return {flag: (str(sorted((key, value) for key, value in rest.items()
+                              if key != flag)), setting_of(run, flag))
+            for flag in numbers}
+
+
+def cells_of(row):
+    """Return the texts of a row, one for each of COLUMNS; "-" where there is none."""
     def shown(value, digits):
         return "-" if np.isnan(value) else f"{value:.{digits}f}"
 
+    accuracy = f"{row['accuracy']:.1f}"
+    if " " in row["seeds"]:
+        accuracy += f" ± {row['std']:.1f}"
+    return [row["method"], row["target"], accuracy, difference_of(row), row["seeds"],
+            shown(row["sparsity"], 2), shown(row["macs"], 2), shown(row["faster"], 2),
+            shown(row["sops"], 0), shown(row["energy"], 3),
+            shown(row["training_cost"], 2), shown(row["rescued"], 0),
+            shown(row["back"], 1)]
+
+
+def markdown(tables, notes):
+    """Return the tables as text; a run that is not finished is a line that says why."""
     text = []
     for setting, rows in tables.items():
         text += [f"**{setting}**", "", f"| {' | '.join(COLUMNS)} |",
                  "|---" * len(COLUMNS) + "|"]
-        for row in rows:
-            accuracy = f"{row['accuracy']:.1f}"
-            if " " in row["seeds"]:
-                accuracy += f" ± {row['std']:.1f}"
-            cells = [row["method"], row["target"], accuracy, difference_of(row),
-                     row["seeds"], shown(row["sparsity"], 2), shown(row["macs"], 2),
-                     shown(row["faster"], 2), shown(row["sops"], 0),
-                     shown(row["energy"], 3), shown(row["training_cost"], 2),
-                     shown(row["rescued"], 0), shown(row["back"], 1)]
-            text.append(f"| {' | '.join(cells)} |")
+        text += [f"| {' | '.join(cells_of(row))} |" for row in rows]
         text.append("")
     return "\n".join(text + [f"- {name}: {why}" for name, why in notes.items()])
 
@@ -415,45 +509,192 @@ def difference_of(row):
     return f"{text} below" if high < 0 else text
 
 
+# ---- the tables for LaTeX -----------------------------------------------------------
+
+TEX = r"""% Made by compare.py. In a document: \input{NAME}
+% No package is needed; where booktabs is loaded, its rules are drawn.
+\providecommand{\toprule}{\hline\noalign{\smallskip}}
+\providecommand{\midrule}{\noalign{\smallskip}\hline\noalign{\smallskip}}
+\providecommand{\bottomrule}{\noalign{\smallskip}\hline}
+"""
+TEX_TABLE = r"""
+\begin{table}
+\centering
+\caption{%(caption)s}
+\scriptsize
+\setlength{\tabcolsep}{2pt}
+\begin{tabular}{%(align)s}
+\toprule
+%(head)s \\
+%(unit)s \\
+%(body)s
+\bottomrule
+\end{tabular}
+\end{table}
+"""
+# {a column: its two lines in LaTeX}; the others have name and unit
+TEX_HEADS = {
+    "against the baseline, points": ("difference", "points"),
+    "training cost": ("cost", "of dense"), "faster": ("faster", "times"),
+    "test accuracy, %": ("accuracy", "%"),
+}
+TEX_LETTERS = {letter: rf"\{letter}" for letter in "%&_#${}"} | {
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$"}
+
+
+def tex(text):
+    """Return a text with what is special to LaTeX written so that it is printed; a
+    number's minus as a minus."""
+    text = text.encode("utf-8", "backslashreplace").decode()  # no text: its bytes
+    text = "".join(TEX_LETTERS.get(letter, letter) for letter in text)
+    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)
+
+
+def latex(tables):
+    """Return the tables as LaTeX, an environment for each, the rows below the name of
+    their target.
+
+    Without the columns that are empty, and sparsity and MACs where the target says
+    them: all of its rows have the same. Seeds that all rows share stand in the caption.
+    """
+    parts = [TEX]
+    for setting, rows in tables.items():
+        cells = [dict(zip(COLUMNS, cells_of(row))) for row in rows]
+        columns = [name for name in COLUMNS if name != "target"
+                   and any(row[name] != "-" for row in cells)]
+        for name in ("sparsity, %", "MACs, M"):
+            pairs = {(row["target"], row[name]) for row in cells}
+            targets = {row["target"] for row in cells}
+            if name in columns and len(pairs) == len(targets) < len(cells):
+                columns.remove(name)
+        caption = setting[0].upper() + setting[1:]
+        if "against the baseline, points" in columns:
+            caption += ". Differences to the baseline, with 95 % intervals"
+        if len({row["seeds"] for row in rows}) == 1:
+            columns.remove("seeds")
+            words = "Seeds" if " " in rows[0]["seeds"] else "Seed"
+            caption += f". {words} {', '.join(rows[0]['seeds'].split())}"
+        longest = max(len(row["method"]) for row in rows)
+        # lines of long names are broken
+        first, start = ("p{31mm}", r"\raggedright ") if longest > 24 else ("l", "")
+        body, before = [], None
+        for row in cells:
+            if row["target"] != before:
+                body.append(r"\midrule")
+                if row["target"] != "-":
+                    body.append(rf"\multicolumn{{{len(columns)}}}{{l}}"
+                                rf"{{\textit{{{tex(row['target'])}}}}} \\")
+            before = row["target"]
+            # above and below are what the interval says
+            text = re.sub(" (above|below)$", "", row["against the baseline, points"])
+            row["against the baseline, points"] = text.replace(" to ", ", ")
+            texts = " & ".join(tex(row[name]) for name in columns)
+            body.append(rf"{start}{texts} \\")
+        heads = [TEX_HEADS.get(name) or (name.split(", ") + [""])[:2]
+                 for name in columns]
+        parts.append(TEX_TABLE % dict(
+            caption=tex(f"{caption}."), body="\n".join(body),
+            align=first + "r" * (len(columns) - 1),
+            head=" & ".join(tex(name) for name, _ in heads),
+            unit=" & ".join(tex(unit) for _, unit in heads)))
+    return "".join(parts)
+
+
 # ---- the plot -----------------------------------------------------------------------
 
 
+SIZE = 4.5  # of a mark, in which its fill can be seen
+MOST_LINES = 4  # panels with lines over a flag, at most
+AXES = {"regen": "Regeneration rate r", "time_steps": "Time steps T",
+        "epochs_prune": "Epochs of pruning", "interval": "Steps between two updates",
+        "lr": "Learning rate"}
+
+
 def plot_tables(tables):
-    """Draw the largest table of weights and that of channels, and return the figure.
+    """Draw the largest table of weights and that of channels, and lines over flags, and
+    return the figure.
 
     Left: accuracy for the targets that several methods have, the methods side by side
     in the order of the first target (dotted: dense). Right: accuracy over the training
-    cost; where all targets are of one kind, a line joins those of a method.
+    cost; where all targets are of one kind, a line joins those of a method. Below: the
+    rows that are lines over a flag, of all tables.
     """
+    panels = sweeps(tables)
+    names = {flag.replace("_", " ") for flag, _ in panels}
+    on_lines = {key_of(row) for lines in panels.values() for line in lines
+                for _, row in line}
     largest = {}
     for setting, rows in tables.items():
-        # Without the rows that differ in a flag: rates are drawn by analyze.py
-        plain = [row for row in rows if "," not in row["method"]]
-        largest.setdefault(setting.partition(":")[0], (setting, plain or rows))
-    figure, axes = plots.canvas(2, len(largest))
-    for (left, right), (setting, rows) in zip(axes, largest.values()):
+        # A row that is named after the flag of its line is drawn there alone
+        rows = [row for row in rows if not (key_of(row) in on_lines and any(
+            word.rpartition(" ")[0] in names for word in words_in(row)))]
+        largest.setdefault(setting.partition(":")[0], (setting, rows))
+    drawn = [(setting, rows) for setting, rows in largest.values() if rows]
+    figure, axes = plots.canvas(2, len(drawn) + -(-len(panels) // 2), margin=1.8)
+    seen = set(on_lines)
+    for (left, right), (setting, rows) in zip(axes, drawn):
         counts = Counter(row["target"] for row in rows if row["target"] != "-")
         targets = [target for target in counts if counts[target] > 1] or list(counts)
         rows = [row for row in rows if row["target"] in ("-", *targets)]
-        low, high = limits_of(rows)
-        plot_targets(left, rows, targets, low)
-        plot_costs(right, rows, targets)
+        limits = plots.limits_of([row["accuracy"] for row in rows],
+                                 [row["std"] for row in rows])
         for axis in (left, right):
-            axis.set(ylabel="Test accuracy (%)", ylim=(low, high))
+            axis.set(ylabel="Test accuracy (%)", ylim=limits)
+        plot_targets(left, rows, targets)
+        plot_costs(right, rows, targets)
         # the name of a data set may have a $, which is no formula
         left.set_title(setting, fontsize=7, loc="left", parse_math=False)
+        seen |= set(map(key_of, rows))
+    below = axes[len(drawn):].flatten()
+    for axis, ((flag, setting), lines) in zip(below, panels.items()):
+        seen |= set(map(key_of, plot_lines(axis, flag, setting, lines, tables)))
+    for axis in below[len(panels):]:
+        axis.remove()
+    methods = {style_name(row["method"]) for _, rows in drawn for row in rows}
+    explain(figure, "dense" in methods, sum(map(len, tables.values())) - len(seen))
     return figure
 
 
-def limits_of(rows):
-    """Return (low, high) of the axis of accuracies.
+def key_of(row):
+    return row["setting"], row["target"], row["method"]
 
-    A row with a deviation of 10 points, where a seed failed, does not set them if there
-    are others.
-    """
-    steady = [row for row in rows if row["std"] < 10] or rows
-    return (min(row["accuracy"] - row["std"] for row in steady) - 1,
-            max(row["accuracy"] + row["std"] for row in steady) + 1)
+
+def words_in(row):
+    """Return the words of a row's name after the method, "regen 0.5" say."""
+    return row["method"].split(", ")[1:]
+
+
+def explain(figure, has_dense, missing):
+    """Write under the figure what its bars, marks and numbers are. missing: how many
+    rows of the tables are not in it."""
+    text = plots.BARS if plots.has_bars(figure) else "Points: one seed each."
+    if has_dense:
+        text += " Dotted: dense."
+    if any(axis.texts for axis in figure.axes):
+        text += " A number at the lower edge: a mean below the panel."
+    if missing:
+        text += (f" Not drawn: {missing} rows of smaller tables, or of a target that "
+                 f"one method alone has.")
+    plots.note(figure, text)
+
+
+def sweeps(tables):
+    """Return {(flag, setting without it): lines}, the panels of runs that differ in the
+    number of one flag alone, the one with the most rows first. A line is a list of
+    (number, row), in order; it has at least two numbers."""
+    lines = {}
+    for row in (row for rows in tables.values() for row in rows):
+        for flag, value in row["numbers"].items():
+            others, setting = row["like"][flag]
+            lines.setdefault((flag, setting, others), []).append((value, row))
+    panels = {}
+    for (flag, setting, _), line in lines.items():
+        if len({value for value, _ in line}) > 1:
+            line.sort(key=lambda point: point[0])
+            panels.setdefault((flag, setting), []).append(line)
+    most = sorted(panels.items(), key=lambda item: -sum(map(len, item[1])))
+    return dict(most[:MOST_LINES])
 
 
 def style_name(method):
@@ -461,44 +702,107 @@ def style_name(method):
     return method.partition(",")[0]
 
 
-def plot_targets(axis, rows, targets, low):
-    """Draw accuracy for each target, the methods side by side.
-
-    What is below `low`, the end of the axis, is written there as a number.
-    """
+def plot_targets(axis, rows, targets):
+    """Draw accuracy for each target, the methods side by side. The limits of the axis
+    are set before."""
     methods = list(dict.fromkeys(row["method"] for row in rows if row["target"] != "-"))
-    for method in dict.fromkeys(row["method"] for row in rows):
-        style = style_name(method)
-        for row in rows:
-            if row["method"] != method:
-                continue
-            if style == "dense":
-                axis.axhline(row["accuracy"], color="black", linestyle=":", linewidth=1)
-            if row["target"] not in targets:
-                continue
-            shift = (methods.index(method) + 0.5) / len(methods) - 0.5
-            x = targets.index(row["target"]) + 0.8 * shift
-            plots.plot(axis, [x], [row["accuracy"]], [row["std"]], style,
-                       linestyle="none")
-            if row["accuracy"] < low:
-                axis.annotate(f"{row['accuracy']:.0f}", (x, low), fontsize=6,
-                              ha="right", va="bottom",
-                              color=plots.style_of(style)[0])
+    for row in rows:
+        if style_name(row["method"]) == "dense":
+            axis.axhline(row["accuracy"], color="black", linestyle=":", linewidth=1)
+    for method in methods:
+        mine = [row for row in rows
+                if row["method"] == method and row["target"] in targets]
+        shift = (methods.index(method) + 0.5) / len(methods) - 0.5
+        places = [targets.index(row["target"]) + 0.8 * shift for row in mine]
+        # over three targets a line shows what is one method
+        plot_rows(axis, places, mine, targets, "-" if len(targets) > 2 else "none")
     axis.set_xlim(-0.5, max(len(targets), 1) - 0.5)
     axis.set_xticks(range(len(targets)), targets)
 
 
 def plot_costs(axis, rows, targets):
-    """Draw accuracy over the training cost, for each method."""
+    """Draw accuracy over the training cost, for each method, with the legend of both
+    panels."""
     one_kind = len({by_size(target)[0] for target in targets}) == 1
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
-        columns = ([row[key] for row in mine]
-                   for key in ("training_cost", "accuracy", "std"))
-        plots.plot(axis, *columns, style_name(method), label=method, linewidth=0.5,
-                   linestyle="-" if one_kind else "none")
+        plot_rows(axis, [row["training_cost"] for row in mine], mine, targets,
+                  "-" if one_kind else "none")
     axis.set_xlabel("Training cost / dense")
-    axis.legend(frameon=False, fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    if len(targets) > 1:
+        for target, fill in zip(targets, cycle(plots.FILLS)):
+            axis.plot([], [], color=plots.GREY, marker="o", markersize=SIZE,
+                      linestyle="none", label=target, **fill)
+    beside(axis)
+
+
+def plot_rows(axis, places, rows, targets, line):
+    """Draw the rows of one method at some places, the fill of a mark by its target."""
+    if not rows:
+        return
+    method = rows[0]["method"]
+    plots.plot(axis, places, [row["accuracy"] for row in rows],
+               [row["std"] for row in rows], method, linewidth=0.5, linestyle=line,
+               markersize=SIZE)
+    colour, marker = plots.style_of(method)
+    for x, row in zip(places, rows):
+        plots.mark_below(axis, x, row["accuracy"], method)
+        if row["target"] in targets[1:]:  # over the full one, which is at 2.1
+            fill = plots.FILLS[targets.index(row["target"]) % len(plots.FILLS)]
+            axis.plot([x], [row["accuracy"]], color=colour, marker=marker,
+                      markersize=SIZE, linestyle="none", zorder=2.2, **fill)
+
+
+def plot_lines(axis, flag, setting, lines, tables):
+    """Draw accuracy over a flag, a line for each of `lines`, (number, row) lists; and,
+    dashed, the baseline, where it has one row for all of them; return that row in a
+    list. setting: of the lines, in words."""
+    rows = [row for line in lines for _, row in line]
+    targets = list(dict.fromkeys(row["target"] for row in rows))
+    limits = plots.limits_of([row["accuracy"] for row in rows],
+                             [row["std"] for row in rows])
+    label = AXES.get(flag, flag.replace("_", " ").capitalize())
+    if len(targets) == 1:
+        setting += f", {targets[0]}"
+    axis.set(ylabel="Test accuracy (%)", ylim=limits)
+    axis.set_xlabel(f"{label}\n{textwrap.fill(setting, 68)}", fontsize=7,
+                    parse_math=False)
+    for line in lines:
+        _, first = line[0]
+        said = [word for word in words_in(first)
+                if word.rpartition(" ")[0] != flag.replace("_", " ")]
+        method = ", ".join([style_name(first["method"]), *said])
+        fill = plots.FILLS[targets.index(first["target"]) % len(plots.FILLS)]
+        label = method if len(targets) == 1 else f"{method}, {first['target']}"
+        values, accuracies = [], []
+        for value, row in line:
+            values.append(value)
+            accuracies.append(row["accuracy"])
+        plots.plot(axis, values, accuracies, [row["std"] for _, row in line], method,
+                   label=label, **fill)
+        for value, accuracy in zip(values, accuracies):
+            plots.mark_below(axis, value, accuracy, method)
+    name = records.BASELINE[rows[0]["pruned"]]
+    settings = {row["setting"] for row in rows}
+    level = [row for setting in settings for row in tables[setting]
+             if row["method"] == name and row["target"] in targets]
+    if not len(level) == len(settings) == len(targets) == 1:
+        level = []
+    for row in level:
+        axis.axhline(row["accuracy"], color=plots.style_of(name)[0], linestyle="--",
+                     linewidth=1, label=name)
+    numbers = [value for line in lines for value, _ in line]
+    if min(numbers) > 0 and max(numbers) > 20 * min(numbers):
+        axis.set_xscale("log")
+    plots.legend(axis, 3 if len(lines) < 10 else 4)
+    return level
+
+
+def beside(axis):
+    """Put the legend to the right of a panel, in two columns if it is long."""
+    _, labels = axis.get_legend_handles_labels()
+    axis.legend(frameon=False, fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5),
+                ncols=1 if len(labels) <= 20 else 2)
 
 
 # ---- the script ---------------------------------------------------------------------
@@ -507,6 +811,9 @@ def plot_costs(axis, rows, targets):
 def parse_args(argv):
     parser = flags.Parser(__doc__)
     add = parser.add_argument
+    add("--methods", nargs="+", metavar="METHOD", default=None, help="start "
+        "these methods alone: " + ", ".join(METHODS) + " (default: all); with --runs, "
+        "show the rows of these alone, by their names in the table")
     add("--sparsity", type=flags.number(0, 1, above=True), nargs="+", default=[0.9],
         metavar="S", help="final sparsities of the weights (default 0.9)")
     add("--target-macs", type=flags.number(0, 1, above=True), default=0.7,
@@ -520,9 +827,15 @@ def parse_args(argv):
     add("--epochs-finetune", type=flags.whole(1), metavar="N", default=None,
         help="epochs with the mask fixed (default: the scripts'); a lottery ticket "
         "needs one")
+    add("--minutes", type=flags.number(0, above=True), default=None, metavar="M",
+        help="choose the epochs, the same for all methods, so that all runs together "
+        "end within so many minutes (a short trial of each script measures it)")
     add("--dataset", type=flags.path, default="fashion-mini",
         help="as in the other scripts")
+    add("--precision", choices=("fp32", "bf16"), default=None,
+        help="as in the other scripts")
     for flag, convert in (("data-dir", flags.path), ("model", str),
+                          ("device", flags.device),
                           ("width", flags.number(0, 100, above=True)),
                           ("train-limit", flags.whole(1)),
                           ("time-steps", flags.whole(1)),
@@ -536,15 +849,30 @@ def parse_args(argv):
     add("--runs", type=flags.path, nargs="+", default=None, metavar="DIR",
         help="run nothing: only tabulate and draw the runs in these folders, at any "
         "depth")
+    add("--dry-run", action="store_true", default=False, help="print the commands of "
+        "the runs that are not finished, one a line, and start nothing")
+    add("--latex", action="store_true", default=False, help="also write the tables as "
+        "compare.tex, for a paper")
     add("--baseline", default=None, metavar="METHOD", help="the row that differences "
         "are taken to, as the table names it, where a table has it; the files are then "
         "compare-METHOD.* (default: gmp, for channels slimming)")
     args = parser.parse_args(argv)
     refuse_unused(parser, args)
+    if args.minutes is not None and (args.epochs_prune or args.epochs_finetune):
+        parser.error("--minutes chooses the epochs, so --epochs-prune and "
+                     "--epochs-finetune exclude it. Leave one out")
     known = {**WEIGHTS, **CHANNELS}
+    if args.runs is None:
+        with flags.exits(2, ValueError):
+            require_known(args.methods, list({**METHODS, **CHANNELS}))
     if args.runs is None and args.baseline not in (None, *known):
         parser.error(f"--baseline is {args.baseline}, expected a method. Choose one "
                      f"of: {', '.join(known)}")
+    if args.runs is None and args.baseline is not None and not any(
+            is_chosen(args.methods, channels, args.baseline)
+            for channels in (False, True)):
+        parser.error(f"--baseline is {args.baseline}, which --methods does not name, "
+                     f"expected one of its methods. Add {args.baseline} to --methods")
     if args.out is None:
         args.out = args.runs[0] if args.runs else "runs/compare"
     args.out = Path(args.out)
@@ -554,11 +882,16 @@ def parse_args(argv):
 
 
 def refuse_unused(parser, args):
-    """End with an error if --runs stands beside a flag of the runs to start."""
+    """End with an error if --runs stands beside a flag of the runs to start, or
+    --dry-run beside one of what would be started or drawn."""
+    for flag in ("jobs", "latex", "baseline", "minutes") if args.dry_run else ():
+        if getattr(args, flag) != parser.get_default(flag):
+            parser.error(f"--{flag} and --dry-run exclude each other, since --dry-run "
+                         f"only prints commands. Leave one out")
     if args.runs is None:
         return
     for flag, value in vars(args).items():
-        used = flag in ("runs", "out", "baseline")
+        used = flag in ("runs", "out", "baseline", "methods", "latex")
         if not used and value != parser.get_default(flag):
             parser.error(f"--{flag.replace('_', '-')} and --runs exclude each other, "
                          f"since --runs starts nothing. Leave one out")
@@ -580,19 +913,48 @@ def rates_in(runs):
     return "; ".join(texts)
 
 
-def write(folder, name, tables, notes, runs):
-    """Write the tables as NAME.md and NAME.csv and their plot, and print them."""
+def csv_rows(tables):
+    """Return the rows of compare.csv, by the names of CSV; None where there is no
+    number."""
+    def known(value):
+        return None if isinstance(value, float) and np.isnan(value) else value
+
+    return [{name: known(row[key]) for name, key in CSV.items()}
+            for rows in tables.values() for row in rows]
+
+
+def write(folder, name, tables, notes, runs, with_latex=False):
+    """Write the tables as NAME.md, NAME.csv and, if asked for, NAME.tex, and their
+    plot, and print them."""
     text = markdown(tables, notes)
     print(text)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / f"{name}.md", lambda file: file.write(text))
-    rows = [dict(setting=setting) | row for setting, mine in tables.items()
-            for row in mine]
-    figure, count, rates = plot_tables(tables), len(runs), rates_in(runs)
+    kinds = ".md, .csv, .png, .pdf"
+    if with_latex:
+        source = latex(tables).replace("NAME", name)
+        write_whole(folder / f"{name}.tex", lambda file: file.write(source))
+        kinds += ", .tex"
+    figure, rates = plot_tables(tables), rates_in(runs)
     if rates:
         plots.note(figure, f"In the runs of these tables {rates}.")
-    plots.save(folder / name, figure, rows, f"{count} runs")
-    print(f"{folder / name}.md, .csv, .png, .pdf: {count} runs")
+    plots.save(folder / name, figure, csv_rows(tables))
+    print(f"{folder / name}{kinds}: {len(runs)} runs")
+
+
+def rows_of(tables, methods):
+    """Return the tables with the rows that --methods names; None: all of them. Raises
+    ValueError for a name that no row has."""
+    rows = [row for mine in tables.values() for row in mine]
+    names = dict.fromkeys(style_name(row["method"]) for row in rows)
+    names |= dict.fromkeys(f"channels-{style_name(row['method'])}" for row in rows
+                           if row["pruned"] == records.CHANNELS)
+    names |= dict.fromkeys(row["method"] for row in rows)
+    require_known(methods, list(names))
+    kept = {setting: [row for row in mine if is_chosen(
+        methods, row["pruned"] == records.CHANNELS, row["method"])]
+        for setting, mine in tables.items()}
+    return {setting: mine for setting, mine in kept.items() if mine}
 
 
 def main(argv=None):
@@ -600,11 +962,22 @@ def main(argv=None):
     with flags.exits(2, ValueError, OSError):
         processes.require_one()
         if args.runs is None:
-            usual = presets.of(args.dataset)
-            images = data.load(args.dataset, args.data_dir or "data", args.train_limit,
-                               time_steps=args.time_steps or usual["time_steps"])
-            jobs = plan(args, frames_of(args, images))
+            frames, usual = None, presets.of(args.dataset)
+            # a named set may have to be downloaded, which a dry run does not
+            if not args.dry_run or args.dataset not in data.NAMES:
+                frames = frames_of(args, data.load(
+                    args.dataset, args.data_dir or "data", args.train_limit,
+                    time_steps=args.time_steps or usual["time_steps"]))
+            jobs = plan(args, frames)
+            if args.dry_run:
+                print_commands(jobs)
+                return None
             args.out.mkdir(parents=True, exist_ok=True)
+            if args.minutes is not None:  # one budget for all methods
+                args.epochs_prune, args.epochs_finetune = planning.choose_for_all(
+                    jobs, args.minutes, epochs_of(args)[:2], args.out / "minutes.json",
+                    args.jobs)
+                jobs = plan(args, frames)
             run_all(jobs, args.jobs)
         folders = args.runs or [args.out]
         found, notes = gather(*folders)
@@ -617,8 +990,12 @@ def main(argv=None):
             print(note)
         plots.give_styles(run.method for run in runs)
         tables = tabulate(found, args.baseline)
+        if args.runs is not None:
+            tables = rows_of(tables, args.methods)
+            runs = [run for rows in tables.values() for row in rows
+                    for run in found[key_of(row)].values()]
         name = "-".join(["compare", *re.findall(r"\w+", args.baseline or "")])
-        write(args.out, name, tables, notes, runs)
+        write(args.out, name, tables, notes, runs, args.latex)
     return tables
 
 

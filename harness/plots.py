@@ -8,9 +8,7 @@ column of a paper.
     plots.save(Path("figures/name"), figure, rows, "what it is of")
     plots.draw_curves(rows, path)                    # of metrics.jsonl, after each run
 """
-import base64
 import csv
-import html
 import io
 import os
 import sys
@@ -38,36 +36,67 @@ from matplotlib.text import Text  # noqa: E402
 
 # Okabe-Ito colours, told apart by all eyes
 BLACK, GREY, ORANGE = "#000000", "#999999", "#E69F00"
-BLUE, SKY, GREEN = "#0072B2", "#56B4E9", "#009E73"
+BLUE, GREEN = "#0072B2", "#009E73"
 RED, PINK = "#D55E00", "#CC79A7"
 
-STYLE = {  # method: colour, and a marker, told apart without colour
+# {method: its colour, and a marker, told apart without colour}. A family has one hue,
+# in dark and light; no two of a family have the same marker
+STYLE = {
     "dense": (BLACK, "s"),
+    # the smallest go: the baselines
     "gmp": (RED, "o"),
     "slimming": (RED, "o"),
+    # blue: Algorithms 1 and 2, by what ranks those that come back
     "criticality": (BLUE, "^"),
-    "gradient": (GREEN, "v"),
-    "random": (PINK, "D"),
-    "granet": (SKY, "P"),
-    "greg1": (ORANGE, "X"),
-    "greg2": (GREY, "*"),
+    "gradient": ("#4BA3DB", "v"),
+    "random": ("#8FC7EA", "D"),
+    # green: some go and others grow, all along
+    "granet": (GREEN, "P"),
+    "pq": ("#5CC9A7", "p"),
+    "ndsnn": ("#00604A", "X"),
+    "sca": ("#00604A", "s"),
+    # orange: lottery tickets
     "imp": (ORANGE, "o"),
-    "eb": (ORANGE, "s"),
-    "et": (ORANGE, "D"),
-    "gradr": (GREEN, "P"),
-    "deepr": (GREEN, "X"),
-    "sdsnn": (SKY, "*"),
-    "pq": (PINK, "p"),
+    "eb": ("#A86F00", "s"),
+    "et": ("#F3C85B", "D"),
+    # pink: a strength behind each weight
+    "gradr": (PINK, "P"),
+    "deepr": ("#8A3A6B", "X"),
+    "stds": ("#E5B0CE", "*"),
+    # grey: synapses and neurons
+    "sdsnn": ("#5F5F5F", "*"),
+    "upr": ("#A0A0A0", "p"),
+    # brown: a penalty that grows
+    "greg1": ("#7A4A1E", "X"),
+    "greg2": ("#C09A6B", "*"),
 }
+OTHERS = "<>hHd8"  # markers that no method of STYLE has
 # What methods that STYLE does not name get, one after the other
-SPARE = [(colour, marker) for marker in "<>hHd8"
-         for colour in (BLUE, RED, GREEN, PINK, SKY, ORANGE, GREY)]
+SPARE = [(colour, marker) for marker in OTHERS
+         for colour in ("#3B3FA8", "#7FB800", "#B2182B", "#00A6A6", "#B58900")]
 given = {}  # {such a method: its pair of SPARE}
+variants = {}  # {method: [its variants, "criticality, aggregate mean"]}
+
+# The look of a marker by the target that it is of: the first, the second, ...
+FILLS = [{}, dict(markerfacecolor="white")]
+FILLS += [dict(fillstyle=part, markerfacecoloralt="white")
+          for part in ("left", "bottom", "right", "top")]
+BARS = "Points: means over the seeds; bars: their standard deviation."
 
 
 def style_of(method):
     """Return (colour, marker) of a method: those of STYLE, else the next pair of SPARE,
-    which the method keeps. After the last pair comes the first again."""
+    which the method keeps. After the last pair comes the first again.
+
+    A variant, whose name goes on after a comma, has its method's colour and a marker of
+    its own.
+    """
+    name, _, words = method.partition(",")
+    if words:
+        mine = variants.setdefault(name, [])
+        if method not in mine:
+            mine.append(method)
+        return style_of(name)[0], OTHERS[mine.index(method) % len(OTHERS)]
     if method in STYLE:
         return STYLE[method]
     if method not in given:
@@ -82,9 +111,10 @@ def give_styles(methods):
         style_of(method)
 
 
-def canvas(columns, rows=1):
-    """Return a figure and its axes [rows, columns], each as wide as a column."""
-    figure = Figure(figsize=(3.4 * columns, 2.5 * rows), layout="constrained")
+def canvas(columns, rows=1, margin=0):
+    """Return a figure and its axes [rows, columns], each as wide as a column. margin:
+    inches for what stands beside them."""
+    figure = Figure(figsize=(3.4 * columns + margin, 2.5 * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -106,6 +136,35 @@ def plot(axis, x, mean, std, method, **style):
     usual = dict(color=colour, marker=marker, markersize=3.5, linewidth=1, label=method)
     bars = std if np.any(std) else None
     axis.errorbar(x, mean, yerr=bars, capsize=2, **(usual | style))
+
+
+def limits_of(means, stds):
+    """Return (low, high) of an axis of accuracies, in per cent.
+
+    A mean with a deviation of 10 points, where a seed failed, does not set them if
+    there are others: it would flatten the rest.
+    """
+    pairs = [(mean, std) for mean, std in zip(means, stds) if std < 10]
+    pairs = pairs or list(zip(means, stds))
+    return (min(mean - std for mean, std in pairs) - 1,
+            max(mean + std for mean, std in pairs) + 1)
+
+
+def mark_below(axis, x, mean, method):
+    """Write a mean that lies below the panel as a number at its lower edge. The limits
+    of the panel are set before. Returns whether it did."""
+    low, _ = axis.get_ylim()
+    if mean >= low:
+        return False
+    axis.annotate(f"{mean:.0f}", (x, low), fontsize=6, ha="right", va="bottom",
+                  color=style_of(method)[0])
+    return True
+
+
+def has_bars(figure):
+    """Return whether a figure has error bars."""
+    return any(getattr(container, "has_yerr", False)
+               for axis in figure.axes for container in axis.containers)
 
 
 def by_layer(axis, methods, value, label):
@@ -154,12 +213,12 @@ def note_of(figure):
     return " ".join(figure.get_supxlabel().split())
 
 
-def save(path, figure, rows, header):
+def save(path, figure, rows, header=""):
     """Write what a figure draws as path.csv, and the figure as path.png and path.pdf.
 
-    rows: dicts with the same keys. header: its lines become comments of the CSV. What
-    matplotlib cannot draw is a note, and an older picture of this name is removed.
-    Raises OSError if a file cannot be written.
+    rows: dicts with the same keys. header: its lines become comments above the CSV's
+    own header; "" for none. What matplotlib cannot draw is a note, and an older picture
+    of this name is removed. Raises OSError if a file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     text = io.StringIO()
@@ -224,41 +283,3 @@ def draw_curves(rows, path):
         axes[2].set_ylim(-3, 103)
         write_whole(path, lambda file: figure.savefig(file, format="png", dpi=200),
                     "wb")
-
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">\
-<title>{title}</title><style>
-body {{ max-width: 46em; margin: 2em auto; padding: 0 1em; font: 16px/1.5 sans-serif }}
-img {{ max-width: 100% }} figure {{ margin: 3em 0 }} small {{ color: #555 }}
-pre {{ white-space: pre-wrap; font-size: 12px }}
-</style><h1>{title}</h1>
-"""
-IMAGE = """<img alt="{name}" width="{width}" src="data:image/png;base64,{png}">
-"""
-SECTION = """<figure id="{name}"><h2>{heading}</h2>
-{image}<figcaption>
-{texts}
-<details><summary>Commands of the runs</summary><pre>{commands}</pre></details>\
-</figcaption></figure>
-"""
-
-
-def page(path, title, sections):
-    """Write an HTML page that needs no other file.
-
-    sections: [(path of a PNG file, heading, texts, commands of its runs)]. A picture
-    that could not be drawn is left out.
-    """
-    parts = [PAGE.format(title=html.escape(title))]
-    for path_of_image, heading, texts, commands in sections:
-        image = ""
-        if path_of_image.exists():
-            png = path_of_image.read_bytes()
-            pixels = int.from_bytes(png[16:20], "big")  # the width, in its header
-            image = IMAGE.format(name=path_of_image.stem, width=f"{pixels // 1.6:.0f}",
-                                 png=base64.b64encode(png).decode())
-        parts.append(SECTION.format(
-            name=path_of_image.stem, heading=html.escape(heading), image=image,
-            commands=html.escape(commands),
-            texts="\n".join(f"<p>{html.escape(text)}</p>" for text in texts)))
-    write_whole(path, lambda file: file.write("\n".join(parts) + "</html>\n"))

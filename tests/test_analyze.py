@@ -2,6 +2,7 @@
 own list, broken folders, commands that make the runs again."""
 import base64
 import csv
+import html.parser
 import importlib
 import json
 import math
@@ -944,7 +945,149 @@ def test_the_report_is_one_file_with_all_figures(shop):
     assert text.count("the cosine is near 1 for any network.</p>") == 2
     assert text.count("a higher value means a smaller |gamma| in that network.</p>") == 1
     assert not re.search(r'(src|href)="(?!data:|#)', text)  # it needs no other file
-    assert text.count("<figure") == text.count("</figure>") == len(analyze.FIGURES)
+    assert text.count("<section") == text.count("</section>") == len(analyze.FIGURES)
+    # a verdict a claim, in one table; contents; a table a figure
+    page = Page(text)
+    claims = [claim for mine in analyze.CLAIMS.values() for claim, _ in mine]
+    summary, *tables = page.tables
+    assert summary[0] == ["the paper says", "here", "by", "figure"]
+    assert [row[0] for row in summary[1:]] == claims and len(tables) == len(analyze.FIGURES)
+    words = {analyze.SEEN, analyze.PARTLY, analyze.NOT_SHOWN, analyze.OPPOSITE, analyze.UNKNOWN,
+             analyze.EMPTY}
+    verdicts = {row[0]: row[1] for row in summary[1:]}
+    assert set(verdicts.values()) <= words
+    for claim in claims[:3]:
+        assert verdicts[claim] == analyze.UNKNOWN  # of one seed
+    assert page.ids >= {"summary", "contents", *analyze.FIGURES} and page.links <= page.ids
+    rates = tables[0]
+    assert rates[0] == ["", "0", "0.1", "0.3", "0.5", "0.7"]
+    ratio = {(row["method"], row["regen"]): row for row in table(
+        shop / "figures/demo/ratio.csv")[1]}
+    for row in rates[1:]:
+        for rate, cell in zip(rates[0][1:], row[1:]):
+            known = ratio.get((row[0], f"{float(rate):.1f}"))
+            assert cell == (f"{float(known['accuracy']):.1f}" if known else "-")
+
+
+class Page(html.parser.HTMLParser):
+    """A page: all tags are closed in order; its tables, lists of rows of texts, ids, and the ids
+    that its links name."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tables, self.ids, self.links = [], [], set(), set()
+        self.feed(text)
+        assert not self.open, self.open
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        if "id" in attrs:
+            assert attrs["id"] not in self.ids
+            self.ids.add(attrs["id"])
+        if tag == "a":
+            self.links.add(attrs["href"].removeprefix("#"))
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+
+
+@pytest.mark.parametrize("differences, verdict, says", [
+    ({"a": (math.nan, math.nan)}, "cannot be told", "one seed"),
+    ({"a": (1.0, 0.4), "b": (0.5, 0.2)}, "seen",
+     "above, points: a: +1.0 (+0.6 to +1.4), b: +0.5 (+0.3 to +0.7)"),
+    ({"a": (1.0, 0.4), "b": (0.5, 0.9)}, "in part", "not told apart, points: b: +0.5"),
+    ({"a": (-1.0, 0.4), "b": (0.5, 0.9)}, "not shown", "below, points: a: -1.0 (-1.4 to -0.6)"),
+    ({"a": (-1.0, 0.4), "b": (math.nan, math.nan)}, "the opposite", "below, points: a")])
+def test_verdicts_by_hand(differences, verdict, says):
+    found, text = analyze.judge_differences(differences)
+    assert found == verdict and says in text
+
+
+def test_verdicts_of_runs():
+    """GMP has 80 %; criticality +1, +1.2 at r = 0.2 and -2, -2.1 at 0.5; random is as good."""
+    runs = []
+    for seed, (low, high) in enumerate(((0.81, 0.78), (0.812, 0.779))):
+        runs += [fake("gmp", seed, accuracy=0.8), fake("criticality", seed, 0.2, low),
+                 fake("criticality", seed, 0.5, high), fake("random", seed, 0.2, low)]
+    (_, over_gmp), (_, over_rankings) = analyze.CLAIMS["ratio"]
+    verdict, says = over_gmp([], runs)
+    assert verdict == "not shown" and "r = 0.2, gmp: +1.1 (-0.2 to +2.4)" in says
+    assert "below, points: r = 0.5, gmp: -2.1 (-2.7 to -1.4)" in says
+    verdict, says = over_rankings([], runs)
+    assert verdict == "not shown" and "r = 0.2, random: +0.0" in says and "0.5" not in says
+    ((_, judge),) = analyze.CLAIMS["curves"]
+    assert judge([], runs[:2] + runs[4:6])[0] == "not shown"
+    (_, rescue), (_, back) = analyze.CLAIMS["survival"]
+    rows = [dict(what="pruned in update", share=share) for share in (60, 40, math.nan)]
+    assert rescue(rows, []) == ("in part", "in 1 of 2 updates; 40 to 60 % come back")
+    assert rescue(rows[:1], [])[0] == "seen" and rescue(rows[1:], [])[0] == "not shown"
+    assert back([dict(what="alive weights", share=54.14)], []) == (
+        "says nothing", "54.1 % (weights): equals r about by construction")
+    ((_, judge),) = analyze.CLAIMS["importance"]
+    rows = [dict(normalisation="share of the mean", method=method, importance=value)
+            for method, values in (("criticality", (0.5, 0.9)), ("slimming", (1.2, 0.8)))
+            for value in values]
+    assert judge(rows, [])[0] == "seen"
+    rows[1]["importance"] = 0.4
+    assert judge(rows, [])[0] == "not shown"
+
+
+def test_what_the_report_says_of_the_paper_is_what_the_texts_say():
+    texts = " ".join(" ".join((ROOT / name).read_text().split())
+                     for name in ("README.md", "docs/results.md"))
+    said = " ".join([*(claim for mine in analyze.CLAIMS.values() for claim, _ in mine),
+                     *(look_for for _, look_for, _ in analyze.FIGURES.values()),
+                     *analyze.INTRO])
+    for words in ("stable from r = 0.1 to 0.6", "by up to 1.8 points", "200 + 300 epochs",
+                  "48.03 % of the final weights", "42.60 % of the final channels",
+                  "above GMP, and criticality is above the other two", "by construction"):
+        assert words in said and words in texts, words
+    assert "there criticality is not above GMP" in said
+    assert "**Criticality is not above GMP here**" in texts
+
+
+def test_one_failed_seed_does_not_flatten_a_figure():
+    for seed, failed in enumerate((0.8, 0.8, 0.33)):
+        saved(f"runs/g{seed}", "gmp", regen=0.0, seed=seed, accuracy=0.84 + 0.001 * seed)
+        for rate, accuracy in ((0.1, 0.83), (0.5, 0.81), (0.9, failed)):
+            saved(f"runs/c{rate}{seed}", "criticality", regen=rate, seed=seed,
+                  accuracy=accuracy)
+    figure, rows, _, _ = analyze.main(["ratio"])["ratio"]
+    low, high = figure.axes[0].get_ylim()
+    assert (low, high) == pytest.approx((80, 85.2))
+    assert [text.get_text() for text in figure.axes[0].texts] == ["64"]
+    note = plots.note_of(figure)
+    assert "bars: their standard deviation" in note and "a mean below the panel" in note
+
+
+def test_classes_have_names():
+    run = fake("gmp", dataset="fashion-mini")
+    assert records.class_names_of(run)[:2] == ["T-shirt/top", "Trouser"]
+    run.config |= dict(data=dict(class_names=["a", "b"]))
+    assert records.class_names_of(run) == ["a", "b"]
+    assert records.class_names_of(fake("gmp", dataset="mine.npz")) is None
+    names, runs = ["cat", "dog"], []
+    for number, method in enumerate(("gmp", "criticality")):
+        run = fake(method, regen=0.5 * number, data=dict(class_names=names))
+        run.files["analysis"] = dict(variance=np.array([2.0, 1.0]) - 0.1 * number,
+                                     variance_published=np.ones(2))
+        runs.append(run)
+    figure, rows, _, _ = analyze.variance(runs)
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["dog", "cat"]
+    assert [(row["label"], row["class"]) for row in rows[:2]] == [(1, "dog"), (0, "cat")]
+    assert analyze.table_of("variance", rows).head == ["", "dog", "cat"]
 
 
 # ---- commands ------------------------------------------------------------------------------------

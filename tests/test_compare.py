@@ -1,15 +1,20 @@
 """compare.py: the commands that it starts, its table against the summaries, failures, resuming."""
+import colorsys
 import csv
 import importlib
 import json
 import re
+import shlex
+import shutil
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
 import compare
 import helpers
@@ -108,8 +113,11 @@ def test_a_comparison_from_end_to_end(few, two_methods, monkeypatch, capfd):
     text = Path("out/compare.md").read_text()
     assert text.count("| gmp | 90 % sparse | ") == 1 and text in capfd.readouterr().out
     assert "not finished" not in text
-    table = [line for line in Path("out/compare.csv").read_text().splitlines() if line[0] != "#"]
-    assert [row["method"] for row in csv.DictReader(table)] == [row["method"] for row in rows]
+    with open("out/compare.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["method"] for row in table] == [row["method"] for row in rows]
+    assert {row["test accuracy (%)"] for row in table} == {str(row["accuracy"]) for row in rows}
+    assert {row["rescued (%)"] for row in table} == {""}  # "-" in the table
     assert Path("out/compare.png").exists() and Path("out/compare.pdf").exists()
 
     def never(*_, **__):
@@ -220,8 +228,10 @@ def test_runs_as_published_are_rows_of_their_own_in_the_table_of_the_text():
     assert "gmp, as published" in Path("logs/compare-gmp-as-published.md").read_text()
     # the dense network of either reading is what the training cost is a share of
     assert {row["training_cost"] for row in rows} == {1 / 3, 1}
-    figure = compare.plot_tables(tables)  # the text's rows alone, or all of them
-    assert [bars.get_label() for bars in figure.axes[1].containers] == ["gmp", "criticality"]
+    figure = compare.plot_tables(tables)  # all rows, each with a look of its own
+    bars = figure.axes[1].containers
+    assert {one.get_label() for one in bars} == {row["method"] for row in rows}
+    assert len({(one.lines[0].get_color(), one.lines[0].get_marker()) for one in bars}) == 7
     only = {setting: [row for row in rows if "as published" in row["method"]]}
     left, right = compare.plot_tables(only).axes
     assert {bars.lines[0].get_color() for bars in right.containers} == {
@@ -424,7 +434,8 @@ def test_the_plot_shows_targets_that_compare_and_no_collapse_sets_its_scale():
     figure = compare.plot_tables(compare.tabulate(compare.gather(Path("logs"))[0]))
     left, right = figure.axes
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["5 % sparse", "10 % sparse"]
-    bars = [(bars.get_label(), *bars.lines[0].get_xydata()[0]) for bars in left.containers]
+    bars = [(bars.get_label(), x, y) for bars in left.containers
+            for x, y in bars.lines[0].get_xydata()]
     third = 0.8 / 3
     assert bars == [(name, pytest.approx(x), pytest.approx(y)) for name, x, y in (
         ("gmp", -third, 80), ("gmp", 1 - third, 80), ("random", 0, 70), ("random", 1, 70),
@@ -433,6 +444,15 @@ def test_the_plot_shows_targets_that_compare_and_no_collapse_sets_its_scale():
             and line.get_linestyle() == ":"] == [pytest.approx(90)]  # dense
     assert left.get_ylim() == right.get_ylim() == pytest.approx((69, 91))
     assert [text.get_text() for text in left.texts] == ["40", "40"]
+    for axis in (left, right):  # white, over the full mark: of the second target
+        white = [line.get_xydata()[0] for line in axis.lines
+                 if line.get_markerfacecolor() == "white" and len(line.get_xydata())]
+        assert sorted(y for _, y in white) == pytest.approx([40, 70, 80])
+    assert [text.get_text() for text in right.get_legend().get_texts()] == [
+        "5 % sparse", "10 % sparse", "dense", "sdsnn", "gmp", "random", "deepr"]
+    note = compare.plots.note_of(figure)
+    assert "bars: their standard deviation" in note and "a mean below the panel" in note
+    assert "Not drawn: 1 rows" in note  # of GMP at 30 %
     lines = {bars.get_label(): bars.lines[0].get_xydata() for bars in right.containers}
     assert list(lines) == ["dense", "sdsnn", "gmp", "random", "deepr"]
     assert np.allclose(lines["gmp"], [(0.95, 80), (0.9, 80)])
@@ -444,6 +464,15 @@ def test_the_plot_shows_targets_that_compare_and_no_collapse_sets_its_scale():
     (["--dataset", "nothing.npz"], "nothing.npz"), (["--seeds", "0"], "at least 1"),
     (["--jobs", "x"], "whole number"), (["--sparsity", "0"], "above 0"),
     (["--baseline", "best"], "expected a method"),
+    (["--methods", "gpm"], "Did you mean gmp?"), (["--methods", "slim"], "There are: dense, gmp"),
+    (["--methods", "gmp", "chanels-dense"], "Did you mean channels-dense?"),
+    (["--methods", "gmp", "--baseline", "random"], "Add random to --methods"),
+    (["--precision", "fp16"], "invalid choice: 'fp16'"), (["--device", "gpu"], "expected cpu, cuda"),
+    (["--dry-run", "--jobs", "2"], "--jobs and --dry-run exclude each other"),
+    (["--dry-run", "--latex"], "--latex and --dry-run exclude each other"),
+    (["--dry-run", "--dataset", "nothing.npz"], "nothing.npz"),
+    (["--runs", "x", "--dry-run"], "--dry-run and --runs exclude each other"),
+    (["--runs", "x", "--device", "cpu"], "--device and --runs exclude each other"),
     (["--epochs-finetune", "0"], "at least 1"),  # a lottery ticket trains in them
     (["--runs", "x", "--sparsity", "0.5"], "--sparsity and --runs exclude each other"),
     (["--runs", "x", "--seeds", "2"], "--seeds and --runs exclude each other"),
@@ -455,6 +484,174 @@ def test_bad_input(given, says, capsys):
         compare.main(given)
     assert stopped.value.code == 2 and says in one_line(capsys)
     assert not Path("runs").exists()
+
+
+# ---- some methods, commands alone ----------------------------------------------------------------
+
+
+def names_of(given):
+    """The runs that compare.py would start, without seed and target."""
+    jobs = compare.plan(compare.parse_args([*given.split(), "--seeds", "1"]))
+    return [re.sub(r"(-0\.9|-macs0\.7)?-seed0$", "", folder.name) for folder, _ in jobs]
+
+
+@pytest.mark.parametrize("given, names", [
+    ("gmp criticality", ["gmp", "criticality"]), ("dense", ["dense"]),
+    ("channels-criticality gmp", ["gmp", "channels-criticality"]),
+    ("slimming channels-dense", ["channels-dense", "channels-slimming"])])
+def test_the_methods_that_are_named_are_run(given, names):
+    assert names_of(f"--methods {given}") == names
+
+
+def test_precision_and_device_are_passed_on():
+    for precision, device in (("bf16", "cuda:1"), (None, None)):
+        given = "--methods gmp greg1 --seeds 1".split()
+        if precision:
+            given += ["--precision", precision, "--device", device]
+        for _, words in compare.plan(compare.parse_args(given)):
+            parsed = importlib.import_module(Path(words[1]).stem).parse_args(words[2:])
+            assert (parsed.precision, parsed.device) == (precision or "fp32", device)
+
+
+def test_a_dry_run_prints_the_commands_that_are_left(few, monkeypatch, capsys):
+    given = [*TINY, "--methods", "gmp", "dense", "--sparsity", "0.9", "0.8", "--seeds", "2",
+             "--out", "the runs", "--dry-run"]
+    for name in ("subprocess", "write_whole"):
+        monkeypatch.delattr(compare, name)  # it starts and writes nothing
+    assert compare.main(given) is None
+    out, err = capsys.readouterr()
+    assert not Path("the runs").exists() and "6 of 6 runs" in err
+    folders = [shlex.split(line)[-2] for line in out.splitlines()]
+    assert folders == [f"the runs/{name}-seed{seed}" for seed in (0, 1)
+                       for name in ("dense", "gmp-0.9", "gmp-0.8")]
+    for line in out.splitlines():
+        words = shlex.split(line)
+        assert words[0] == "python" and words[-3:] == ["--run-dir", words[-2], "--resume"]
+        importlib.import_module(Path(words[1]).stem).parse_args(words[2:])
+    Path("the runs/gmp-0.9-seed0").mkdir(parents=True)
+    Path("the runs/gmp-0.9-seed0/summary.json").write_text("{}")
+    Path("the runs/dense-seed1").mkdir()  # stopped: it goes on
+    compare.main(given)
+    left, err = capsys.readouterr()
+    assert left == "".join(line for line in out.splitlines(True) if "gmp-0.9-seed0" not in line)
+    assert "5 of 6 runs" in err
+    monkeypatch.chdir(ROOT)  # there the script's name is enough
+    compare.main("--methods gmp --seeds 1 --dry-run --dataset cifar100".split())
+    assert capsys.readouterr().out.startswith(
+        "python prune_unstructured.py --regen 0 --sparsity 0.9 ")
+
+
+def test_the_rows_of_some_methods(capsys):
+    for seed in (0, 1):
+        written(f"g{seed}", seed=seed, accuracy=0.8)
+        written(f"c{seed}", "criticality", seed, 0.85, regen=0.5)
+        written(f"k{seed}", "criticality", seed, 0.85, "prune_structured", regen=0.3)
+        written(f"f{seed}", "foo", seed, 0.9, script="prune_foo")
+    tables = compare.tabulate(compare.gather(Path("logs"))[0])
+
+    def shown(*methods):
+        return sorted((row["pruned"], row["method"])
+                      for rows in compare.rows_of(tables, methods).values() for row in rows)
+
+    assert shown("criticality") == [("weights", "criticality")]
+    assert shown("channels-criticality", "foo") == [("channels", "criticality"),
+                                                    ("weights", "foo")]
+    ((row,),) = compare.rows_of(tables, ["criticality"]).values()
+    assert row["against"] == pytest.approx(5)  # to GMP, whose row is not shown
+    with pytest.raises(SystemExit) as stopped:
+        compare.main(["--runs", "logs", "--methods", "fooo"])
+    assert stopped.value.code == 2 and "Did you mean foo?" in one_line(capsys)
+
+
+# ---- lines over a flag, LaTeX, colours -----------------------------------------------------------
+
+
+def test_rows_that_differ_in_a_number_are_lines_over_it():
+    """The regeneration rate stands in the rows' names, T in the tables'."""
+    for seed in (0, 1):
+        written(f"g{seed}", seed=seed, accuracy=0.8)
+        written(f"n{seed}", "granet", seed, 0.75, "prune_granet", death_rate=0.5)
+        for rate, accuracy in ((0.5, 0.7), (0.1, 0.79), (0.3, 0.78), (0.9, 0.1 + 0.6 * seed)):
+            written(f"c{rate}{seed}", "criticality", seed, accuracy, regen=rate)
+        written(f"m{seed}", "criticality", seed, 0.77, regen=0.3, aggregate="mean")
+        for steps in (2, 8):
+            written(f"t{steps}{seed}", seed=seed, accuracy=0.6 + 0.01 * steps, time_steps=steps)
+    figure = compare.plot_tables(compare.tabulate(compare.gather(Path("logs"))[0]))
+    left, right, by_rate, by_steps = figure.axes
+    setting = "weights: fashion-mini, small, T = 4, 8 + 4 epochs"
+    assert by_rate.get_xlabel() == f"Regeneration rate r\n{setting}, 90 % sparse"
+    (line,) = by_rate.containers
+    assert line.get_label() == "criticality"
+    assert np.allclose(line.lines[0].get_xydata(), [(0.1, 79), (0.3, 78), (0.5, 70), (0.9, 40)])
+    assert by_rate.get_ylim() == pytest.approx((69, 80))  # 40 ± 42 flattens nothing
+    assert [text.get_text() for text in by_rate.texts] == ["40"]
+    assert [one.get_ydata()[0] for one in by_rate.lines
+            if one.get_linestyle() == "--"] == [pytest.approx(80)]  # GMP
+    assert by_steps.get_xlabel() == (
+        f"Time steps T\n{setting.replace(' T = 4,', '')}, 90 % sparse")
+    (line,) = by_steps.containers
+    assert np.allclose(line.lines[0].get_xydata(), [(2, 62), (4, 80), (8, 68)])
+    # left and right: those that are on no line by their names, the variant among them
+    for axis in (left, right):
+        assert {bars.get_label() for bars in axis.containers} == {
+            "gmp", "granet", "criticality, regen 0.3, aggregate mean"}
+    assert "Not drawn" not in compare.plots.note_of(figure)
+
+
+def test_many_targets_are_lines():
+    for seed in (0, 1):
+        for sparsity in (0.5, 0.8, 0.9):
+            written(f"g{sparsity}{seed}", seed=seed, accuracy=1 - sparsity / 2, sparsity=sparsity)
+            written(f"r{sparsity}{seed}", "random", seed, 0.9 - sparsity / 2, sparsity=sparsity)
+    left, _ = compare.plot_tables(compare.tabulate(compare.gather(Path("logs"))[0])).axes
+    for bars in left.containers:
+        assert bars.lines[0].get_linestyle() == "-" and len(bars.lines[0].get_xydata()) == 3
+    fills = {(line.get_fillstyle(), line.get_markerfacecolor()) for line in left.lines
+             if line.get_linestyle() == "None"}
+    assert ("full", "white") in fills and any(part == "left" for part, _ in fills)
+
+
+def test_methods_are_told_apart_by_looks():
+    """A family has one hue, and its methods differ in their markers."""
+    looks = {name: look for name, look in compare.plots.STYLE.items() if name != "slimming"}
+    assert len(set(looks.values())) == len(looks) >= 19
+    assert {*compare.WEIGHTS, *compare.CHANNELS, "stds", "upr", "ndsnn", "sca"} == {
+        *compare.plots.STYLE}
+    for family in ("criticality gradient random", "granet pq ndsnn sca", "imp eb et",
+                   "gradr deepr stds", "sdsnn upr", "greg1 greg2"):
+        mine = [looks[name] for name in family.split()]
+        hues = [colorsys.rgb_to_hls(*to_rgb(colour)) for colour, _ in mine]
+        assert len({marker for _, marker in mine}) == len(mine)
+        colourful = [hue for hue, _, saturation in hues if saturation > 0.1]
+        assert not colourful or max(colourful) - min(colourful) < 0.08, family
+    variants = [compare.plots.style_of(f"gmp, {word}") for word in ("a", "b", "a")]
+    assert variants[0] == variants[2] != variants[1]
+    assert {colour for colour, _ in variants} == {looks["gmp"][0]}
+
+
+def test_the_tables_for_latex(monkeypatch, capsys):
+    monkeypatch.setattr(compare.plots, "save", lambda *_: None)
+    for seed in (0, 1):
+        written(f"d{seed}", "dense", seed, 0.9, sparsity=0, dataset="50%_of $x.npz")
+        written(f"g{seed}", seed=seed, accuracy=0.8, dataset="50%_of $x.npz")
+        written(f"c{seed}", "my_metric", seed, 0.75 + 0.01 * seed, regen=0.5,
+                dataset="50%_of $x.npz")
+    compare.main(["--runs", "logs", "--latex"])
+    text = Path("logs/compare.tex").read_text()
+    assert ".pdf, .tex: 6 runs" in capsys.readouterr().out
+    assert r"\input{compare}" in text and r"\usepackage" not in text
+    assert r"\caption{Weights: 50\%\_of \$x, small, T = 4, 8 + 4 epochs." in text
+    assert "Seeds 0, 1.}" in text and "& sparsity" not in text  # the target says it
+    assert (r"my\_metric & 75.5 $\pm$ 0.7 & $-$4.5 ($-$10.9, +1.9) & " in text)
+    rows = [line for line in text.splitlines() if line.endswith(r"\\") and "multicol" not in line]
+    assert len({line.count("&") for line in rows}) == 1 and len(rows) == 5
+    if shutil.which("pdflatex") is None:
+        pytest.skip("the rest needs pdflatex")
+    Path("logs/all.tex").write_text(r"\documentclass{article}\begin{document}"
+                                    r"\input{compare}\end{document}")
+    subprocess.run(["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "all.tex"],
+                   cwd="logs", check=True, capture_output=True)
+    assert Path("logs/all.pdf").stat().st_size > 1000
 
 
 MINI = "weights: fashion-mini, small, T = 4, 8 + 4 epochs"
@@ -501,7 +698,7 @@ def beside_the_paper(tables):
     return lines
 
 
-def test_the_tables_in_the_text_are_those_of_the_logs():
+def test_the_tables_in_the_text_are_those_of_the_logs(monkeypatch):
     """compare.py makes them again from the logs in results/, line by line."""
     text = (ROOT / "results/README.md").read_text()
     (studies,) = re.findall(  # the command in the text, its braces as bash reads them
@@ -515,6 +712,7 @@ def test_the_tables_in_the_text_are_those_of_the_logs():
     assert made.strip() in text
     for line in beside_the_paper(tables):
         assert line in text
+    monkeypatch.setattr(compare.plots, "save", lambda *_: None)  # once is enough
     compare.main(["--out", "out", "--runs", *logs, "--baseline", "criticality"])
     known = [set(table.splitlines()) for text in (
         made, Path("out/compare-criticality.md").read_text()) for table in text.split("**\n\n")]

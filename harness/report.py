@@ -1,0 +1,149 @@
+"""One HTML page with pictures and tables, which needs no other file.
+
+    table = report.Table(["method", "r = 0.1"], [["gmp", "84.1"]], "Accuracy, %")
+    section = report.Section(Path("ratio.png"), "Fig. 1(a)", ["what to look for"],
+                             table, "python x.py")
+    report.page(Path("report.html"), "A title", ["what it is of"], summary, [section])
+"""
+import base64
+import html
+from pathlib import Path
+from typing import NamedTuple
+
+from harness.files import write_whole
+
+STYLE = """
+body { max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222;
+  font: 16px/1.5 system-ui, sans-serif }
+h1, h2 { line-height: 1.2 }
+section { margin: 3em 0; border-top: 1px solid #ccc }
+img { max-width: 100%; height: auto }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: 14px; line-height: 1.35 }
+caption { text-align: left; color: #555; padding: .3em 0 }
+th, td { padding: .25em .7em; text-align: left; vertical-align: top }
+.numbers td, .numbers th + th { text-align: right; white-space: nowrap }
+thead th { border-bottom: 2px solid #888 }
+.words td:nth-child(2) { font-weight: 600 }
+tbody tr + tr > * { border-top: 1px solid #ddd }
+tbody th { font-weight: normal }
+.note { color: #555; font-size: 14px }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px }
+li { overflow-wrap: anywhere }
+@media (max-width: 700px) {
+  .large img { max-width: none; width: 600px }
+  .words thead { display: none }
+  .words tr, .words td, .words tbody th { display: block; padding: .1em 0 }
+  .words tr { padding: .6em 0; border-top: 1px solid #ddd }
+  .words tbody tr > * { border: 0 }
+}
+"""
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>{style}</style></head>
+<body><h1>{title}</h1>
+{intro}
+<h2 id="summary">Summary</h2>
+{summary}
+<h2 id="contents">Contents</h2>
+<ol>
+{contents}
+</ol>
+{sections}
+</body></html>
+"""
+IMAGE = """<div class="wide{large}"><img alt="{name}" width="{width}" \
+src="data:image/png;base64,{png}"></div>
+"""
+SECTION = """<section id="{name}"><h2>{heading}</h2>
+{image}{texts}
+{table}
+<details><summary>Commands of the runs</summary><pre>{commands}</pre></details>
+<p class="note"><a href="#contents">Contents</a></p></section>
+"""
+TABLE = """<div class="wide"><table class="{kind}">{caption}
+<thead><tr>{head}</tr></thead><tbody>
+{body}
+</tbody></table></div>
+"""
+
+
+class Table(NamedTuple):
+    """Texts: the names of the columns, the rows, which start with their names, and what
+    stands above."""
+
+    head: list
+    rows: list
+    caption: str = ""
+
+
+class Section(NamedTuple):
+    """A picture, a PNG file, with what it says. notes: texts in small letters. says:
+    texts of a list. table: a Table, or None. commands: of its runs."""
+
+    image: Path
+    heading: str
+    texts: list
+    table: Table | None
+    commands: str
+    says: tuple = ()
+    notes: tuple = ()
+
+
+def page(path, title, intro, summary, sections):
+    """Write an HTML page.
+
+    intro: texts. summary: a Table, whose rows end with the name of a section, which
+    becomes a link; None: there is nothing to sum up. sections: a list of Section. A
+    picture that could not be drawn is left out.
+    """
+    contents = "\n".join(
+        f'<li><a href="#{section.image.stem}">{html.escape(section.heading)}</a></li>'
+        for section in sections)
+    write_whole(path, lambda file: file.write(PAGE.format(
+        title=html.escape(title), style=STYLE, contents=contents,
+        intro=paragraphs(intro),
+        summary=html_of(summary, "words", linked=True) if summary else "",
+        sections="\n".join(map(html_of_section, sections)))))
+
+
+def paragraphs(texts, kind=""):
+    start = f'<p class="{kind}">' if kind else "<p>"
+    return "\n".join(f"{start}{html.escape(text)}</p>" for text in texts)
+
+
+def html_of_section(section):
+    name, image = section.image.stem, ""
+    if section.image.exists():
+        png = section.image.read_bytes()
+        pixels = int.from_bytes(png[16:20], "big")  # the width, in its header
+        large = " large" if pixels > 1000 else ""  # it has several columns
+        image = IMAGE.format(name=name, width=f"{pixels // 1.6:.0f}", large=large,
+                             png=base64.b64encode(png).decode())
+    texts = paragraphs(section.texts)
+    if section.says:
+        items = "\n".join(f"<li>{html.escape(text)}</li>" for text in section.says)
+        texts += f"\n<ul>\n{items}\n</ul>"
+    texts += "\n" + paragraphs(section.notes, "note")
+    return SECTION.format(
+        name=name, heading=html.escape(section.heading), image=image, texts=texts,
+        table=html_of(section.table, "numbers") if section.table else "",
+        commands=html.escape(section.commands))
+
+
+def html_of(table, kind, linked=False):
+    """Return a Table as HTML. linked: its last column names sections."""
+    def cells(row, tag):
+        texts = [html.escape(text) for text in row]
+        if linked and tag == "td":
+            texts[-1] = f'<a href="#{texts[-1]}">{texts[-1]}</a>'
+        first = "th" if tag == "th" else 'th scope="row"'
+        parts = [f"<{first}>{texts[0]}</th>"]
+        return "".join(parts + [f"<{tag}>{text}</{tag}>" for text in texts[1:]])
+
+    caption = html.escape(table.caption)
+    return TABLE.format(
+        kind=kind, caption=f"<caption>{caption}</caption>" if caption else "",
+        head=cells(table.head, "th"),
+        body="\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in table.rows))
