@@ -393,7 +393,13 @@ def count(mask):
 
 def momenta(optimizer, tensor):
     """Return what an optimizer has accumulated of a parameter's gradients, a list of
-    one tensor or none: SGD's momentum buffer or Adam's first moment."""
+    one tensor or none: SGD's momentum buffer or Adam's first moment.
+
+    Adam's second moment is not among them. It is a mean of squared gradients, moves no
+    weight, and goes on for dead ones too: so a weight that comes back makes first steps
+    of the usual size. From a second moment of 0 its first step would be
+    0.1 / sqrt(0.001) = 3.2 times lr.
+    """
     state = optimizer.state.get(tensor, {})
     return [state[key] for key in ("momentum_buffer", "exp_avg")
             if state.get(key) is not None]

@@ -31,6 +31,8 @@ What is counted, and how:
   the first layer counts whole, as papers add its "FLOPs" to the SOPs.
 - Firing rate: spikes / (T * N * neurons), of the network over all its neurons, not the
   mean of the layers' rates.
+- NeuroBench's metrics (Yik et al. 2025, arXiv 2304.04640), under the names of its
+  package: see neurobench(). docs/metrics.md says where they differ from the above.
 """
 import math
 import statistics
@@ -105,6 +107,13 @@ def rates(counts):
     return sum(spikes.values()) / sum(places.values()), by_layer
 
 
+def footprint(net):
+    """Return how many bytes a network takes in memory as it is stored: its parameters
+    and buffers, zeros included."""
+    tensors = [*net.parameters(), *net.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def parameters(net, alive=None):
     """Return sizes and sparsities of a network: a dict with the keys of summary.json.
 
@@ -122,7 +131,8 @@ def parameters(net, alive=None):
     n_alive = sum(layer["alive"] for layer in layers)
     return dict(parameters=total, parameters_alive=total - prunable + n_alive,
                 layers=layers, sparsity=1 - n_alive / prunable,
-                sparsity_all=(prunable - n_alive) / total)
+                sparsity_all=(prunable - n_alive) / total,
+                footprint_bytes=footprint(net))
 
 
 _macs = {}  # what macs() has counted, {repr of the network: {layer: MACs}}
@@ -187,6 +197,48 @@ def fan_out(module, mask, inputs):
     return float(reached.sum())
 
 
+def summed(x):
+    """Return the sum of the spikes [T * N, C, ...] that a layer reads, [C, ...].
+
+    It is a product with ones: many times faster than sum(0) on a CPU, and as exact,
+    since float32 holds whole numbers to 2**24. Autocast would round it to the 8 bits of
+    bfloat16.
+    """
+    rows = x.movedim(1, -1)  # as channels_last has it in memory
+    flat = rows.flatten(1).float()
+    with torch.autocast(flat.device.type, enabled=False):
+        spikes = (flat.new_ones(len(flat)) @ flat).to(widest(x.device))
+    return spikes.view(rows.shape[1:]).movedim(-1, 0)
+
+
+def neurobench(net, rate, arrivals, real, runs, images):
+    """Return NeuroBench's metrics of a network, a dict, from what count() has seen.
+
+    rate: the firing rate. arrivals: {layer: [C, H, W] or [C], how often each of its
+    inputs was not 0}. real: {layer: whether it read any number but 0, 1 and -1}, of the
+    layers that may. runs: {layer: on how many maps it ran}. images: their number.
+
+    Footprint: bytes. ConnectionSparsity: the share of the stored weights that are 0.
+    ActivationSparsity: 1 - rate. SynapticOperations: an image's over all T, exact at
+    borders; a nonzero input that meets a nonzero weight is one, a MAC in a layer that
+    reads real numbers, else an AC. Dense has all inputs and weights, zeros included.
+    """
+    zeros = weights = 0
+    totals = dict(Effective_MACs=0.0, Effective_ACs=0.0, Dense=0.0)
+    for name, module in prunable_layers(net).items():
+        nonzero = module.weight != 0
+        weights += nonzero.numel()
+        zeros += nonzero.numel() - int(nonzero.count_nonzero())
+        kind = "Effective_MACs" if real.get(name) else "Effective_ACs"
+        totals[kind] += fan_out(module, nonzero, arrivals[name])
+        every_input = torch.ones_like(arrivals[name])
+        totals["Dense"] += runs[name] * fan_out(module, torch.ones_like(nonzero),
+                                                every_input)
+    operations = {kind: total / images for kind, total in totals.items()}
+    return dict(Footprint=footprint(net), ConnectionSparsity=zeros / weights,
+                ActivationSparsity=1 - rate, SynapticOperations=operations)
+
+
 @torch.inference_mode()
 def count(net, batches, alive=None):
     """Run the network over batches of images and return all counts of this file as a
@@ -194,7 +246,8 @@ def count(net, batches, alive=None):
 
     batches: an iterable of images [N, C, H, W] or [T, N, C, H, W].
     alive: {name: bool tensor, True = alive}; None: all weights are alive. Besides the
-    keys of summary.json: `sops_nominal` (rate * MACs * T, which overstates at borders),
+    keys of summary.json, of which `neurobench` is a dict (see neurobench):
+    `sops_nominal` (rate * MACs * T, which overstates at borders),
     `firing_rates` {LIF name: rate} and `layer_sops` {layer: SOPs}. Memory does not grow
     with the number of images.
     """
@@ -202,24 +255,19 @@ def count(net, batches, alive=None):
     net.eval()
     layers = prunable_layers(net)
     layer_macs = macs(net.config)
-    reads_numbers = set(net.reads_numbers)
+    reads_numbers, first = set(net.reads_numbers), next(iter(layers))
     if net.encoding == "direct":
-        reads_numbers.add(next(iter(layers)))
-    sums, runs, images_seen = {}, {}, 0
+        reads_numbers.add(first)
+    not_binary = reads_numbers | {first}  # events come as counts
+    sums, nonzero, real, runs, images_seen = {}, {}, {}, {}, 0
 
     def arrive(name, x):
         runs[name] = runs.get(name, 0) + len(x)
-        if name in reads_numbers:
-            return
-        # The sum over T * N as a product with ones: many times faster than sum(0) on a
-        # CPU, and as exact, since float32 holds whole numbers to 2**24. Autocast would
-        # round it to the 8 bits of bfloat16
-        rows = x.movedim(1, -1)  # as channels_last has it in memory
-        flat = rows.flatten(1).float()
-        with torch.autocast(flat.device.type, enabled=False):
-            spikes = (flat.new_ones(len(flat)) @ flat).to(widest(x.device))
-        spikes = spikes.view(rows.shape[1:]).movedim(-1, 0)
-        sums[name] = sums[name] + spikes if name in sums else spikes
+        if name not in reads_numbers:
+            sums[name] = sums.get(name, 0) + summed(x)
+        if name in not_binary:
+            nonzero[name] = nonzero.get(name, 0) + summed(x != 0)
+            real[name] = real.get(name, False) | ((x != 0) & (x.abs() != 1)).any()
 
     with firing(net) as spikes, hooks(layers, before=arrive):
         for images in batches:
@@ -251,7 +299,9 @@ def count(net, batches, alive=None):
             | conventions(net.config, round(steps))
             | dict(sops=total, sops_nominal=nominal, layer_sops=sops,
                    energy_mj=picojoules * 1e-9, firing_rate=rate,
-                   firing_rates=by_layer))
+                   firing_rates=by_layer,
+                   neurobench=neurobench(net, rate, sums | nonzero, real, runs,
+                                         images_seen)))
 
 
 def wait(device):

@@ -54,11 +54,14 @@ class Connections:
 
     sign: [M], +1 or -1. theta: [M], the strength. active: [M] bool; in Grad R
     theta > 0, in Deep R the set of K, whose theta may be 0. first, second: [M], the
-    optimiser's moments of the gradient. optimizer: "adam" | "sgd", with its momentum.
+    optimiser's moments of the gradient. optimizer: "adam" | "adamw" | "sgd", with its
+    momentum. decay: the weight decay of adamw, which passes by its moments; that of the
+    others is part of the gradient.
     """
 
-    def __init__(self, masks, optimizer="adam", momentum=0.0):
+    def __init__(self, masks, optimizer="adam", momentum=0.0, decay=0.0):
         self.optimizer, self.momentum = optimizer, momentum
+        self.decay = decay if optimizer == "adamw" else 0.0
         self.weights, self.sizes = list(masks.weights.values()), masks.sizes
         w = torch.cat([weight.detach().reshape(-1) for weight in self.weights])
         self.sign = torch.where(w < 0, -1.0, 1.0)  # never 0: w would stay 0 for ever
@@ -75,6 +78,8 @@ class Connections:
     def gradients(self, decay):
         """Return dL/dw, dense, [M], with the gradient of weight decay, which acts on w
         and so not on dormant strengths."""
+        if self.optimizer == "adamw":
+            decay = 0.0  # see move()
         return torch.cat([(weight.grad + decay * weight.detach()).reshape(-1)
                           for weight in self.weights])
 
@@ -94,7 +99,10 @@ class Connections:
         self.second.mul_(b2).addcmul_(g, g, value=1 - b2)  # v <- b2 v + (1 - b2) g^2
         rate = lr / (1 - b1 ** self.steps)
         root = self.second.sqrt() / math.sqrt(1 - b2 ** self.steps)
-        return rate * self.first / (root + EPSILON), rate
+        move = rate * self.first / (root + EPSILON)
+        if self.decay:
+            move += lr * self.decay * self.sign * self.theta.clamp(min=0) * self.active
+        return move, rate
 
     @torch.no_grad()
     def write(self):
@@ -285,15 +293,18 @@ ADAM_START = 27  # the sum over t of 0.9^t / (1 - 0.9^t): its bias correction, i
 PRIOR = {"adam": {0.0214: 0.8, 0.0938: 0.4, 0.2785: 0.2, 0.5110: 0.1},
          "sgd": {0.1019: 0.006, 0.2111: 0.003, 0.5250: 0.001}}
 TUNED_STEPS, TUNED_LR = 752, {"adam": 1e-3, "sgd": 0.1}
+PRIOR["adamw"], TUNED_LR["adamw"] = PRIOR["adam"], TUNED_LR["adam"]
+# {schedule: its mean rate over a stage / lr}
+MEAN_RATE = {"cosine": 1 / 2, "step": 1 / 2 + 0.1 / 4 + 0.01 / 4, "constant": 1}
 
 
-def sum_of_rates(optimizer, lr, steps, mode="matched"):
+def sum_of_rates(optimizer, lr, steps, mode="matched", schedule="cosine"):
     """Return the sum of the rates over the structure epochs: how far a prior of scale 1
     moves a strength."""
-    total = steps + 1
-    if mode == "matched":
-        total /= 2  # a cosine from lr to 0
-    if optimizer == "adam":
+    if mode == "paper":
+        schedule = "constant"
+    total = (steps + 1) * MEAN_RATE[schedule]
+    if optimizer != "sgd":
         total += ADAM_START
     return lr * total
 
@@ -308,7 +319,8 @@ def default_prior(args, steps):
     densities, scales = np.log(sorted(PRIOR[args.optimizer].items())).T
     a = math.exp(np.interp(math.log(1 - args.sparsity), densities, scales))
     tuned = sum_of_rates(args.optimizer, TUNED_LR[args.optimizer], TUNED_STEPS)
-    return a * tuned / sum_of_rates(args.optimizer, args.lr, steps)
+    pull = sum_of_rates(args.optimizer, args.lr, steps, schedule=args.schedule)
+    return a * tuned / pull
 
 
 # ---- the script ----------------------------------------------------------------------
@@ -316,8 +328,6 @@ def default_prior(args, steps):
 
 def run_name(args):
     name = f"{Path(args.dataset).stem}-{args.model}-{args.method}-{args.sparsity:g}"
-    if args.optimizer == "sgd":
-        name += "-sgd"
     if args.mode == "paper":
         name += "-paper"
     if args.prior is not None:
@@ -332,23 +342,19 @@ def complete(args, explicit):
     usual = presets.of(args.dataset)
     if args.method == "gradr":
         flags.set_unused(args, explicit, dict(temperature=None), "--method gradr")
-    if args.optimizer == "adam":
-        flags.set_unused(args, explicit, dict(momentum=usual["momentum"]),
-                         "--optimizer adam")
+    if args.mode == "paper":
+        flags.set_unused(args, explicit, dict(schedule=usual["schedule"]),
+                         "--mode paper")
     if args.method == "gradr" and args.sparsity < 0.5:
         raise ValueError(f"--sparsity is {args.sparsity:g}, expected at least 0.5 with "
                          f"--method gradr, whose prior has no centre for less. Raise "
                          f"it, or take --method deepr")
     if args.method == "gradr" and args.mode == "paper" and args.prior is None:
         args.prior = PAPER_PRIOR
-    if args.optimizer == "adam":
-        lr, decay = presets.of(args.dataset, "gradr")["adam_lr"], 0.0
-    else:
-        lr, decay = usual["lr"], usual["weight_decay"]
-    if args.lr is None:
-        args.lr = lr
+    if args.lr is None:  # by SGD
+        args.lr = usual["lr"]
     if args.weight_decay is None:
-        args.weight_decay = decay
+        args.weight_decay = usual["weight_decay"]
 
 
 def parse_args(argv):
@@ -361,9 +367,6 @@ def parse_args(argv):
     add("--sparsity", type=flags.number(0, 1, above=True), help="share of the prunable "
         "weights that is dead in the end; gradr: also the target of the prior, at "
         "least 0.5")
-    add("--optimizer", choices=("adam", "sgd"), help="adam: lr 1e-3 (cifar*, "
-        "tiny-imagenet: 1e-4), no weight decay; sgd: with the defaults of "
-        "prune_unstructured.py")
     add("--prior", type=flags.number(0), metavar="A", help="pull on the strengths, 0: "
         "none. gradr: the scale a of the prior (default: tuned to --sparsity); deepr: "
         "L1 (default: 1e-5)")
@@ -385,7 +388,7 @@ def set_up(args):
         images = setup.load(args, device)
         net = setup.build(args, images)
         masks = Masks(net)
-        wires = Connections(masks, args.optimizer, args.momentum)
+        wires = Connections(masks, args.optimizer, args.momentum, args.weight_decay)
         # BN and biases have a plain optimiser of their own
         others = [parameter for name, parameter in net.named_parameters()
                   if name not in masks.weights]
@@ -410,7 +413,8 @@ def plan_of(args, keep, steps):
         return (f"Deep R, K = {keep:,}, L1 {args.prior:.4g}, "
                 f"T {args.temperature:.4g}")
     c = centre(args.sparsity, args.prior)
-    pull = args.prior * sum_of_rates(args.optimizer, args.lr, steps, args.mode)
+    pull = args.prior * sum_of_rates(args.optimizer, args.lr, steps, args.mode,
+                                     args.schedule)
     reach = "within" if pull >= -c else "out of"
     return (f"Grad R, prior a = {args.prior:.4g} pulls by {pull:.3g} in all; its "
             f"centre, {c:.3g}, is {reach} reach")
@@ -456,7 +460,7 @@ def main(argv=None):
                 lr = args.lr  # constant, as in Grad R's code
                 if args.mode == "matched":
                     # INTERPRETATION: a cosine a stage, as in all scripts
-                    lr = training.cosine(lr, *run.position)
+                    lr = training.rate(args.schedule, lr, *run.position)
                 training.step(run, x, y, lr)  # dL/dw, and a step of BN and biases
                 g = wires.gradients(args.weight_decay)
                 if args.method == "gradr":
@@ -487,7 +491,7 @@ def main(argv=None):
 
         for epoch in run.epochs("finetune"):
             for x, y in run.batches(epoch):
-                lr = training.cosine(args.lr, *run.position)
+                lr = training.rate(args.schedule, args.lr, *run.position)
                 training.step(run, x, y, lr)
                 fixed_mask_step(wires, wires.gradients(args.weight_decay), lr)
                 wires.write()

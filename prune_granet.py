@@ -118,7 +118,8 @@ def set_up(args):
         device = setup.start(args, shared=True)
         images = setup.load(args, device)
         net = setup.build(args, images, takes_masks=True)
-        masks, optimizer = Masks(net), training.sgd(args, net)
+        masks = Masks(net)
+        optimizer = training.optimizer(args, net.parameters())
         stages = setup.stages(args, images, prune=args.epochs_prune,
                               finetune=args.epochs_finetune)
         masks.check_sparsity(args.sparsity)
@@ -143,7 +144,8 @@ def main(argv=None):
     with run.under_way(plan):
         for epoch in run.epochs():
             for x, y in run.batches(epoch):
-                training.step(run, x, y, training.cosine(args.lr, *run.position))
+                lr = training.rate(args.schedule, args.lr, *run.position)
+                training.step(run, x, y, lr)
                 masks.apply(optimizer)  # w <- w * m, and its momentum
 
                 update, rest = divmod(run.iteration, args.interval)

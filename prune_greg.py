@@ -267,7 +267,9 @@ def say_schedule(run, schedule):
     """Print the learning rate and how far the penalty shrinks a filter."""
     line = (f"  {run.args.method}: lr {schedule.lr:g}, shrinkage exponent E = "
             f"{schedule.exponent:.1f}")
-    if schedule.exponent < 7:
+    if run.args.optimizer != "sgd":
+        line = f"  {run.args.method}: lr {schedule.lr:g}"
+    elif schedule.exponent < 7:
         line += ". Raise --epochs-prune: it should reach 7"
     run.say(line)
 
@@ -287,11 +289,14 @@ def main(argv=None):
     run, dense = removal.set_up(args, fewest, pretrain=args.epochs_pretrain,
                                 prune=args.epochs_prune, finetune=args.epochs_finetune)
     schedule = schedule_of(args.method, run.stages.steps("prune"), args.momentum)
+    if args.optimizer != "sgd":  # the published lr and its exponent are those of SGD
+        schedule = schedule._replace(lr=args.lr)
 
     with run.under_way(f"{args.method}: {removal.goal(args)}"):
         for epoch in run.epochs("pretrain"):
             for x, y in run.batches(epoch):
-                training.step(run, x, y, training.step_down(args.lr, *run.position))
+                lr = training.rate(args.schedule, args.lr, *run.position)
+                training.step(run, x, y, lr)
             removal.end_epoch(run)
 
         if not removal.is_done(run):
@@ -317,7 +322,8 @@ def main(argv=None):
 
         for epoch in run.epochs("finetune"):
             for x, y in run.batches(epoch):
-                training.step(run, x, y, training.step_down(args.lr, *run.position))
+                lr = training.rate(args.schedule, args.lr, *run.position)
+                training.step(run, x, y, lr)
             removal.end_epoch(run)
 
         return removal.finish(run, dense, "prune_greg", args.method, regen=0.0)

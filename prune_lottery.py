@@ -213,7 +213,7 @@ def steps_seen(args, notes, stage, epoch):
 
 
 def train_epoch(run, epoch, lr, rewind_at=None):
-    """Train for an epoch of a cosine from lr to 0.
+    """Train for an epoch. lr: at the start of its stage.
 
     rewind_at: the iteration whose weights are kept for the rewind.
     """
@@ -222,7 +222,8 @@ def train_epoch(run, epoch, lr, rewind_at=None):
     for x, y in run.batches(epoch):
         # INTERPRETATION: one cosine a training, each from the full lr. The loss is a
         # mean over T', not over T
-        training.step(run, x, y, training.cosine(lr, *run.position))
+        now = training.rate(run.args.schedule, lr, *run.position)
+        training.step(run, x, y, now)
         run.masks.apply(run.optimizer)  # w <- w * m, and its momentum
         if run.iteration == rewind_at:
             run.notes["rewind"] = snapshot(run.net)  # theta_r
@@ -361,7 +362,8 @@ def set_up(args):
         device = setup.start(args)
         images = setup.load(args, device)
         net = setup.build(args, images)
-        masks, optimizer = Masks(net), training.sgd(args, net)
+        masks = Masks(net)
+        optimizer = training.optimizer(args, net.parameters())
         masks.check_sparsity(args.sparsity)
         stages = stages_of(args, images)
         search = stages.epochs - stages.by_name["finetune"]

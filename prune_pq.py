@@ -374,7 +374,8 @@ def set_up(args):
         device = setup.start(args)
         images = setup.load(args, device)
         net = setup.build(args, images)
-        masks, optimizer = Masks(net), training.sgd(args, net)
+        masks = Masks(net)
+        optimizer = training.optimizer(args, net.parameters())
         stages = setup.stages(args, images, prune=args.epochs_prune,
                               finetune=args.epochs_finetune)
         if args.mode == "matched":
@@ -415,7 +416,8 @@ def main(argv=None):
 
         for epoch in run.epochs():
             for x, y in run.batches(epoch):
-                training.step(run, x, y, training.cosine(args.lr, *run.position))
+                lr = training.rate(args.schedule, args.lr, *run.position)
+                training.step(run, x, y, lr)
                 masks.apply(optimizer)  # w <- w * m, and its momentum
                 if args.growth == "momentum" and run.iteration <= last_update:
                     accumulate(masks, velocity)  # V <- 0.9 V + g

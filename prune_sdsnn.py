@@ -378,14 +378,12 @@ def mute_dead_neurons(net, masks, names, optimizer, for_good=False):
 
 # ---- the script ----------------------------------------------------------------------
 
-# {optimizer: {flag: default}}; sgd has those of all scripts
-ADAM = dict(adam=dict(lr=1e-3, weight_decay=0.0),
-            adamw=dict(lr=2.44e-4, weight_decay=0.01))
 STEP_DOWN, WARM_UP = 40, 5  # epochs: of Adam, and of AdamW
 
 
 def learning_rate(args, stages, iteration):
-    """Return the lr of an iteration, from 1: a cosine a stage, warmed up for AdamW.
+    """Return the lr of an iteration, from 1: a cosine a stage, or what --schedule says,
+    warmed up for AdamW.
 
     INTERPRETATION: Adam has the cosine too. Its x 0.1 after each 40 epochs from the
     second on, which ends at 1e-10, is left to --mode official.
@@ -394,7 +392,7 @@ def learning_rate(args, stages, iteration):
     if args.optimizer == "adam" and args.mode == "official":
         epoch = step // stages.steps_per_epoch  # from 0
         return args.lr * 0.1 ** (max(0, epoch - 1) // STEP_DOWN)
-    lr = training.cosine(args.lr, step, steps)
+    lr = training.rate(args.schedule, args.lr, step, steps)
     if args.optimizer == "adamw":
         lr *= min(1, (step + 1) / (WARM_UP * stages.steps_per_epoch))
     return lr
@@ -413,13 +411,10 @@ def run_name(args):
 
 def complete(args, explicit):
     """Fill in the defaults that depend on other flags; refuse what does not fit."""
-    for flag, value in ADAM.get(args.optimizer, {}).items():
-        if flag not in explicit:
-            setattr(args, flag, value)
     usual = presets.of(args.dataset, "sdsnn")
-    if args.optimizer != "sgd":
-        flags.set_unused(args, explicit, dict(momentum=usual["momentum"]),
-                         f"--optimizer {args.optimizer}")
+    if args.optimizer == "adam" and args.mode == "official":
+        flags.set_unused(args, explicit, dict(schedule=usual["schedule"]),
+                         "--mode official with --optimizer adam")
     model = f"--model {args.model}"
     if args.model not in plans.HIDDEN_LINEAR:  # its one linear layer is the output
         flags.set_unused(args, explicit, dict(rate_fc=0.0), model)
@@ -442,9 +437,6 @@ def parse_args(argv):
         "[0, 1); then it adapts")
     add("--rate-fc", type=flags.number(0, 1), metavar="P",
         help="the same, of hidden linear layers")
-    add("--optimizer", choices=("sgd", "adam", "adamw"), help="adam: lr 1e-3, no "
-        "weight decay; adamw: lr 2.44e-4, weight decay 0.01; sgd: with the defaults of "
-        "prune_unstructured.py")
     add("--growth", choices=("signed", "unsigned"),
         help="regenerate the largest w, or |w|")
     add("--mode", choices=("fixed", "official"), help="official: as the published "

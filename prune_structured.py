@@ -234,8 +234,8 @@ def main(argv=None):
                 training.backward(run, x, y)  # Eqs. 1-4
                 for scale in channels.scales(run.net):
                     scale.grad += args.l1 * scale.detach().sign()  # Eq. 10
-                training.descend(run.optimizer,
-                                 training.step_down(args.lr, *run.position))
+                lr = training.rate(args.schedule, args.lr, *run.position)
+                training.descend(run.optimizer, lr)
             removal.end_epoch(run)
 
         if not removal.is_done(run):
@@ -262,8 +262,8 @@ def main(argv=None):
                 if args.finetune_l1:
                     for scale in channels.scales(run.net):
                         scale.grad += args.l1 * scale.detach().sign()
-                training.descend(run.optimizer,
-                                 training.step_down(args.lr, *run.position))
+                lr = training.rate(args.schedule, args.lr, *run.position)
+                training.descend(run.optimizer, lr)
             removal.end_epoch(run)
 
         return removal.finish(run, dense, "prune_structured", method_of(args),

@@ -239,7 +239,7 @@ def set_up(args):
         net = setup.build(args, images, takes_masks=True)
         # published code: dead weights keep their momentum
         masks = Masks(net, keep_momentum="momentum" in args.as_published)
-        optimizer = training.sgd(args, net)
+        optimizer = training.optimizer(args, net.parameters())
         stages = setup.stages(args, images, prune=args.epochs_prune,
                               finetune=args.epochs_finetune)
         masks.check_sparsity(args.sparsity)
@@ -291,7 +291,7 @@ def main(argv=None):
                 # Confirmed by the published code
                 record = args.aggregate if is_update else None
                 # INTERPRETATION of "cosine": one for each stage, from lr to 0
-                lr = training.cosine(args.lr, *run.position)
+                lr = training.rate(args.schedule, args.lr, *run.position)
                 if "cosine" in items:  # published code: one over both, a step an epoch
                     lr = training.cosine(args.lr, epoch, run.stages.epochs)
                 scores = training.step(run, x, y, lr, record, by)  # Eqs. 1-4, 6

@@ -1287,6 +1287,86 @@ def test_synaptic_operations_at_rate_one(name, expected):
     assert total == expected
 
 
+def test_neurobench_by_hand():
+    """4 pixels, one of them 0, into one neuron that fires at all 3 steps, into two that are silent."""
+    net = models.build("gradr-linear", 2, 1, 2, 3, [1]).eval()
+    with torch.no_grad():
+        net.hidden[0].weight.copy_(torch.tensor([[9.0, 1.0, 0.0, 0.0]]))
+        net.fc.weight.copy_(torch.tensor([[0.1], [0.0]]))
+    image = torch.tensor([[[[5.0, 0.0], [2.0, 3.0]]]])
+    counts = metrics.count(net, [image])
+    assert counts["neurobench"] == dict(
+        Footprint=4 * 6 + 4 * 2,  # the weights; mean and std
+        ConnectionSparsity=3 / 6, ActivationSparsity=1 - 3 / 9,
+        SynapticOperations=dict(Effective_MACs=1, Effective_ACs=3, Dense=4 + 3 * 2))
+    assert counts["footprint_bytes"] == 32
+    assert counts["sops"] == 2 * 3  # with a weight that is alive, and 0
+    assert metrics.footprint(net.double()) == 64
+
+
+def operations_of_each_image(net, images):
+    """[effective MACs, effective ACs, dense]: a nonzero input that meets a nonzero weight, image by
+    image and step by step, by a convolution of zeros and ones."""
+    found, one_by_one = [0, 0, 0], {}
+
+    def look(name, x):
+        one_by_one.setdefault(name, []).append(x)
+
+    with metrics.hooks(metrics.prunable_layers(net), before=look):
+        net(images)
+    for name, (x,) in one_by_one.items():
+        module = net.get_submodule(name)
+        weight = (module.weight != 0).double()
+
+        def apply(x, weight):
+            if x.dim() == 2:
+                return float((x @ weight.T).sum())
+            return float(F.conv2d(x, weight, None, module.stride, module.padding).sum())
+
+        is_binary = set(x.unique().tolist()) <= {-1, 0, 1}
+        found[int(is_binary)] += apply((x != 0).double(), weight)
+        found[2] += apply(torch.ones_like(x).double(), torch.ones_like(weight))
+    return [count / (images.shape[1] if images.dim() == 5 else len(images)) for count in found]
+
+
+@pytest.mark.parametrize("name, encoding", [
+    ("small", "direct"), ("small-avg", "direct"), ("small", "rate"), ("small", "events"),
+    ("resnet19", "direct"), ("resnet19-pre", "direct")])
+def test_neurobench_equals_each_image_by_itself(name, encoding):
+    torch.manual_seed(0)
+    factor = 0.03 if name.startswith("resnet19") else 0.2
+    channels = 2 if encoding == "events" else 1
+    net = models.build(name, 3, channels, 10, 2, models.default_widths(name, factor), encoding)
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.bias.data.fill_(1.2 if name == "small-avg" else 0.6)  # lively neurons
+    if name == "resnet19":
+        net.fc1.bias.data.fill_(1.5)
+    net.eval()
+    masks = Masks(net)
+    masks.prune(masks.total // 2, masks.magnitudes(), generator())
+    for weight, mask in masks.alive.items():
+        net.get_parameter(weight).data.mul_(mask)
+    draw = torch.rand if encoding == "rate" else torch.randn
+    images = draw(3, 1, 10, 10, generator=generator())
+    batches = images.split(2)  # the last one smaller
+    if encoding == "events":
+        images = torch.poisson(torch.full((2, 3, 2, 10, 10), 0.4), generator())
+        batches = images.split(2, 1)
+    counts = metrics.count(net, batches, masks.alive)
+    found = counts["neurobench"]
+    operations = found["SynapticOperations"]
+    assert list(operations.values()) == pytest.approx(operations_of_each_image(net, images))
+    assert found["ConnectionSparsity"] == pytest.approx(counts["sparsity"])
+    assert found["ActivationSparsity"] == 1 - counts["firing_rate"]
+    # a count of n is n synaptic operations, and one effective MAC; the averages that this ResNet-19
+    # reads are all 0 or 1
+    if encoding != "events" and name != "resnet19":
+        assert operations["Effective_ACs"] == pytest.approx(counts["sops"])
+    assert (operations["Effective_MACs"] > 0) == (encoding != "rate")
+    assert 0 < operations["Effective_ACs"] < operations["Dense"] < counts["macs_first_once"]
+
+
 @pytest.mark.parametrize("count", [1, 255])
 def test_sums_of_spikes_are_exact_under_autocast(count):
     """bfloat16 has 8 bits: a sum of 257 ones is 256 there."""

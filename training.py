@@ -207,6 +207,22 @@ def step_down(lr, step, steps):
     return lr * 0.1 ** (is_past_half + is_past_three_quarters)
 
 
+def constant(lr, step, steps):
+    """Return the learning rate of a step: lr, at each of them."""
+    return lr
+
+
+SCHEDULES = {"cosine": cosine, "step": step_down, "constant": constant}
+
+
+def rate(schedule, lr, step, steps):
+    """Return the learning rate of a step, from the lr at the start of its stage.
+
+    schedule: that of --schedule, a key of SCHEDULES. step: from 0. steps: of the stage.
+    """
+    return SCHEDULES[schedule](lr, step, steps)
+
+
 # ---- a pass over a data set ----------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,19 +22,23 @@ import data
 import events
 import models
 import training
-from harness import output, presets, processes
+from harness import output, planning, presets, processes
 from harness.machine import is_missing_on_mps, is_out_of_memory
 from neurons import RESETS, SURROGATES
 
-MAY_DIFFER = {"device", "save_every"}  # flags that a resumed run may change
+# Flags that a resumed run may change
+MAY_DIFFER = {"device", "save_every", "tensorboard"}
 PLACES = {"dataset", "data_dir"}  # these too, if the hash of the data agrees
 
 # {flag: its word in the name of a run's folder}, for sizes that are not the default
-NAMED_SIZES = dict(width="width", train_limit="limit", time_steps="time")
+NAMED_SIZES = dict(width="width", train_limit="limit", time_steps="time",
+                   minutes="minutes")
 
 # What a config.json holds beside flags and version_*; "compact" is of older versions
 NO_FLAGS = {"script", "commit", "commit_clean", "device_name", "threads", "processes",
             "compact", "data"}
+
+ROOT = Path(__file__).parent.parent  # where the scripts are
 
 SMOKE_IMAGES = 256  # at most, of the training set and of the test set, under --smoke
 
@@ -113,8 +118,16 @@ def make_parser(doc):
         help="ce: cross-entropy of the output at each time step; mean-ce: that of the "
              "mean output, divided by T; mse: squared distance of the output's firing "
              "rate to the label")
+    add("--schedule", choices=training.SCHEDULES,
+        help="the learning rate within a stage. cosine: from lr to 0; step: a tenth "
+             "from half of the steps on, a hundredth from three quarters on; constant: "
+             "lr")
+    add("--optimizer", choices=presets.OPTIMIZERS,
+        help="what moves the weights; adam and adamw have their own --lr and "
+             "--weight-decay")  # parse() adds which
     add("--momentum", type=number(0, 1), help="momentum of SGD, a fraction in [0, 1)")
-    add("--weight-decay", type=number(0), help="L2 decay of all parameters")
+    add("--weight-decay", type=number(0),
+        help="L2 decay of all parameters; of adamw: decay that bypasses its moments")
 
     add = parser.add_argument_group("run").add_argument
     add("--device", type=device, metavar="DEVICE",
@@ -130,10 +143,17 @@ def make_parser(doc):
     add("--seed", type=whole(0), help="seed of weights, order of the images and ties")
     add("--run-dir", type=path, metavar="DIR",
         help="the run's folder (default: runs/ and a name made of the flags)")
+    add("--minutes", type=number(0, above=True), metavar="M",
+        help="choose the epochs of all stages, in the proportion of the defaults, and "
+             "the interval so that the run ends within so many minutes on this "
+             "machine; a trial of a few steps is measured first")
     add("--save-every", type=number(0), metavar="MINUTES",
         help="save a checkpoint inside an epoch too, every so many minutes; a run that "
              "is killed loses no more than these, and no more than an epoch and 20 "
              "times what a checkpoint takes to write")
+    add("--tensorboard", action="store_true",
+        help="write the numbers of metrics.jsonl and updates.jsonl for TensorBoard "
+             "too, into the run's folder (needs the package tensorboard)")
     add("--resume", action="store_true",
         help="go on where this run was stopped, or begin it")
     add("--overwrite", action="store_true",
@@ -200,10 +220,17 @@ def parse(parser, argv, script, complete, run_name):
     run_name(args): returns the name of the run's folder.
     """
     tables = {name: defaults_of(parser, name, script) for name in data.NAMES}
+    for action in parser._actions:
+        if action.dest == "optimizer":
+            action.help += f". {presets.words_of_adam(script, data.NAMES)}"
     explain_defaults(parser, tables)
+    since = time.monotonic()
     given = vars(parser.parse_args(argv))
-    for one, other in (("init", "resume"), ("resume", "overwrite")):
-        if given.get(one) and given.get(other):
+    for one, other in (("init", "resume"), ("resume", "overwrite"),
+                       ("minutes", "smoke"), *(("minutes", flag) for flag in given
+                                               if flag.startswith("epochs_"))):
+        if given.get(one) and given.get(other) is not None:
+            other = other.replace("_", "-")
             parser.error(f"--{one} and --{other} exclude each other, expected one of "
                          f"them. Leave one out")
 
@@ -225,6 +252,21 @@ def parse(parser, argv, script, complete, run_name):
         config = {flag: config[flag] for flag in vars(args).keys() & config.keys()
                   if flag not in not_kept}
         args = resolve(parser, given, config, script, complete)
+    elif args.minutes is not None and may_be_made(folder, args):
+        words = [str(ROOT / f"prune_{script}.py"),
+                 *(sys.argv[1:] if argv is None else map(str, argv))]
+
+        def is_fit(chosen):
+            try:
+                attempt(parser, chosen | given, {}, script, complete)
+            except ValueError:
+                return False
+            return True
+
+        with exits(2, ValueError, OSError):
+            require_one_process()
+            chosen = planning.choose(words, args, args.minutes, is_fit, since)
+        args = resolve(parser, chosen | given, {}, script, complete)
     args.run_dir = str(folder)
     if args.smoke and "run_dir" not in given and not args.resume:
         args.overwrite = True  # its folder holds nothing but such trials
@@ -238,8 +280,28 @@ def defaults_of(parser, dataset, script):
             if flag in known}
 
 
+def may_be_made(folder, args):
+    """Return whether a new run may be made in a folder: it holds none, or one that
+    --overwrite replaces."""
+    return args.overwrite or not (folder / "config.json").exists()
+
+
+def require_one_process():
+    """Raise ValueError if torchrun started several processes, which a trial is not."""
+    if processes.size() > 1:
+        raise ValueError(f"--minutes is given, but torchrun started "
+                         f"{processes.size()} processes, expected one: a trial "
+                         f"measures one alone. Give the epochs by their flags")
+
+
 def resolve(parser, given, config, script, complete):
-    """Return all flags as a Namespace.
+    """Return all flags as a Namespace. Exit with code 2 if one is wrong."""
+    with exits(2, ValueError):
+        return attempt(parser, given, config, script, complete)
+
+
+def attempt(parser, given, config, script, complete):
+    """Return all flags as a Namespace. Raise ValueError if they do not fit together.
 
     given: {flag: value} of the command line. config: {flag: value} of the run that is
     resumed.
@@ -251,9 +313,21 @@ def resolve(parser, given, config, script, complete):
         for flag, bound in presets.smoke(script).items():
             if flag in args:
                 setattr(args, flag, min(getattr(args, flag), bound))
-    with exits(2, ValueError):
-        complete(args, explicit)
+    complete_optimizer(args, explicit, script)
+    complete(args, explicit)
     return args
+
+
+def complete_optimizer(args, explicit, script):
+    """Set the flags that depend on --optimizer: Adam's lr and weight decay. Refuse
+    --momentum beside it."""
+    if args.optimizer == "sgd":
+        return
+    for flag, value in presets.of_adam(args.optimizer, args.dataset, script).items():
+        if flag not in explicit:
+            setattr(args, flag, value)
+    usual = presets.of(args.dataset)["momentum"]
+    set_unused(args, explicit, dict(momentum=usual), f"--optimizer {args.optimizer}")
 
 
 class Explicit(dict):
@@ -284,12 +358,17 @@ def set_unused(args, explicit, unused, by):
 
 
 def folder_name(args, script, run_name):
-    """Return the name of the run's folder: run_name(args), with each size that is not
-    the default before the seed. So runs of different sizes have different folders."""
+    """Return the name of the run's folder: run_name(args), with the optimizer, the
+    schedule and each size that is not the default before the seed. So runs of different
+    sizes have different folders."""
     usual = presets.of(args.dataset, script)
     if args.smoke:
         usual |= presets.smoke(script)
     stem, seed = run_name(args).rsplit("-seed", 1)
+    for flag in ("optimizer", "schedule"):
+        value = getattr(args, flag)
+        if value != usual[flag]:
+            stem += f"-{value}"
     for flag, word in NAMED_SIZES.items():
         value = getattr(args, flag)
         if value != usual[flag]:

@@ -1,8 +1,10 @@
-"""Measured while a run trains: running sums, and whether all numbers are finite.
+"""Measured while a run trains: running sums, whether all numbers are finite, how long a
+step takes.
 
-Both stay on the device. A step does not wait for a GPU.
+The first two stay on the device. A step does not wait for a GPU.
 """
 import math
+import time
 
 import torch
 
@@ -102,3 +104,78 @@ class Watch:
                      f"{int(meter.bad)}, and then {name} is not")
         raise FloatingPointError(f"{wrong}. A checkpoint saved before is kept; try a "
                                  f"lower --lr")
+
+
+class Pace:
+    """Measures how long a step takes, on the first steps of an epoch.
+
+    seconds: of a step; None: not known yet. The first steps are left out, since they
+    are slower: WARM_UP of them, fewer where they take long. Then STEPS are measured,
+    fewer where these take long: so it is known within a minute, unless a step takes
+    more than 15 s.
+    """
+
+    WARM_UP, STEPS = 3, 20
+    WARM_UP_SECONDS, SECONDS = 5.0, 15.0
+
+    def __init__(self, device):
+        self.device, self.seconds = device, None
+        self.restart()
+
+    def step(self):
+        """Count a step, which has just ended. Return whether the pace is known now."""
+        if self.seconds is not None:
+            return True
+        now = time.monotonic()
+        self.steps += 1
+        self.steps_of_epoch += 1
+        if self.began is None:
+            is_warm = self.steps >= self.WARM_UP
+            if is_warm or now - self.epoch_began > self.WARM_UP_SECONDS:
+                synchronize(self.device)
+                self.began, self.steps = time.monotonic(), 0
+        elif self.steps >= self.STEPS or now - self.began > self.SECONDS:
+            self.stop()
+        return self.seconds is not None
+
+    def stop(self):
+        """End the measuring at the step that has just ended. Where none was measured
+        after the warm-up, all steps of the epoch count, if there was one."""
+        began = self.began
+        if began is None or self.steps == 0:
+            began, self.steps = self.epoch_began, self.steps_of_epoch
+        if self.seconds is None and began is not None and self.steps > 0:
+            synchronize(self.device)
+            self.seconds = (time.monotonic() - began) / self.steps
+
+    def restart(self):
+        """Measure from here, where an epoch begins or goes on."""
+        self.steps, self.steps_of_epoch, self.began = 0, 0, None
+        self.epoch_began = time.monotonic()
+
+
+def synchronize(device):
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of_evaluation(net, forward, images, batch_size, autocast):
+    """Return about how long an evaluation takes, in seconds: a batch of the test set is
+    measured. Nothing of the run changes: in eval mode a network draws no numbers from
+    torch's generator.
+
+    net: the network. forward: the form of it that is called. autocast: a context.
+    """
+    size = min(batch_size, len(images.x_test))
+    x = next(images.inputs("test", size))
+    was_training, device = net.training, x.device
+    net.eval()
+    with torch.inference_mode(), autocast:
+        synchronize(device)
+        began = time.monotonic()
+        forward(x)
+        synchronize(device)
+        seconds = time.monotonic() - began
+    net.train(was_training)
+    return seconds * len(images.x_test) / size

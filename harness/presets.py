@@ -28,9 +28,16 @@ LENGTH = {"unstructured": "weights", "granet": "weights", "lottery": "weights",
 # {script: its settings that are no flags}. --help and config.json do not show them. The
 # script reads them: presets.of(args.dataset, "sdsnn")["rules"]
 #   regen_rates  the regeneration rate r of the paper for each sparsity that it lists
-#   adam_lr      the learning rate under --optimizer adam
+#   adam_lr      the learning rate under --optimizer adam; adamw_lr: under adamw
 #   rules        the numbers of SD-SNN's rules
-NOT_FLAGS = {"unstructured": {"regen_rates"}, "gradr": {"adam_lr"}, "sdsnn": {"rules"}}
+NOT_FLAGS = {"unstructured": {"regen_rates"}, "gradr": {"adam_lr"},
+             "sdsnn": {"adamw_lr", "rules"}}
+
+# {optimizer: its settings}, where no column has others. INTERPRETATION: the papers'
+# baselines use SGD; these are torch's own defaults
+OPTIMIZERS = {"sgd": {},  # those of the data set
+              "adam": dict(lr=1e-3, weight_decay=0.0),
+              "adamw": dict(lr=1e-3, weight_decay=0.01)}
 
 # The paper's regeneration rate r for each share p of the channels that it lists, by
 # network: {network: {p: r}}. The first p is the default of prune_structured.py.
@@ -72,9 +79,11 @@ ROWS = {
             # the neuron; None: the network's own
             tau=None, threshold=None, alpha=None, surrogate=None, reset=None,
             detach_reset=None, decay_input=None, strict=None,
-            batch_size=64, lr=0.1, loss="ce", momentum=0.9, weight_decay=5e-4,
+            batch_size=64, lr=0.1, loss="ce", schedule="cosine", optimizer="sgd",
+            momentum=0.9, weight_decay=5e-4,
             device=None, precision="fp32", compile=False, sync_bn=False, seed=0,
-            run_dir=None, save_every=10.0, resume=False, overwrite=False, smoke=False),
+            run_dir=None, minutes=None, save_every=10.0, tensorboard=False,
+            resume=False, overwrite=False, smoke=False),
         weights=dict(epochs_prune=8, epochs_finetune=4, interval=25),
         channels=dict(epochs_pretrain=8, epochs_finetune=8),
         unstructured=dict(
@@ -90,8 +99,10 @@ ROWS = {
         structured=dict(
             method="criticality", metric="criticality", regen_base="kept",
             prune_ratio=None, regen=None, target_macs=None, l1=3e-3, finetune_l1=False,
-            weight_decay=1e-4, as_published=[]),
-        greg=dict(method="greg1", prune_ratio=None, target_macs=None, epochs_prune=4),
+            weight_decay=1e-4, schedule="step", as_published=[]),
+        greg=dict(
+            method="greg1", prune_ratio=None, target_macs=None, epochs_prune=4,
+            schedule="step"),
         # matched: the epochs of the criticality paper. full: those of LTH-SNN's code
         lottery=dict(
             method="imp", search="imp", budget="matched", sparsity=0.9, rounds=4,
@@ -106,8 +117,8 @@ ROWS = {
         # rate_conv, rate_fc: shares of the neurons that the first update prunes. The
         # paper has these values for MNIST and those of the row "cifar10" for CIFAR-10
         sdsnn=dict(
-            mode="fixed", growth="signed", optimizer="sgd", sparsity=0.9,
-            rate_conv=0.05, rate_fc=0.35, rules=MNIST_RULES),
+            mode="fixed", growth="signed", sparsity=0.9, rate_conv=0.05, rate_fc=0.35,
+            adamw_lr=2.44e-4, rules=MNIST_RULES),
         # INTERPRETATION of "every so many iterations": rewiring stops at 3/4 of the
         # epochs, after some 34 updates. In adaptive mode an update removes
         # (1 - rho) * 15.3 % of a layer with Gaussian weights, so that 34 updates lead
@@ -279,14 +290,45 @@ def of(dataset, script=None):
     return settings
 
 
+def of_adam(optimizer, dataset, script):
+    """Return {flag: default} of the flags that depend on the optimizer, "adam" or
+    "adamw": lr and weight_decay."""
+    own = of(dataset, script).get(f"{optimizer}_lr")
+    settings = dict(OPTIMIZERS[optimizer])
+    if own is not None:
+        settings["lr"] = own
+    return settings
+
+
+def words_of_adam(script, names):
+    """Return the defaults of Adam and AdamW in words, for --help. names: of the data
+    sets; those that differ from the first are named."""
+    words = []
+    for optimizer in ("adam", "adamw"):
+        names_of = {}  # {lr: data sets}
+        for name in names:
+            lr = of_adam(optimizer, name, script)["lr"]
+            names_of.setdefault(lr, []).append(name)
+        usual, *others = names_of
+        rates = "; ".join([f"{usual:g}", *(f"{lr:g}: {', '.join(names_of[lr])}"
+                                           for lr in others)])
+        decay = OPTIMIZERS[optimizer]["weight_decay"]
+        words.append(f"{optimizer}: lr {rates}, weight decay {decay:g}")
+    return ". ".join(words)
+
+
 def of_earlier(config):
     """Return the config.json of an earlier run with the values that its defaults had
-    then, where today's differ.
+    then, where today's differ or depend on the script.
 
+    A run without an optimizer or a schedule had the only one of its script.
     A run whose config.json has no event_split had frames by time, but of cifar10-dvs
     by number, and other neurons in SD-SNN's networks. Those of sdsnn-large had learnt
     time constants behind linear layers too: an unfinished run of it cannot go on.
     """
+    of_channels = "epochs_pretrain" in config or "prune_ratio" in config
+    only = dict(optimizer="sgd", schedule="step" if of_channels else "cosine")
+    config = only | config
     if "event_split" in config:
         return config
     then = {}

@@ -42,7 +42,8 @@ ITEMS = {
                      "gradient", {}),
         "ties": ("equal scores all come back, so that the target is missed by up to a "
                  "channel, and counts are truncated", {}),
-        "cosine": ("one cosine over both stages, a step an epoch", {}),
+        "cosine": ("one cosine over both stages, a step an epoch",
+                   dict(schedule="cosine")),
         "loss": ("cross-entropy of the mean output, divided by T",
                  dict(loss="mean-ce")),
         "cutout": ("a hole of 16 pixels in training images (without a name: on CIFAR)",

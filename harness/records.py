@@ -40,6 +40,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import data
 import metrics
 import models
 from harness import flags
@@ -60,13 +61,13 @@ METHODS = ("dense", "gmp", "slimming", "criticality", "gradient", "random", "gra
 SHARED = ("dataset", "event_split", "model", "init", "width", "encoding", "tau",
           "threshold", "surrogate", "alpha", "reset", "detach_reset", "decay_input",
           "strict", "loss", "train_limit", "time_steps", "batch_size", "lr", "smoke",
-          "epochs_finetune")
+          "epochs_finetune", "optimizer")
 # Runs with equal items of --as-published have equal flags that these imply
 SAME = {
-    WEIGHTS: (*SHARED, "as_published", "epochs_prune", "sparsity", "interval",
-              "aggregate", "candidates"),
-    CHANNELS: (*SHARED, "as_published", "epochs_pretrain", "prune_ratio", "target_macs",
-               "regen_base", "l1", "finetune_l1"),
+    WEIGHTS: (*SHARED, "schedule", "as_published", "epochs_prune", "sparsity",
+              "interval", "aggregate", "candidates"),
+    CHANNELS: (*SHARED, "schedule", "as_published", "epochs_pretrain", "prune_ratio",
+               "target_macs", "regen_base", "l1", "finetune_l1"),
 }
 # Of these, the flags that mean nothing to a method
 MEANINGLESS = {
@@ -79,9 +80,10 @@ MEANINGLESS = {
     "greg2": {"regen_base", "l1"},
 }
 # The keys of config.json that change nothing in a run: they are no flags, or say only
-# where and on what it ran
-NO_SETTINGS = flags.NO_FLAGS | {"run_dir", "device"}
-LATER_KEYS = {"as_published"}  # of summary.json, which older runs lack
+# where and on what it ran, and what its epochs were chosen for
+NO_SETTINGS = flags.NO_FLAGS | {"run_dir", "device", "minutes", "tensorboard"}
+# Keys of summary.json that older runs lack
+LATER_KEYS = {"as_published", "footprint_bytes", "neurobench"}
 
 
 class Unfit(Exception):
@@ -469,6 +471,28 @@ def all_runs(panels):
             for run in runs]
 
 
+# ---- differences -------------------------------------------------------------------
+
+# Student's t for a two-sided 95 % interval, by degrees of freedom from 1 on
+T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+def against(runs, baseline):
+    """Return the mean difference in accuracy to a baseline at the same seeds, in
+    points, and half of its 95 % interval by Student's t.
+
+    runs, baseline: {seed: run}. Both are NaN where they share fewer than two seeds.
+    """
+    pairs = [100 * (run.summary["test_accuracy"]
+                    - baseline[seed].summary["test_accuracy"])
+             for seed, run in runs.items() if seed in baseline]
+    if len(pairs) < 2 or runs == baseline:
+        return np.nan, np.nan
+    n = len(pairs) - 1
+    t = T95[n - 1] if n <= len(T95) else 1.96 + 2.4 / n  # to 0.03
+    return np.mean(pairs), t * np.std(pairs, ddof=1) / np.sqrt(len(pairs))
+
+
 # ---- what a run is, in words -------------------------------------------------------
 
 
@@ -478,6 +502,8 @@ def command_of(run):
     usual = presets.of(run.config["dataset"]) | dict(as_published=[])
     if run.pruned == CHANNELS:
         usual["weight_decay"] = None  # always written: it differs between scripts
+    own = presets.of(run.config["dataset"], run.script.removeprefix("prune_"))
+    usual |= {flag: own[flag] for flag in ("optimizer", "schedule")}
     ranks = run.config.get("processes", 1)
     starter = ["python"] if ranks == 1 else ["torchrun", f"--nproc-per-node={ranks}"]
     words = [*starter, f"{run.script}.py"]
@@ -498,6 +524,17 @@ def command_of(run):
         else:
             words += [f"--{name}", str(value)]
     return shlex.join(words)
+
+
+def class_names_of(run):
+    """Return the names of the classes of a run's data, a list; None where its
+    config.json has none. Older runs do not say; of Fashion-MNIST they are known."""
+    found = run.config.get("data")
+    if isinstance(found, dict):
+        return found.get("class_names")
+    if run.config["dataset"] in ("fashion-mini", "fashion-mnist"):
+        return list(data.FASHION)
+    return None
 
 
 def rates_of(runs):

@@ -36,7 +36,7 @@ def set_up(args, least=channels.fewest, **epochs):
                              least)
         stages = setup.stages(args, images, **epochs)
         run = Run(args, device, images, stages, net=net,
-                  optimizer=training.sgd(args, net))
+                  optimizer=training.optimizer(args, net.parameters()))
     return run, dense
 
 
@@ -92,7 +92,8 @@ def remove(run, ratio, choice, scores=None, spiked=None):
     notes |= dict(prune_ratio=ratio, sparsity=channels.sparsity(net, small), gamma=[],
                   pruned_accuracy=record["accuracy_removed"],
                   survived_by_regeneration=record["regenerated"] / record["kept"])
-    run.hold(net=small.train(), optimizer=training.sgd(args, small))
+    run.hold(net=small.train(),
+             optimizer=training.optimizer(args, small.parameters()))
     run.save()
 
 

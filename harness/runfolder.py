@@ -34,10 +34,10 @@ import data
 import metrics
 import models
 import training
-from harness import files, flags, presets, processes, setup
+from harness import board, files, flags, presets, processes, setup
 from harness.files import fits, read_checkpoint, save_tensors, write_json, write_lines
 from harness.machine import device_name, peak_memory_mib, versions
-from harness.meters import Meter, Watch
+from harness.meters import Meter, Pace, Watch, seconds_of_evaluation
 from masks import TooFew, seeded
 
 # All files that a run can leave. --overwrite removes all but the first, which it
@@ -50,6 +50,12 @@ FILES = ("config.json", "summary.json", "checkpoint.pt", "metrics.jsonl",
 # than what it took to write
 SAVING_RATIO = 20
 
+# Where the output is no terminal, a line says how far the run is, every so often
+PROGRESS_SECONDS = 180
+
+# A run on a CPU that takes longer than this is told what makes it shorter
+LONG_SECONDS = 24 * 3600
+
 SUMMARY_KEYS = [
     "script", "method", "dataset", "model", "seed", "time_steps", "train_limit",
     "widths", "test_accuracy", "pruned_accuracy", "dense_accuracy", "regen",
@@ -57,7 +63,7 @@ SUMMARY_KEYS = [
     "parameters_alive", "macs", "macs_dense", "macs_first_once", "macs_every_step",
     "sops", "energy_mj", "firing_rate", "speedup_batch1", "speedup_batch32", "epochs",
     "training_cost", "survived_by_regeneration", "as_published", "seconds",
-    "peak_memory_mib"]
+    "peak_memory_mib", "footprint_bytes", "neurobench"]
 
 
 class Broken(RuntimeError):
@@ -117,9 +123,14 @@ class Run:
     rows, updates: the rows of metrics.jsonl and updates.jsonl, lists of dicts.
     notes: further values of a method that a checkpoint keeps, a dict of plain values.
 
+    measured: a function of the run, the seconds of a step and those of an evaluation,
+    called as soon as they are known (see harness/planning.py); None: there is none.
+
     Make it last, after all other checks of the flags: it is the first that writes.
     Raises ValueError or OSError if the folder or its checkpoint does not fit.
     """
+
+    measured = None
 
     def __init__(self, args, device, images, stages, **parts):
         self.args, self.device, self.images = args, device, images
@@ -151,13 +162,18 @@ class Run:
                 self.notes["first_sparsity"] = self.masks.sparsity
         position = torch.tensor([self.epoch, self.step, self.iteration])
         processes.agree("the position", position)
+        self.board = None  # for TensorBoard
+        if args.tensorboard and processes.rank() == 0:
+            self.board = board.open_anew(self.folder, self.rows, self.updates)
         self.watch = Watch(self.net, device)
+        self.pace, self.says_length = Pace(device), True
         shows_bar = sys.stderr.isatty() and processes.rank() == 0
         self.bar = tqdm(total=self.total_steps, initial=self.iteration, unit="step",
                         dynamic_ncols=True, leave=False, disable=not shows_bar)
         self.first_iteration = self.iteration
         # times: of the start, of the start of the epoch, of the last checkpoint
         self.started = self.began = self.saved_at = time.monotonic()
+        self.spoken_at = self.started  # when the last line of progress was printed
         self.save_seconds = 0.0  # what the last checkpoint took; 0: not known yet
 
     def hold(self, **parts):
@@ -220,6 +236,8 @@ class Run:
                 self._leave_nothing()
             raise
         finally:
+            if self.board is not None:
+                self.board.close()
             files.release(self.lock)
             self._remove_folders()
 
@@ -252,6 +270,7 @@ class Run:
             images.x_train, images.y_train, args.batch_size, args.seed, epoch,
             self.step, args.crop, args.flip, args.cutout, args.rotate,
             processes.rank(), processes.size())
+        self.pace.restart()
         for batch in batches:
             images_left = len(images.x_train) - self.step * args.batch_size
             self.weight = processes.weight(min(args.batch_size, images_left))
@@ -265,6 +284,9 @@ class Run:
             yield batch
             self.step += 1
             self.bar.update()
+            if self.says_length and self.pace.step():
+                self._say_length()
+            self._say_progress()
             if self.device.type == "cpu" or self.step % 50 == 0:
                 self.check()
             else:
@@ -315,6 +337,7 @@ class Run:
         more: further keys of the row.
         Raises Broken if the masks and the weights disagree.
         """
+        self._say_length()
         processes.agree(f"the masks after iteration {self.iteration}", self.masks.flat)
         for name in update.rescued:
             self.say(f"  note: {name} would have lost all weights; its largest one is "
@@ -328,6 +351,8 @@ class Run:
                 layer[key] = value
         self.updates.append(row)
         write_lines(self.folder / "updates.jsonl", self.updates)
+        if self.board is not None:
+            board.add_update(self.board, row)
         self.say(f"  update {row['update']:>3}  pruned {row['pruned']:,}  regenerated "
                  f"{row['regenerated']:,}  sparse {100 * row['sparsity']:.1f} %")
         if masks_hold:
@@ -341,6 +366,7 @@ class Run:
         weights are 0 already, which is then checked.
         """
         lr = self.optimizer.param_groups[0]["lr"]
+        self._say_length()
         test = self.evaluate()
         if sparsity is None:
             sparsity = self.masks.sparsity
@@ -367,17 +393,17 @@ class Run:
             test_accuracy=test["accuracy"], sparsity=sparsity,
             firing_rate=test["rate"], seconds=seconds))
         write_lines(self.folder / "metrics.jsonl", self.rows)
+        if self.board is not None:
+            board.add_epoch(self.board, self.rows[-1])
         if self._is_worth_saving(is_stage_end=within + 1 == count):
             self.save()
 
-        steps_done = max(1, self.iteration - self.first_iteration)
-        steps_left = self.total_steps - self.iteration
-        left = steps_left * (now - self.started) / steps_done
+        self.spoken_at = now
         self.say(
             f"{stage:<9}{within + 1:>4}/{count:<4} lr {lr:.4f}  loss {loss:.3f}  train "
             f"{100 * accuracy:.1f} %  test {100 * test['accuracy']:.1f} %  sparse "
             f"{100 * sparsity:.1f} %  firing {test['rate']:.3f}  {seconds:.0f} s  left "
-            f"{duration(left)}")
+            f"{self._time_left()}")
         if test["silent"]:
             self.say(f"  note: no neuron of {', '.join(test['silent'])} fired on the "
                      f"whole test set")
@@ -535,6 +561,8 @@ class Run:
             for name in FILES:
                 with suppress(OSError):
                     (self.folder / name).unlink()
+            with suppress(OSError):
+                board.remove(self.folder)
 
     def _remove_folders(self):
         """Remove the folders that this run has made, those that are empty."""
@@ -578,6 +606,7 @@ class Run:
         """Remove the files of an earlier run."""
         for name in FILES[1:]:
             (self.folder / name).unlink(missing_ok=True)
+        board.remove(self.folder)
 
     # ---- checkpoints -----------------------------------------------------------------
 
@@ -780,10 +809,67 @@ class Run:
             f"model {args.model}, T = {args.time_steps}, {sizes['parameters']:,} "
             f"parameters, {prunable:,} prunable\n"
             f"epochs: {stages}, {self.stages.steps_per_epoch} steps each   {plan}")
+        if args.minutes is not None:
+            chosen = "these epochs"
+            if vars(args).get("interval"):
+                chosen += f" and --interval {args.interval}"
+            self.say(f"minutes {args.minutes:g}: {chosen} were chosen for it")
         if "init" in self.notes:
             self.say(f"init {args.init}: {self.notes['init']}")
         if self.iteration:
             self.say(f"resumed after iteration {self.iteration} of {self.total_steps}")
+
+    def _say_length(self):
+        """Print, once, how long the run takes from here, with all evaluations, as soon
+        as it is known: before the first update and the first end of an epoch.
+
+        A later network may be smaller, and a search may end early: then it is shorter.
+        """
+        if self.says_length:
+            self.pace.stop()
+        if not self.says_length or self.pace.seconds is None:
+            return
+        self.says_length = False
+        args, step = self.args, self.pace.seconds
+        # a call of a network that is shared would wait for the other processes
+        forward = self.forward if processes.size() == 1 else self.net
+        evaluation = seconds_of_evaluation(
+            self.net, forward, self.images,
+            setup.evaluation_batch(args, self.images), training.autocast(args))
+        evaluation /= processes.size()
+        if self.measured is not None:
+            self.measured(step, evaluation)
+        steps, epochs = self.total_steps - self.iteration, self.stages.epochs
+        seconds = steps * step + (epochs - self.epoch) * evaluation
+        form = "%a %H:%M" if seconds < 6 * 86400 else "%d %b %Y"
+        ends = time.strftime(form, time.localtime(time.time() + seconds))
+        line = (f"takes about {span(seconds)} from here, until {ends}: {steps:,} steps "
+                f"of {span(step)}, {epochs - self.epoch} evaluations of "
+                f"{span(evaluation)}")
+        if seconds > LONG_SECONDS and self.device.type == "cpu":
+            line += (f"\nnote: about {span(seconds)} on this machine; --train-limit, "
+                     f"--width, or a GPU makes it shorter, and so does --minutes")
+        self.say(line)
+
+    def _say_progress(self):
+        """Print how far the run is, if no line has said it for a while, and no bar
+        shows it."""
+        now = time.monotonic()
+        if now - self.spoken_at < PROGRESS_SECONDS:
+            return
+        self.spoken_at = now
+        if not self.bar.disable:
+            return
+        stage, within, count = self.stages.place(self.epoch)
+        self.say(f"  {stage} {within + 1}/{count}, step {self.step:,} of "
+                 f"{self.stages.steps_per_epoch:,}; iteration {self.iteration:,} of "
+                 f"{self.total_steps:,}, left {self._time_left()}")
+
+    def _time_left(self):
+        """Return in words how long the steps take that are left, at the mean pace."""
+        steps_done = max(1, self.iteration - self.first_iteration)
+        steps_left = self.total_steps - self.iteration
+        return duration(steps_left * (time.monotonic() - self.started) / steps_done)
 
     def say_summary(self, values, alive, zeros):
         """Print the result: accuracies by stage, then the costs of the final network.
@@ -875,3 +961,14 @@ def duration(seconds):
     if hours:
         return f"{hours}:{minutes:02d}:{seconds:02d}"
     return f"{minutes}:{seconds:02d}"
+
+
+def span(seconds):
+    """Return a time in words, to two digits: "85 ms", "1.2 s", "3.5 min", "19 days"."""
+    units = (("ms", 1e-3, 1), ("s", 1, 100), ("min", 60, 6000), ("h", 3600, 48 * 3600),
+             ("days", 86400, math.inf))
+    for unit, size, limit in units:
+        if seconds < limit:
+            break
+    number = seconds / size
+    return f"{number:,.0f} {unit}" if number >= 9.95 else f"{number:.1f} {unit}"

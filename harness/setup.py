@@ -22,7 +22,7 @@ import events
 import models
 import plans
 import training
-from harness import files, processes, published
+from harness import board, files, processes, published
 from harness.flags import PLACES, SMOKE_IMAGES
 from harness.machine import forbid_tf32
 
@@ -35,6 +35,8 @@ def start(args, shared=False):
     """
     if not shared:
         processes.require_one()
+    if getattr(args, "tensorboard", False):
+        board.require()
     device = choose_device(args.device)
     args.device = str(device)
     if args.sync_bn and device.type != "cuda":

@@ -55,7 +55,7 @@ class Weights(Namespace):
 
 
 def settings(**changed):
-    return Namespace(**dict(optimizer="adam", sparsity=0.95, lr=1e-3) | changed)
+    return Namespace(**dict(optimizer="adam", schedule="cosine", sparsity=0.95, lr=1e-3) | changed)
 
 
 def drive(w, gradients, lr=1e-3, prior=1e-3, sparsity=0.95, **optimizer):

@@ -24,12 +24,13 @@ BELOW = {
     "folders": {"sources"},
     "metrics": MODELS,
     "masks": MODELS,
+    "sparsefile": MODELS,
     "channels": MODELS | {"metrics", "masks"},
     "training": MODELS | {"data", "metrics", "masks", "channels"},
 }
 LIBRARY = set(BELOW)
 SCRIPTS = {path.stem for path in ROOT.glob("prune_*.py")} | {
-    "analyze", "compare", "benchmark", "compact"}
+    "analyze", "compare", "benchmark", "compact", "export"}
 HARNESS = {path.stem for path in (ROOT / "harness").glob("*.py")}
 
 

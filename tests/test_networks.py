@@ -823,3 +823,71 @@ def test_the_runs_in_the_readme(name):
     assert (f"| `{name}` | {config['train_limit'] or 60_000:,} | {config['epochs_prune']} | "
             f"{100 * summary['test_accuracy']:.2f} % | {100 * summary['sparsity']:.2f} % | "
             f"{summary['sops']:,.0f} |") in README
+
+
+# ---- NeuroBench ----------------------------------------------------------------------------------
+
+
+def by_neurobench(net, images, labels, batch_size):
+    """What NeuroBench's own harness says of a network."""
+    from neurobench.benchmarks import Benchmark
+    from neurobench.metrics.static import ConnectionSparsity, Footprint
+    from neurobench.metrics.workload import ActivationSparsity, SynapticOperations
+    from neurobench.models import TorchModel
+
+    model = TorchModel(net)
+    model.add_activation_module(LIF)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(images, labels), batch_size)
+    before = []
+    if net.encoding == "events":
+        before = [lambda pair: (pair[0].transpose(0, 1), pair[1])]
+    return Benchmark(model, loader, before, [lambda logits: logits.sum(0).argmax(1)], [
+        [Footprint, ConnectionSparsity], [ActivationSparsity, SynapticOperations]]).run(quiet=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_recipe_for_neurobench_in_the_text(monkeypatch):
+    pytest.importorskip("neurobench", reason="NeuroBench is optional: pip install neurobench")
+    monkeypatch.chdir(ROOT)
+    found = {}
+    exec((ROOT / "docs/metrics.md").read_text().split("```python")[1].split("```")[0], found)
+    net, images = found["net"], found["images"].x_test[:64]
+    ours = metrics.count(net, images.split(32), net.masks)["neurobench"]
+    assert found["results"] == ours | dict(
+        ConnectionSparsity=round(ours["ConnectionSparsity"], 4),
+        ActivationSparsity=pytest.approx(ours["ActivationSparsity"], abs=1e-12),
+        SynapticOperations=pytest.approx(ours["SynapticOperations"], rel=1e-6))  # in float32
+
+
+@pytest.mark.parametrize("name, encoding", [
+    (None, "direct"), ("small-avg", "direct"), ("resnet19", "direct"), ("resnet19-pre", "direct"),
+    ("small", "rate"), ("small", "events")])
+@pytest.mark.filterwarnings("ignore")
+def test_neurobench_s_own_harness_counts_the_same(name, encoding, tmp_path):
+    pytest.importorskip("neurobench", reason="NeuroBench is optional: pip install neurobench")
+    x = data.load("fashion-mini").x_test[:12]
+    if name is None:  # the network of results/, as its file has it
+        net = models.load(ROOT / "results/runs/start/default/model.pt")
+    else:
+        torch.manual_seed(0)
+        channels = 2 if encoding == "events" else 1
+        widths = plans.default_widths(name, 0.1)
+        net = models.build(name, 10, channels, 28, 3, widths, encoding)
+        let_fire(net)
+        masks = Masks(net)
+        masks.prune(masks.total // 3, masks.magnitudes(), generator())
+        for weight, mask in masks.alive.items():
+            net.get_parameter(weight).data.mul_(mask)
+        torch.save(models.pack(net, masks.alive), tmp_path / "model.pt")
+        net = models.load(tmp_path / "model.pt")
+    if encoding == "events":
+        x = torch.poisson(torch.full((12, 3, 2, 28, 28), 0.2), generator()).to(torch.uint8)
+    theirs = by_neurobench(net, x, torch.zeros(12, dtype=torch.long), 6)
+    batches = [batch.transpose(0, 1) if encoding == "events" else batch for batch in x.split(6)]
+    ours = metrics.count(net, batches, net.masks)["neurobench"]
+    operations = ours.pop("SynapticOperations")
+    assert operations == theirs.pop("SynapticOperations")  # whole numbers, to the last one
+    assert operations["Effective_ACs"] > 0
+    assert theirs == ours | dict(  # it rounds the one, and sums the other by batch
+        ConnectionSparsity=round(ours["ConnectionSparsity"], 4),
+        ActivationSparsity=pytest.approx(ours["ActivationSparsity"], abs=1e-12))

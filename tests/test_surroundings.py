@@ -33,10 +33,11 @@ import prune_structured
 import prune_unstructured
 import sources
 import training
-from harness import machine, meters, output, plots, processes, runfolder, setup
+from harness import (machine, meters, output, plots, processes, report, runfolder,
+                     setup)
 
 ROOT = Path(__file__).parent.parent
-OTHERS = ("analyze", "compare", "benchmark", "compact")
+OTHERS = ("analyze", "compare", "benchmark", "compact", "export")
 SCRIPTS = sorted([*ROOT.glob("prune_*.py"), *(ROOT / f"{name}.py" for name in OTHERS)])
 SHORT = ("--dataset tiny.npz --width 0.25 --batch-size 10 --lr 0.05 --epochs-prune 1 "
          "--epochs-finetune 1 --interval 3 --regen 0.5 --run-dir r").split()
@@ -282,7 +283,8 @@ def test_a_figure_that_cannot_be_drawn_keeps_its_numbers(monkeypatch, capsys):
     assert Path("one.csv").read_text() == "# numbers\nx,y\n1,2\n"
     assert capsys.readouterr().out.count("note: one.p") == 2
     assert not Path("one.png").exists()
-    plots.page(Path("page.html"), "All", [(Path("one.png"), "One", ["says"], "python x.py")])
+    report.page(Path("page.html"), "All", [], None, [report.Section(
+        Path("one.png"), "One", ["says"], None, "python x.py")])
     assert "<img" not in Path("page.html").read_text() and "says" in Path("page.html").read_text()
 
 
