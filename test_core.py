@@ -1238,20 +1238,26 @@ def synaptic_operations_one_by_one(net, alive, images):
     return total / len(images)
 
 
+def make_lively(net, name):
+    """Let the neurons of a network fire, in eval mode. Return masks of half of its weights."""
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.bias.data.fill_(1.2 if name == "small-avg" else 0.6)
+    if name == "resnet19":
+        net.fc1.bias.data.fill_(1.5)
+    net.eval()
+    masks = Masks(net)
+    masks.prune(masks.total // 2, masks.magnitudes(), generator())
+    return masks
+
+
 @pytest.mark.parametrize("name", ["small", "resnet19", "small-avg", "resnet19-pre"])
 def test_synaptic_operations_equal_loops(name):
     """Layers that read averages, or the real-valued stream, do MACs and no synaptic operations."""
     torch.manual_seed(0)
     factor = 0.03 if name.startswith("resnet19") else 0.2
     net = models.build(name, 3, 1, 10, 2, models.default_widths(name, factor))
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.bias.data.fill_(1.2 if name == "small-avg" else 0.6)  # lively neurons
-    if name == "resnet19":
-        net.fc1.bias.data.fill_(1.5)
-    net.eval()
-    masks = Masks(net)
-    masks.prune(masks.total // 2, masks.magnitudes(), generator())
+    masks = make_lively(net, name)
     images = torch.randn(3, 1, 10, 10, generator=generator())
     counts = metrics.count(net, images.split(2), masks.alive)  # two batches, the last one smaller
     assert counts["sops"] == pytest.approx(synaptic_operations_one_by_one(net, masks.alive, images))
@@ -1337,14 +1343,7 @@ def test_neurobench_equals_each_image_by_itself(name, encoding):
     factor = 0.03 if name.startswith("resnet19") else 0.2
     channels = 2 if encoding == "events" else 1
     net = models.build(name, 3, channels, 10, 2, models.default_widths(name, factor), encoding)
-    for module in net.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.bias.data.fill_(1.2 if name == "small-avg" else 0.6)  # lively neurons
-    if name == "resnet19":
-        net.fc1.bias.data.fill_(1.5)
-    net.eval()
-    masks = Masks(net)
-    masks.prune(masks.total // 2, masks.magnitudes(), generator())
+    masks = make_lively(net, name)
     for weight, mask in masks.alive.items():
         net.get_parameter(weight).data.mul_(mask)
     draw = torch.rand if encoding == "rate" else torch.randn
