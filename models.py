@@ -22,7 +22,7 @@ N*H*W), which is slower; so does the criticality paper's published code for chan
 bn_per_step.
 
 uint8 images are normalised by the network itself: (x / 255 - mean) / std. Its mean and
-std are in the state_dict. Images that are floating point are taken as they are: they
+std, and the names of its classes, are in the state_dict. Images that are floating point are taken as they are: they
 are normalised already. predict() takes uint8 and floats in 0..1. Other encodings of the
 input:
 - "rate": a pixel in 0..1 is the probability of a spike at each step. The network draws
@@ -32,6 +32,7 @@ input:
 """
 import functools
 import inspect
+import json
 import pickle
 import warnings
 import weakref
@@ -52,6 +53,8 @@ from plans import ENCODINGS, default_widths
 
 NAMES = plans.NAMES
 ROUNDING = 1e-4  # how far pixels in 0..1 may be above 1
+# what a state_dict holds of the data of its training; _extra_state: the class names
+NO_WEIGHTS = "mean", "std", "_extra_state"
 FORMAT = 1  # of model.pt; raised when old files can no longer be read
 
 
@@ -294,6 +297,24 @@ class SpikingNet(nn.Module):
                              f"numbers each, one a channel, with std above 0")
         self.mean.copy_(mean)
         self.std.copy_(std)
+
+    def get_extra_state(self):
+        """Return the class names as JSON in UTF-8, a uint8 tensor: the state_dict holds
+        them under "_extra_state", whatever tensors are saved by."""
+        names = json.dumps({"class_names": self.class_names}, ensure_ascii=False)
+        return torch.tensor([*names.encode()], dtype=torch.uint8)
+
+    def set_extra_state(self, state):
+        """Take the class names of a state_dict. Raise ValueError for what holds none,
+        or names of another number of classes."""
+        try:
+            names = json.loads(bytes(state.tolist()))["class_names"]
+        except (AttributeError, TypeError, ValueError, KeyError):
+            raise ValueError(f"_extra_state of the state_dict is {contents(state)}, "
+                             f"expected the class names as JSON, bytes in a uint8 "
+                             f"tensor") from None
+        check_class_names(names, self.config["num_classes"], "the state_dict")
+        self.class_names = names
 
     def _input(self, x, pad_to=1):
         """Return the input over time, [1, N, C, H, W] where it is the same at each
@@ -1168,10 +1189,11 @@ def remedy_for(value):
     return "Give the model.pt of a run"
 
 
-def with_normalisation(net, state):
-    """Return a state_dict with the mean and std of a network, if it is an older one
-    that has none."""
-    return {"mean": net.mean, "std": net.std} | state
+def complete_state(net, state):
+    """Return a state_dict with the mean, std and class names of a network, where it is
+    an older one that has none."""
+    own = net.state_dict()
+    return {key: own[key] for key in NO_WEIGHTS} | state
 
 
 def unpack(packed, source="model.pt"):
@@ -1184,7 +1206,7 @@ def unpack(packed, source="model.pt"):
                     encoding=packed.get("encoding", "direct"),  # not in older files
                     neuron=neuron_of(packed),
                     bn_per_step=packed.get("bn_per_step", False))
-        net.load_state_dict(with_normalisation(net, packed["state_dict"]))
+        net.load_state_dict(complete_state(net, packed["state_dict"]))
         normalisation = packed["normalisation"]
         net.set_normalisation(normalisation["mean"], normalisation["std"])
         masks = {name: (mask.shape, mask.dtype)

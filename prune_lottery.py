@@ -75,7 +75,7 @@ def take_ticket(run, ticket, target):
     masks.flat.copy_(ticket)
     rescued = masks.rescue_empty_layers()  # by the magnitudes of before the rewind
     # INTERPRETATION: the whole state is rewound, BN statistics included
-    state = models.with_normalisation(run.net, run.notes["rewind"])
+    state = models.complete_state(run.net, run.notes["rewind"])
     run.net.load_state_dict(state)
     optimizer.state.clear()  # a fresh optimiser: no momentum
     masks.apply(optimizer)

@@ -696,7 +696,7 @@ class Run:
     def _restore_parts(self, state):
         saved = state["parts"].get("net")
         if isinstance(saved, dict):
-            saved = models.with_normalisation(self.net, saved)
+            saved = models.complete_state(self.net, saved)
             state["parts"]["net"] = saved
             gone = [name for name in saved.keys() - self.net.state_dict().keys()
                     if name.startswith("lif") and name.endswith(".w")]

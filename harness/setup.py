@@ -295,7 +295,7 @@ def start_from(net, path, takes_masks=False, may_be_new=True):
 
     state, notes = source.state_dict(), []
     own, masks = net.state_dict(), source.masks
-    state |= {"mean": own["mean"], "std": own["std"]}
+    state |= {key: own[key] for key in models.NO_WEIGHTS}  # of the data of this run
     classes = other_classes(source, net)
     if classes and not may_be_new:
         raise ValueError(f"{path} has other classes ({classes}), expected the same "

@@ -81,15 +81,45 @@ def test_a_state_dict_has_the_normalisation(name):
     twin.load_state_dict(torch.load("weights.pth"))
     x = pixels()
     assert torch.equal(net(x), twin(x)) and torch.equal(twin.mean, net.mean)
-    old = {key: value for key, value in net.state_dict().items() if key not in ("mean", "std")}
-    with pytest.raises(RuntimeError, match='"mean", "std"'):  # its absence is named
+    old = {key: net.state_dict()[key] for key in net.state_dict() if key not in models.NO_WEIGHTS}
+    with pytest.raises(RuntimeError, match='"mean", "std".*"_extra_state"'):  # absence is named
         twin.load_state_dict(old)
+
+
+def test_a_state_dict_has_the_class_names():
+    net = network(classes=3)
+    net.class_names = ["cat", "Hündin", "鳥"]
+    tensors = {key: tensor.clone() for key, tensor in net.state_dict().items()}
+    twin = models.build(**net.config).eval()
+    twin.load_state_dict(tensors)  # a plain dict of tensors
+    assert twin.class_names == net.class_names
+    assert set(models.predict(twin, pixels()).names) <= set(net.class_names)
+    loose = models.build(**net.config)
+    del tensors["_extra_state"]
+    with pytest.raises(RuntimeError, match='Missing key.*"_extra_state"'):
+        loose.load_state_dict(tensors)
+    loose.load_state_dict(tensors, strict=False)
+    assert loose.class_names is None
+
+    net.class_names = None
+    twin.load_state_dict(net.state_dict())
+    assert twin.class_names is None
+
+
+@pytest.mark.parametrize("state, words", [
+    (torch.tensor([1, 2], dtype=torch.uint8), "expected the class names as JSON"),
+    (torch.zeros(3), "expected the class names as JSON"), (None, "expected the class names"),
+    (torch.tensor([*b'{"class_names": ["a"]}'], dtype=torch.uint8), "a list of 3 strings")])
+def test_class_names_that_do_not_fit(state, words):
+    net = network(classes=3)
+    with pytest.raises(ValueError, match=words):
+        net.load_state_dict(net.state_dict() | {"_extra_state": state})
 
 
 def test_a_model_file_without_it_in_the_state_dict_is_read_as_before():
     net = network()
     packed = models.pack(net)
-    for key in ("mean", "std"):
+    for key in ("mean", "std", "_extra_state"):
         del packed["state_dict"][key]
     del packed["class_names"]
     torch.save(packed, "old.pt")
