@@ -98,7 +98,7 @@ def _time_first(x):
 
 
 def load(name, data_dir="data", train_limit=None, at_most=None, time_steps=None,
-         event_split=None):
+         event_split=None, download=True):
     """Load a data set by its name (one of NAMES) or path (FILE.npz or a folder).
 
     FILE.npz: images x_train, x_test, whole numbers 0 to 255 [N, H, W, C] or [N, H, W],
@@ -113,11 +113,12 @@ def load(name, data_dir="data", train_limit=None, at_most=None, time_steps=None,
     at_most: keep no more than so many of both sets, for a trial.
     time_steps: how many frames a recording of events makes; their counts have mean 0
     and std 1. event_split: how, one of events.SPLITS; None: by "number".
+    download: whether to fetch a named set that is not in data_dir.
     Raises ValueError or FileNotFoundError, one line each, for whatever is wrong with
     the files.
     """
     data_dir = Path(os.path.expanduser(data_dir))
-    found = _read(name, data_dir, time_steps, event_split)
+    found = _read(name, data_dir, time_steps, event_split, download)
     source, (x_train, y_train, x_test, y_test) = found.source, found.arrays
     is_decoded = found.notes is None
     if is_decoded:
@@ -267,10 +268,11 @@ class Found(NamedTuple):
     made_from: str | None = None
 
 
-def _read(name, data_dir, time_steps, event_split=None):
+def _read(name, data_dir, time_steps, event_split=None, download=True):
     """Find a set by its name or path, and read it; files in a folder are listed."""
     if name in events.KINDS:
-        arrays = events.load(name, data_dir, time_steps, event_split or "number")
+        arrays = events.load(name, data_dir, time_steps, event_split or "number",
+                             download)
         return Found(Path(name), arrays)
     if name == "fashion-mini":
         found = _read_npz(Path(__file__).parent / "assets/fashion_mini.npz")
@@ -281,7 +283,7 @@ def _read(name, data_dir, time_steps, event_split=None):
     if name in NAMES:
         path = data_dir / f"{name}.npz"
     if name in TORCHVISION and not os.path.exists(path):
-        return _read_torchvision(name, data_dir)
+        return _read_torchvision(name, data_dir, download)
     if path.suffix.lower() == ".npz":
         return _read_npz(path)
     if os.path.isdir(path):
@@ -338,8 +340,8 @@ def _torchvision():
         'pip install "torch>=2.11" "torchvision>=0.26"')
 
 
-def _read_torchvision(name, data_dir):
-    """Read a set in torchvision's layout, or download it.
+def _read_torchvision(name, data_dir, download):
+    """Read a set in torchvision's layout; download it if it is not there and may be.
 
     MNIST and Fashion-MNIST are four idx files in MNIST/raw or FashionMNIST/raw, or
     their .gz archives. CIFAR is cifar-10-batches-py or cifar-100-python, or its
@@ -360,6 +362,9 @@ def _read_torchvision(name, data_dir):
         archives = [(reader.filename, reader.tgz_md5)]
         files = [file for file, _ in reader.train_list + reader.test_list]
     is_there = all((folder / file).is_file() for file in files)
+    if not is_there and not download:
+        raise error(FileNotFoundError, f"{folder} is not complete",
+                    f"the files of {name}", "Name their folder by --data-dir")
     try:
         train, test = (reader(data_dir, train=is_train, download=not is_there)
                        for is_train in (True, False))

@@ -89,7 +89,7 @@ FILES = ("x_train.npy", "y_train.npy", "x_test.npy", "y_test.npy")
 MADE_FROM = "made_from.txt"  # beside FILES: of which recordings they are
 
 
-def load(name, data_dir, time_steps, split="number"):
+def load(name, data_dir, time_steps, split="number", download=True):
     """Return [x_train, y_train, x_test, y_test] of a set of KINDS: x uint8
     [N, T, 2, H, W], mapped from disk, y int64 [N].
 
@@ -110,7 +110,7 @@ def load(name, data_dir, time_steps, split="number"):
     for cache in caches:
         if is_current(cache, now):
             return read_cache(cache, name, time_steps)
-    rows = recordings(kind, data_dir)
+    rows = recordings(kind, data_dir, download)
     for cache in caches:
         print(f"note: {cache} was made from other recordings than {data_dir} has now: "
               f"made anew")
@@ -188,14 +188,16 @@ def read_cache(cache, name, time_steps):
     return arrays
 
 
-def recordings(kind, data_dir):
+def recordings(kind, data_dir, download):
     """Return {"train": rows, "test": rows} of a Kind; a row is (tonic's data set, index
-    in it, label)."""
+    in it, label). download: whether to fetch what is not there."""
     module = _tonic("tonic.datasets")
     folder = data_dir / kind.reader
     sets = []
     for i, part in enumerate(kind.folders):
         is_there = (folder / part).is_dir()
+        if not is_there and not download:
+            raise _missing(folder / part, "is not there", kind, data_dir)
         # tonic asks for the archive beside its contents, of which only these are needed
         reader = type(kind.reader, (getattr(module, kind.reader),),
                       {"_check_exists": lambda self: is_there})

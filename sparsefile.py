@@ -88,6 +88,7 @@ def save(net, path, masks=None):
 def load(path):
     """Return the network of such a file, in eval mode, on the CPU, as models.load does.
 
+    path: of it, or a binary file object.
     Raises FileNotFoundError, or ValueError if it is no such file.
     """
     try:

@@ -449,9 +449,10 @@ def core_sentences(found):
             chips = "one chip" if chips == 1 else f"{chips:,} chips"
             text += f": {chips} of {CHIP_CORES} cores (Loihi)"
         said.append((subject, text))
-    for name in found["too_large"]:
-        said.append(("cores", f"none {of} holds a neuron of {name} with all its "
-                              f"synapses. Give a larger --core-synapses"))
+    if found["too_large"]:
+        said.append(("cores", f"none {of} holds a neuron of "
+                              f"{', '.join(found['too_large'])} with all its synapses. "
+                              f"Give a larger --core-synapses"))
     if found["without_sharing"] is None and not found["too_large"]:
         said.append(("cores", "not counted: this network passes real numbers between "
                               "its blocks, which no spike carries"))

@@ -212,6 +212,10 @@ def _form(value):
     return type(value)
 
 
+class Disagrees(Exception):
+    """What was made of a network does not do what the network does."""
+
+
 # ---- one process at a time -----------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ import importlib
 import importlib.metadata
 import io
 import json
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -423,46 +424,54 @@ READERS = {  # {framework: (its package, the module whose import_from_nir reads 
 
 
 def export_nir(net, folder, images):
-    """Write a network to folder/model.nir, read it back and run it. Return what came
-    out, a list of lines to print.
+    """Write a network to folder/model.nir, once it is read back and run. Return what
+    came out, a list of lines to print.
 
     net: on a CPU, in eval mode. images: to run it on, as graph_input() takes them. The
     file is run by the equations of NIR, and by SpikingJelly and snnTorch where they are
     installed; the spikes of all layers are compared, over all steps, with the
-    network's. Raises ValueError as to_nir() does, before anything is written, and for
-    a file that does not do what the network does; OSError if it cannot be written.
+    network's. Nothing is written if it raises ValueError, as to_nir() does, or
+    files.Disagrees, for a file that does not do what the network does. Raises OSError
+    if it cannot be written.
     """
     graph, path = to_nir(net), Path(folder, "model.nir")
     content = io.BytesIO()
     nir.write(content, graph)
-    files.write_whole(path, lambda file: file.write(content.getbuffer()), "wb")
+    content = content.getvalue()
     weights = [node.weight for node in graph.nodes.values() if hasattr(node, "weight")]
     size, alive = sum(w.size for w in weights), sum(map(np.count_nonzero, weights))
-    lines = [f"{path}: {path.stat().st_size:,} bytes, {len(graph.nodes)} nodes, "
+    lines = [f"{path}: {len(content):,} bytes, {len(graph.nodes)} nodes, "
              f"{alive:,} of {size:,} weights are not 0; T = {net.time_steps}, "
              f"dt = {DT:g} s"]
     if net.encoding == "rate":
         lines.append("rate coding: the file takes spikes, and whoever runs it draws "
                      "them; compared on the network's own draw")
-    own, runs = nir.read(path), {}
-    runs["NIR's equations"] = lambda x_seq: run(own, x_seq)
-    for name, (package, module) in READERS.items():
-        try:
-            version = importlib.metadata.version(package)
-            runs[f"{name} {version}"] = through(module, path)
-        except Exception as error:  # of any class: it is another project's code
-            lines.append(f"not read by {name}: {reason(error)}")
+    with tempfile.TemporaryDirectory() as trial:
+        made = Path(trial, path.name)
+        made.write_bytes(content)
+        own, runs = nir.read(made), {}
+        runs["NIR's equations"] = lambda x_seq: run(own, x_seq)
+        for name, (package, module) in READERS.items():
+            try:
+                version = importlib.metadata.version(package)
+                runs[f"{name} {version}"] = through(module, made)
+            except Exception as error:  # of any class: it is another project's code
+                lines.append(f"not read by {name}: {reason(error)}")
     tallies, ties = compare(net, images, runs)
-    tally = tallies["NIR's equations"]
-    if not is_alike(tally):
-        raise ValueError(f"{path} does not do what the network does: "
-                         f"{in_words(tally)}; expected differences by rounding alone. "
-                         f"Do not use the file. Was the neuron of neurons.py or a "
-                         f"network of models.py changed? Then change to_nir() too")
     for name, one in tallies.items():
         unlike = "" if is_alike(one) else ", which does something else"
         lines.append(f"run by {name}{unlike}: {in_words(one)}")
-    return lines + [at_threshold(net, ties, tally["spikes"])]
+    tally = tallies["NIR's equations"]
+    lines.append(at_threshold(net, ties, tally["spikes"]))
+    if not is_alike(tally):
+        cause = "Was the neuron of neurons.py or a network of models.py changed?"
+        if ties:
+            cause = lines[-1]
+        raise files.Disagrees(f"{path.name} would not do what the network does and is "
+                              f"not written: {in_words(tally)}, expected differences "
+                              f"by rounding alone. {cause}")
+    files.write_whole(path, lambda file: file.write(content), "wb")
+    return lines
 
 
 def reason(error):

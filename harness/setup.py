@@ -127,8 +127,9 @@ def keep_freed_memory():
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def load(args, device):
-    """Return the data set that the flags name, on the device.
+def load(args, device, download=True):
+    """Return the data set that the flags name, on the device. download: whether to
+    fetch one that is not there.
 
     Raises ValueError if a run that is resumed was made with other data.
     """
@@ -138,7 +139,7 @@ def load(args, device):
                          f"({', '.join(events.KINDS)}). Leave it out")
     is_resumed = getattr(args, "resume", False)
     try:
-        images = processes.rank_0_first(lambda: read(args))
+        images = processes.rank_0_first(lambda: read(args, download))
     except FileNotFoundError as error:
         if not is_resumed or not Path(args.run_dir, "config.json").exists():
             raise
@@ -159,13 +160,13 @@ def load(args, device):
     return images.to(device)
 
 
-def read(args):
+def read(args, download=True):
     """Return the data set that the flags name, in memory. The first process prints what
     is to be said of it."""
     limit = SMOKE_IMAGES if args.smoke else None
     with nullcontext() if processes.rank() == 0 else redirect_stdout(None):
         return data.load(args.dataset, args.data_dir, args.train_limit, limit,
-                         args.time_steps, args.event_split)
+                         args.time_steps, args.event_split, download)
 
 
 def build(args, images, widths=None, takes_masks=False):

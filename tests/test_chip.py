@@ -272,7 +272,8 @@ def test_what_fits_no_core_and_what_has_none(tmp_path):
     found = json.loads((tmp_path / "report.json").read_text())["cores"]
     assert found["without_sharing"] is found["with_sharing"] is None
     assert found["too_large"] == ["lifs.1", "lifs.2", "lifs.3"]  # the outputs read 13 neurons
-    assert sum("Give a larger --core-synapses" in line for line in lines) == 3
+    (line,) = [line for line in lines if "Give a larger --core-synapses" in line]
+    assert "holds a neuron of lifs.1, lifs.2, lifs.3 with all" in line
     assert not any("Loihi" in line for line in lines)
     net = network("resnet19-pre", size=8, factor=0.03)
     lines = chip.report(net, some_images(net), tmp_path)

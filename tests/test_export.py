@@ -12,6 +12,7 @@ import data
 import export
 import models
 import sparsefile
+from harness import files
 from helpers import everything_in, one_line, random_net, rng
 
 ROOT = Path(__file__).parent.parent
@@ -73,8 +74,8 @@ def torch_written(monkeypatch):
     def write(job):
         (job.folder / "model.pt2").write_text("x")
         jobs.append(job)
-        return ["written", *export.compare(lambda x: export.logits_of(job.net, x), job.net,
-                                           job.images)]
+        return ["written", *export.agreement(lambda x: export.logits_of(job.net, x), job.net,
+                                             job.images)]
 
     jobs = []
     monkeypatch.setitem(export.FORMATS, "torch", write)
@@ -138,7 +139,7 @@ def test_a_network_itself_can_be_exported_and_stays_fast():
 def test_torch(run, capsys):
     export.main(["r", "--to", "torch", "--sparse"])
     out = capsys.readouterr().out
-    assert "r/model.pt: small, T = 2, compared on 64 test images of tiny.npz" in out
+    assert "r/model.pt: small, T = 2, compared on 30 test images of tiny.npz" in out
     for n in export.BATCHES:
         assert f"batch {n:>2}: largest difference of a logit " in out
     assert out.count("100 % equal predictions") == 3 and not capsys.readouterr().err
@@ -158,7 +159,7 @@ def test_onnx_and_int8(run, capsys):
     net, dataset = models.load("r/model.pt"), data.load("tiny.npz")
     expected = logits(net, dataset.x_test)
     right = 100 * (expected.argmax(1) == dataset.y_test).float().mean()
-    assert f"{right:.2f} % in fp32" in out and "ms in onnxruntime" in out
+    assert f"{right:.2f} % in fp32" in out and "ms in ONNX Runtime" in out
     assert "30 test images: " in out and "ranges from 60 training images" in out
 
     model = onnx.load("out/model.onnx")
@@ -185,13 +186,76 @@ def test_onnx_and_int8(run, capsys):
 
 def test_an_export_that_disagrees_ends_with_1(run, monkeypatch, capsys):
     def wrong(job):
-        return export.compare(lambda x: -export.logits_of(job.net, x), job.net, job.images)
+        return export.agreement(lambda x: -export.logits_of(job.net, x), job.net, job.images)
 
-    monkeypatch.setitem(export.FORMATS, "torch", wrong)
+    monkeypatch.setattr(export, "FORMATS", {"wrong": wrong, "report": export.FORMATS["report"]})
     with pytest.raises(SystemExit) as stopped:
-        export.main(["r", "--to", "torch"])
+        export.main(["r"])
     assert stopped.value.code == 1
     assert "it does not do what the network does (batch 64: largest difference" in one_line(capsys)
+    assert Path("r/export/report.md").exists()  # the other formats are made
+
+
+@pytest.mark.parametrize("change, size", [
+    (lambda found: found + 9, 64),  # the classes are the same
+    (lambda found: -found if len(found) == 1 else found, 1),
+    (lambda found: found[:1].expand(3, -1) if len(found) == 3 else found, 3)])
+def test_each_batch_size_counts(change, size):
+    net = network()
+    images = images_of(net, 64)
+    with pytest.raises(files.Disagrees, match=rf"\(batch +{size}: "):
+        export.agreement(lambda x: change(export.logits_of(net, x)), net, images)
+
+
+def test_a_spike_that_rounding_moves_is_no_disagreement():
+    net = network()
+    images = images_of(net, 64)
+
+    def export_(x):
+        found = export.logits_of(net, x).clone()
+        found[2::3] += 0.3  # of every third image, its class stays
+        return found
+    assert len(export.agreement(export_, net, images)) == 3
+
+
+def test_what_another_project_cannot_do_is_a_line(run, torch_written, monkeypatch, capsys):
+    monkeypatch.setattr(torch.export, "save", lambda *_: {}["no\nsuch operator"])
+    monkeypatch.setattr(export, "FORMATS", {"torch": export.to_torch})
+    with pytest.raises(SystemExit) as stopped:
+        export.main(["r"])
+    assert stopped.value.code == 1 and not [*Path("r/export").iterdir()]
+    assert "torch.export has failed (KeyError: 'no\\nsuch operator'), expected" in one_line(capsys)
+
+
+def test_what_is_replaced_is_named(run, torch_written, capsys):
+    export.main(["r", "--to", "torch", "--out", "out"])
+    assert "replaced" not in capsys.readouterr().out
+    Path("out/report.json").write_text("mine")
+    export.main(["r", "--to", "torch", "--out", "out"])
+    assert "out has model.pt2, report.json: files of the same name are replaced" in \
+        capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", ['{"dataset": 5}', '{"dataset": "tiny.npz", "train_limit": "x"}',
+                                    '{"dataset": "tiny.npz", "data_dir": 3}', "[]", "{"])
+def test_a_damaged_config(config, run, torch_written, capsys):
+    Path("r/config.json").write_text(config)
+    export.main(["r", "--to", "torch"])
+    assert "compared on random images: " in capsys.readouterr().out
+
+
+def test_no_data_are_fetched_unasked(run, torch_written, capsys, monkeypatch):
+    import torchvision
+
+    def fetch(*_, **more):
+        raise AssertionError("a download")
+    monkeypatch.setattr(torchvision.datasets.MNIST, "download", fetch)
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "download", fetch)
+    for name in ("mnist", "cifar10", "n-mnist"):
+        Path("r/config.json").write_text(json.dumps(dict(dataset=name, data_dir="data")))
+        export.main(["r", "--to", "torch"])
+        assert "compared on random images: " in capsys.readouterr().out
+    assert not Path("data").exists()
 
 
 def test_a_sparse_file_is_read_back(run, torch_written, monkeypatch, capsys):
@@ -200,7 +264,8 @@ def test_a_sparse_file_is_read_back(run, torch_written, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         export.main(["r", "--to", "torch", "--sparse"])
     assert stopped.value.code == 1
-    assert "convs.0.conv.weight has changed in r/export/model.sparse.gz" in one_line(capsys)
+    assert "convs.0.conv.weight has changed in model.sparse.gz" in one_line(capsys)
+    assert not Path("r/export/model.sparse.gz").exists()
 
 
 # ---- the sparse file -----------------------------------------------------------------------------
@@ -285,14 +350,24 @@ def test_compact_is_preferred_where_it_is_the_same_function(run, torch_written, 
     assert "note: r/compact.pt differs by 0.2, " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("other", [network(channels=3), network(classes=4), None])
+def test_a_compact_file_of_another_network_is_not_used(other, run, torch_written, capsys):
+    Path("r/compact.pt").write_bytes(b"damaged")
+    if other is not None:
+        torch.save(models.pack(other), "r/compact.pt")
+    export.main(["r", "--to", "torch"])
+    assert torch_written[-1].net.config == network().config
+    assert "note: r/compact.pt " in capsys.readouterr().out
+
+
 def test_images_that_are_not_at_hand(run, torch_written, capsys):
     Path("tiny.npz").rename("moved.npz")
     export.main(["r", "--to", "torch"])
     out = capsys.readouterr().out
     assert "compared on random images: " in out and "tiny.npz" in out
-    assert torch_written[-1].dataset is None and torch_written[-1].images.shape[0] == 64
+    assert torch_written[-1].dataset is None and torch_written[-1].images.shape[0] == 256
     export.main(["r/model.pt", "--to", "torch", "--dataset", "moved.npz"])
-    assert "compared on 64 test images of moved.npz" in capsys.readouterr().out
+    assert "compared on 30 test images of moved.npz" in capsys.readouterr().out
     assert torch.equal(torch_written[-1].images[30:60], data.load("moved.npz").x_test)
     Path("r/config.json").unlink()
     export.main(["r/model.pt", "--to", "torch"])
@@ -317,15 +392,18 @@ def test_what_is_not_installed(run, torch_written, monkeypatch, capsys):
 
 
 def test_a_format_that_does_not_apply(run, torch_written, monkeypatch, capsys):
-    def refuse(job):
+    def refuse(net):
         raise ValueError("soft resets are not known there")
 
-    monkeypatch.setattr(export, "FORMATS", {"first": refuse, "torch": export.FORMATS["torch"]})
+    monkeypatch.setattr(export, "FORMATS", {"first": None, "torch": export.FORMATS["torch"]})
+    monkeypatch.setitem(export.CHECKS, "first", refuse)
     export.main(["r"])
     assert "first   soft resets are not known there\ntorch   written" in capsys.readouterr().out
+    before = everything_in(Path())
     with pytest.raises(SystemExit) as stopped:
-        export.main(["r", "--to", "first"])
+        export.main(["r", "--to", "torch", "first", "--out", "new"])
     assert stopped.value.code == 2 and "soft resets" in one_line(capsys)
+    assert everything_in(Path()) == before
 
 
 @pytest.mark.parametrize("given, words", [

@@ -17,7 +17,7 @@ from neurons import LIF
 
 nir = pytest.importorskip("nir", reason="nir is not installed")
 
-from harness import nir_graph  # noqa: E402: it needs nir
+from harness import files, nir_graph  # noqa: E402: it needs nir
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "results/runs/start/default/model.pt"
@@ -393,9 +393,19 @@ def test_a_neuron_that_nir_does_not_know_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(LIF, "forward", leaky)
     for lif in models.lifs(net).values():
         monkeypatch.setattr(lif, "path", None)
-    with pytest.raises(ValueError, match="model.nir does not do what the network does: .* spikes "
-                                         "differ .*; expected .* Do not use the file"):
+    with pytest.raises(files.Disagrees, match="model.nir would not do what the network does and is "
+                                              "not written: .* spikes differ .* Was the neuron"):
         nir_graph.export_nir(net, tmp_path, random_images(net, 4))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_spikes_at_the_threshold_are_the_cause_where_they_are_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(nir_graph, "READERS", {})
+    net, images = at_threshold(strict=False)
+    with pytest.raises(files.Disagrees, match="2 of 12 spikes differ .* 2 of 12 spikes depend on "
+                                              "whether a neuron fires at h = v_threshold exactly"):
+        nir_graph.export_nir(net, tmp_path, images[:2])
+    assert not [*tmp_path.iterdir()]
 
 
 def test_a_framework_that_is_not_there_or_refuses_is_a_line(tmp_path, monkeypatch):
