@@ -15,6 +15,7 @@ All masks are views into one flat vector over the M prunable weights of the netw
 a global ranking is one selection over one vector. Counts are exact also with ties:
 further keys break them, and then a seeded permutation.
 """
+from math import prod
 from typing import NamedTuple
 
 import numpy as np
@@ -403,3 +404,71 @@ def momenta(optimizer, tensor):
     state = optimizer.state.get(tensor, {})
     return [state[key] for key in ("momentum_buffer", "exp_avg")
             if state.get(key) is not None]
+
+
+# ---- a sparse start ------------------------------------------------------------------
+# Each function returns the density of each layer, a list, so that density * M weights
+# are alive in all. shapes: of the weights of the layers.
+
+
+def equal_densities(shapes, density):
+    """One density for all layers."""
+    return [density] * len(shapes)
+
+
+def erk_densities(shapes, density):
+    """Erdős–Rényi-Kernel (arXiv 1911.11134): proportional to sum(shape) / prod(shape).
+    A layer that would exceed 1 is dense, and the others share the rest (arXiv
+    2106.10404)."""
+    if density >= 1:
+        return [density] * len(shapes)
+    sizes = [prod(shape) for shape in shapes]
+    raw = [sum(shape) / prod(shape) for shape in shapes]
+    dense = set()
+    while True:
+        sparse = [i for i in range(len(shapes)) if i not in dense]
+        left = density * sum(sizes) - sum(sizes[i] for i in dense)
+        scale = left / sum(raw[i] * sizes[i] for i in sparse)
+        over = {i for i in sparse if scale * raw[i] > 1}
+        if not over:
+            break
+        dense |= over
+    return [1.0 if i in dense else scale * raw[i] for i in range(len(shapes))]
+
+
+DENSITIES = {"er": equal_densities, "erk": erk_densities}
+
+
+def start_sparse(masks, densities, generator):
+    """Draw masks at random places. densities: of the layers, a list.
+
+    A layer of N weights has exactly round(density * N) alive, and at least one.
+    """
+    for part, density in zip(masks.flat.split(masks.sizes), densities):
+        n_alive = max(1, round(density * len(part)))
+        part.copy_(select(torch.ones_like(part), n_alive, [], generator))
+
+
+# ---- whole numbers in proportion -----------------------------------------------------
+
+
+def apportion(total, weights, caps):
+    """Share out `total` units in proportion to weights, to the largest remainders
+    first, and to none beyond its cap. What the weights cannot place goes evenly to the
+    others.
+
+    weights, caps: [S] int64, caps with at least `total` in all. Returns [S] int64 with
+    exactly `total` in all.
+    """
+    share = torch.zeros_like(caps)
+    while (left := total - int(share.sum())) > 0:
+        is_open = share < caps
+        by = weights * is_open
+        if not by.any():
+            by = is_open.long()
+        more = left * by // by.sum()
+        remainder = left * by % by.sum()
+        n_over = left - int(more.sum())
+        more[remainder.argsort(descending=True, stable=True)[:n_over]] += 1
+        share = torch.minimum(share + more, caps)
+    return share

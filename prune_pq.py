@@ -24,7 +24,6 @@ is masked, and so 0 at each dead weight.
 The run folder is that of prune_unstructured.py. In updates.jsonl each layer has its
 mean index beside its counts.
 """
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,58 +35,12 @@ from torch import Tensor
 import training
 from harness import flags, presets, setup
 from harness.runfolder import Run, finished
-from masks import Masks, Update, select
+from masks import DENSITIES, Masks, Update, apportion, select, start_sparse
 from neurons import widest
 
 P, Q = 0.5, 1.0  # of the index, as both papers have them
 GAMMA, BETA = 1.0, 0.9  # INTERPRETATION: those of the PQ index's code
 DECAY = 0.9  # of the momentum that ranks what grows
-
-# ---- the sparse start ----------------------------------------------------------------
-# Each function returns the density of each layer, a list, so that density * M weights
-# are alive in all. shapes: of the weights of the layers.
-
-
-def equal_densities(shapes, density):
-    """Erdős–Rényi: one density for all layers.
-
-    INTERPRETATION of the paper's Erdős–Rényi start at a density of 0.50.
-    """
-    return [density] * len(shapes)
-
-
-def erk_densities(shapes, density):
-    """Erdős–Rényi-Kernel, as in GraNet (arXiv 2106.10404): proportional to
-    sum(shape) / prod(shape). A layer that would exceed 1 is dense, and the others share
-    the rest."""
-    if density >= 1:
-        return [density] * len(shapes)
-    sizes = [prod(shape) for shape in shapes]
-    raw = [sum(shape) / prod(shape) for shape in shapes]
-    dense = set()
-    while True:
-        sparse = [i for i in range(len(shapes)) if i not in dense]
-        left = density * sum(sizes) - sum(sizes[i] for i in dense)
-        scale = left / sum(raw[i] * sizes[i] for i in sparse)
-        over = {i for i in sparse if scale * raw[i] > 1}
-        if not over:
-            break
-        dense |= over
-    return [1.0 if i in dense else scale * raw[i] for i in range(len(shapes))]
-
-
-STARTS = {"er": equal_densities, "erk": erk_densities}
-
-
-def start_sparse(masks, densities, generator):
-    """Draw the masks of the start, at random places. densities: of the layers.
-
-    INTERPRETATION: counts are exact, where GraNet's code draws each place on its own.
-    """
-    for part, density in zip(masks.flat.split(masks.sizes), densities):
-        n_alive = max(1, round(density * len(part)))
-        part.copy_(select(torch.ones_like(part), n_alive, [], generator))
-
 
 # ---- Stage I: the PQ index -----------------------------------------------------------
 
@@ -194,28 +147,6 @@ def counts_at_target(scopes, keep):
     spare = (scopes.n_alive - 1).clamp(min=0)  # no scope loses its last weight
     n_prune = apportion(total, scopes.n_rewire, spare)
     return n_prune, apportion(total - surplus, n_prune, scopes.n_dead)
-
-
-def apportion(total, weights, caps):
-    """Share out `total` units in proportion to weights, to the largest remainders
-    first, and to none beyond its cap. What the weights cannot place goes evenly to the
-    others.
-
-    weights, caps: [S] int64, caps with at least `total` in all. Returns [S] int64 with
-    exactly `total` in all.
-    """
-    share = torch.zeros_like(caps)
-    while (left := total - int(share.sum())) > 0:
-        is_open = share < caps
-        by = weights * is_open
-        if not by.any():
-            by = is_open.long()
-        more = left * by // by.sum()
-        remainder = left * by % by.sum()
-        n_over = left - int(more.sum())
-        more[remainder.argsort(descending=True, stable=True)[:n_over]] += 1
-        share = torch.minimum(share + more, caps)
-    return share
 
 
 # ---- Stage II: rewiring --------------------------------------------------------------
@@ -345,7 +276,7 @@ def parse_args(argv):
     add("--growth", choices=GROWTH, help="what ranks the dead weights")
     add("--density", type=flags.number(0, 1, above=True),
         help="share of the prunable weights that is alive at the start")
-    add("--start", choices=STARTS,
+    add("--start", choices=DENSITIES,
         help="density of each layer at the start. er: the same; erk: by its shape")
     add("--eta", type=flags.number(0), help="slack of the bound, the paper's alpha_r")
     add("--interval", type=flags.whole(1), metavar="STEPS",
@@ -403,9 +334,11 @@ def main(argv=None):
                        f"dense, {args.mode}, index by {args.scope}, growth by "
                        f"{args.growth}"):
         if run.iteration == 0:
-            # The weights that any method has at this seed, masked; V = 0
+            # The weights that any method has at this seed, masked; V = 0.
+            # INTERPRETATION: the paper's Erdős–Rényi start at a density of 0.50 is one
+            # density for all layers, and counts are exact
             shapes = [weight.shape for weight in masks.weights.values()]
-            densities = STARTS[args.start](shapes, args.density)
+            densities = DENSITIES[args.start](shapes, args.density)
             start_sparse(masks, densities, run.generator())
             masks.apply(optimizer)
             run.notes["density"] = 1 - masks.sparsity

@@ -23,6 +23,7 @@ for the data set go into that paper's column.
 # {script: the column with the length of its runs}
 LENGTH = {"unstructured": "weights", "granet": "weights", "lottery": "weights",
           "gradr": "weights", "sdsnn": "weights", "pq": "weights",
+          "ndsnn": "weights",
           "structured": "channels", "greg": "channels"}
 
 # {script: its settings that are no flags}. --help and config.json do not show them. The
@@ -128,7 +129,12 @@ ROWS = {
         pq=dict(
             mode="matched", sparsity=0.9, rho=0.9, scope="layer", growth="momentum",
             start="er", density=0.5, eta=0.001,
-            epochs_prune=9, epochs_finetune=3, interval=25)),
+            epochs_prune=9, epochs_finetune=3, interval=25),
+        # INTERPRETATION: the paper's numbers are not known. Those of GraNet from a
+        # sparse start; epochs and interval are those of all methods
+        ndsnn=dict(
+            sparsity=0.9, density=0.5, growth="gradient", drop_rate=0.5,
+            densities="erk")),
 
     "mnist": dict(
         data=dict(batch_size=128, crop=2, flip=False),  # digits must not be mirrored

@@ -191,7 +191,8 @@ class Run:
 
     @property
     def first_sparsity(self):
-        """The sparsity of the masks that --init has brought, 0..1; 0 without any."""
+        """The sparsity of the masks at the start, 0..1: those that --init has brought,
+        or the method has drawn; 0 without any."""
         return self.notes.get("first_sparsity", 0.0)
 
     def generator(self, *numbers):

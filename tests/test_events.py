@@ -19,6 +19,7 @@ import events
 import models
 import prune_gradr
 import prune_lottery
+import prune_ndsnn
 import prune_pq
 import prune_sdsnn
 import prune_structured
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SCRIPTS = dict(prune_unstructured=prune_unstructured, prune_structured=prune_structured,
                prune_lottery=prune_lottery, prune_gradr=prune_gradr, prune_sdsnn=prune_sdsnn,
-               prune_pq=prune_pq)
+               prune_pq=prune_pq, prune_ndsnn=prune_ndsnn)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ import models
 import prune_granet
 import prune_greg
 import prune_lottery
+import prune_ndsnn
 import prune_structured
 import prune_unstructured
 import training
@@ -229,6 +230,7 @@ def exercises():
     prune_structured.main([*SLIM, "--run-dir", "slim"])
     prune_greg.main([*SLIM, "--run-dir", "greg", "--smoke"])
     prune_granet.main([*SHORT, "--run-dir", "granet"])
+    prune_ndsnn.main([*SHORT, "--run-dir", "ndsnn", "--growth", "random"])
 
     found["other data"] = with_other_data()
     update = prune_unstructured.prune_and_regenerate
@@ -426,11 +428,12 @@ def test_it_learns_like_one_process(two, monkeypatch):
     assert (folder / "slim/channels.json").exists() and (folder / "greg/summary.json").exists()
 
 
-def test_granet_over_two_ranks(two):
+@pytest.mark.parametrize("method", ["granet", "ndsnn"])
+def test_methods_that_grow_over_two_ranks(method, two):
     folder, _, _ = two
-    summary = json.loads((folder / "granet/summary.json").read_text())
-    updates = helpers.lines(folder / "granet", "updates")
-    assert summary["method"] == "granet" and len(updates) == 6
+    summary = json.loads((folder / method / "summary.json").read_text())
+    updates = helpers.lines(folder / method, "updates")
+    assert summary["method"] == method and len(updates) == 6
     total = sum(layer["weights"] for layer in summary["layers"])
     for row in updates:
         assert sum(layer["alive"] for layer in row["layers"]) == (

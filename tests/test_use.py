@@ -24,6 +24,7 @@ import prune_granet
 import prune_gradr
 import prune_greg
 import prune_lottery
+import prune_ndsnn
 import prune_pq
 import prune_sdsnn
 import prune_structured
@@ -737,7 +738,7 @@ def test_granet_goes_on_from_a_pruned_network(first, capsys):
 @pytest.mark.parametrize("module, drops", [
     (prune_structured, ["--interval"]), (prune_greg, ["--interval"]),
     (prune_lottery, ["--interval"]), (prune_gradr, []), (prune_sdsnn, ["--interval"]),
-    (prune_pq, [])])
+    (prune_pq, []), (prune_ndsnn, [])])
 def test_scripts_that_start_from_all_weights_refuse_a_pruned_network(module, drops, first, capsys):
     short = ["--train-limit", "200", "--width", "0.25", "--batch-size", "25"]
     error = wrong(capsys, "--run-dir", "new", "--init", "first/model.pt", module=module,
