@@ -224,8 +224,8 @@ def to_onnx(job):
     opset = model.opset_import[0].version
     lines = [f"{path}: {size_of(content)}, opset {opset}, {len(model.graph.node)} "
              f"nodes", *lines,
-             f"batch  1: {theirs:.2f} ms in ONNX Runtime; {ours:.2f} ms here, torch call "
-             f"by torch call; {torch.get_num_threads()} threads"]
+             f"batch  1: {theirs:.2f} ms in ONNX Runtime; {ours:.2f} ms here, a torch "
+             f"call at a time; {torch.get_num_threads()} threads"]
     if job.args.int8:
         lines += to_int8(job, content, export)
     return lines

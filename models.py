@@ -22,9 +22,9 @@ N*H*W), which is slower; so does the criticality paper's published code for chan
 bn_per_step.
 
 uint8 images are normalised by the network itself: (x / 255 - mean) / std. Its mean and
-std, and the names of its classes, are in the state_dict. Images that are floating point are taken as they are: they
-are normalised already. predict() takes uint8 and floats in 0..1. Other encodings of the
-input:
+std, and the names of its classes, are in the state_dict. Images that are floating
+point are taken as they are: they are normalised already. predict() takes uint8 and
+floats in 0..1. Other encodings of the input:
 - "rate": a pixel in 0..1 is the probability of a spike at each step. The network draws
   them, in training from torch's generator, in eval mode from a fixed seed, so that a
   prediction is always the same;
