@@ -97,6 +97,7 @@ CHANNELS = {
     "greg1": "prune_greg --method greg1",
     "greg2": "prune_greg --method greg2",
     "criticality": "prune_structured",
+    "sca": "prune_sca --schedule step",
 }
 # The methods as --methods names them: "criticality" is that of weights
 METHODS = {**WEIGHTS, **{f"channels-{name}": command
@@ -225,9 +226,10 @@ def plan(args, frames=None):
             if method != "dense":
                 target = args.target_macs
                 name = f"channels-{method}-macs{target:g}"
-            commands[f"{name}-seed{seed}"] = command.split() + as_words(dict(
-                target_macs=target, epochs_pretrain=of_channels,
-                epochs_finetune=of_channels, seed=seed))
+            first = "epochs_prune" if method == "sca" else "epochs_pretrain"
+            commands[f"{name}-seed{seed}"] = command.split() + as_words({
+                "target_macs": target, first: of_channels,
+                "epochs_finetune": of_channels, "seed": seed})
 
     jobs = []
     for name, (script, *own) in commands.items():
@@ -297,7 +299,8 @@ def settings_of(run):
     epochs, and each flag that is not the usual one. What --as-published has set stands
     in the name of a row."""
     config, usual = run.config, presets.of(run.config["dataset"])
-    first = "epochs_pretrain" if run.pruned == records.CHANNELS else "epochs_prune"
+    is_cut_later = run.pruned == records.CHANNELS and "epochs_pretrain" in config
+    first = "epochs_pretrain" if is_cut_later else "epochs_prune"
     words = dict(
         dataset=Path(config["dataset"]).stem, model=config["model"],
         time_steps=f"T = {config['time_steps']}",

@@ -840,8 +840,8 @@ def recording(net, aggregate, by="derivative"):
         scores["lifs.0"]                              # [C]
 
     aggregate: "max" | "mean", how the neurons of a channel make one score; None:
-    nothing is recorded, and the dict stays empty. by: see neurons.criticality. Of
-    several passes the last counts.
+    nothing is recorded, and the dict stays empty. by: see neurons.criticality; "post"
+    and "pre" record neurons.activity, [2, C]. Of several passes the last counts.
     """
     scores = {}
     neurons = lifs(net) if aggregate is not None else {}

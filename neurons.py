@@ -189,7 +189,11 @@ class LIF(nn.Module):
                 v = h - fired * v_threshold
             h_seq.append(h)
             s_seq.append(s)
-        if self._aggregate is not None:
+        if self._aggregate is not None and self._by in POTENTIALS:
+            self._score = activity(self, torch.stack(h_seq).detach(),
+                                   torch.stack(s_seq).detach(), self._aggregate,
+                                   self._by)
+        elif self._aggregate is not None:
             self._score = criticality(torch.stack(h_seq).detach(), self.v_threshold,
                                       self.alpha, self._aggregate, self.surrogate,
                                       self._by)
@@ -208,12 +212,12 @@ class LIF(nn.Module):
 
     def start_recording(self, aggregate, by="derivative"):
         """Let each call compute the criticality too. aggregate, by: as in
-        criticality()."""
+        criticality(). by "post" or "pre": activity() instead."""
         self._aggregate, self._by, self._score = aggregate, by, None
 
     def stop_recording(self):
         """End the recording. Return the criticality of the last call, [C] float64 (on
-        mps float32); None without a call."""
+        mps float32), or what activity() returns; None without a call."""
         score, self._aggregate, self._score = self._score, None, None
         return score
 
@@ -272,6 +276,33 @@ def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max", name="arctan
     per_neuron = sum(score(h.to(dtype) - v_threshold, alpha, name)
                      for h in h_seq) / len(h_seq)  # mean over T
     return per_channel(per_neuron, aggregate)
+
+
+POTENTIALS = ("post", "pre")  # what activity() is taken of
+
+
+def activity(lif, h_seq, s_seq, aggregate="mean", by="post"):
+    """Return the activity and the firing rate of each channel, [2, C] float64 (on mps
+    float32), means over T and the samples. The activity says how far from rest the
+    potentials of its neurons are.
+
+    lif: the neurons. h_seq: [T, N, C, ...], the potential before the reset. s_seq:
+    their spikes, of the same shape. aggregate: as in criticality.
+    by: "pre", |h|; "post", s * v_threshold + |v|, v the potential after the reset. They
+    differ where a neuron fires: |v| alone would be 0 where it fires at each step.
+    """
+    if by not in POTENTIALS:
+        raise ValueError(f'by is {by!r}, expected "post" or "pre"')
+    dtype = torch.promote_types(h_seq.dtype, torch.float32)
+    total, spikes = 0, 0
+    for h, s in zip(h_seq.to(dtype), s_seq.to(dtype)):
+        v = h - s * lif.v_threshold
+        if lif.reset == "hard":
+            v = (1 - s) * h + s * lif.v_reset  # Eq. 2
+        total = total + (h.abs() if by == "pre" else s * lif.v_threshold + v.abs())
+        spikes = spikes + s
+    return torch.stack([per_channel(total / len(h_seq), aggregate),
+                        per_channel(spikes / len(h_seq), aggregate)])
 
 
 def per_channel(per_neuron, aggregate):

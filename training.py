@@ -39,7 +39,8 @@ def step(run, x, y, lr, record=None, by="derivative"):
     x: [N, C, H, W], or [T, N, C, H, W] for events. y: [N]. lr: the learning rate.
     record: how the criticality of the neurons of a channel makes one score, "max" |
     "mean"; None: there are no scores, and the dict is empty. by: what of the surrogate
-    is the score, "derivative" | "value" (see neurons.criticality).
+    is the score, "derivative" | "value" (see neurons.criticality); "post" | "pre": the
+    activity is (see neurons.activity).
     """
     scores = backward(run, x, y, record, by)
     descend(run.optimizer, lr)

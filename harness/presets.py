@@ -24,7 +24,11 @@ for the data set go into that paper's column.
 LENGTH = {"unstructured": "weights", "granet": "weights", "lottery": "weights",
           "gradr": "weights", "sdsnn": "weights", "pq": "weights",
           "ndsnn": "weights",
-          "structured": "channels", "greg": "channels"}
+          "structured": "channels", "greg": "channels", "sca": "channels"}
+
+# Scripts that prune channels from the start: their stage `prune` is as long as the
+# others' pretraining
+FROM_THE_START = ("sca",)
 
 # {script: its settings that are no flags}. --help and config.json do not show them. The
 # script reads them: presets.of(args.dataset, "sdsnn")["rules"]
@@ -104,6 +108,10 @@ ROWS = {
         greg=dict(
             method="greg1", prune_ratio=None, target_macs=None, epochs_prune=4,
             schedule="step"),
+        # interval None: an epoch. INTERPRETATION of regen: what third-party code
+        # returns, a tenth of all channels, with nine tenths kept
+        sca=dict(prune_ratio=None, target_macs=None, regen=0.1, potential="post",
+                 interval=None),
         # matched: the epochs of the criticality paper. full: those of LTH-SNN's code
         lottery=dict(
             method="imp", search="imp", budget="matched", sparsity=0.9, rounds=4,
@@ -274,6 +282,7 @@ SMOKE = dict(
     weights=dict(epochs_prune=1, epochs_finetune=1, interval=4),
     channels=dict(epochs_pretrain=1, epochs_finetune=1),
     greg=dict(epochs_prune=1),
+    sca=dict(epochs_prune=2),
     lottery=dict(epochs_prune=4, rounds=2),
     sdsnn=dict(epochs_prune=5))
 
@@ -293,6 +302,8 @@ def of(dataset, script=None):
     # the row comes last: its `weights` override the script's column in "default"
     for columns in (default, row):
         settings |= columns.get(LENGTH[script], {}) | columns.get(script, {})
+    if script in FROM_THE_START:
+        settings["epochs_prune"] = settings.pop("epochs_pretrain")
     return settings
 
 

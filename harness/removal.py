@@ -16,15 +16,17 @@ import torch
 import channels
 import metrics
 import training
-from harness import files, flags, processes, setup
+from harness import board, files, flags, processes, setup
 from harness.runfolder import Run
+from masks import count
 
 
-def set_up(args, least=channels.fewest, **epochs):
+def set_up(args, least=channels.fewest, check=None, **epochs):
     """Return the run, and a network of the dense widths to compare with. Flags that
     cannot work end the script with exit code 2, before anything is written.
 
     least(net): returns the channels that stay at any ratio, [M] bool.
+    check(stages): may raise ValueError; None: there is nothing more to check.
     epochs: the length of each stage.
     """
     with flags.exits(2, ValueError, OSError):
@@ -35,6 +37,8 @@ def set_up(args, least=channels.fewest, **epochs):
         channels.check_ratio(dense, args.prune_ratio or 0.0, args.target_macs or 0.0,
                              least)
         stages = setup.stages(args, images, **epochs)
+        if check is not None:
+            check(stages)
         run = Run(args, device, images, stages, net=net,
                   optimizer=training.optimizer(args, net.parameters()))
     return run, dense
@@ -70,7 +74,7 @@ def remove(run, ratio, choice, scores=None, spiked=None):
     """
     args, net, notes = run.args, run.net, run.notes
     processes.agree("the channels that stay", choice.kept)
-    if args.epochs_pretrain > 0:  # else that of --init, which is noted already
+    if vars(args).get("epochs_pretrain"):  # else that of --init, which is noted already
         notes["dense_accuracy"] = run.last_accuracy("pretrain")
 
     names, sizes = channels.layers(net)
@@ -95,6 +99,44 @@ def remove(run, ratio, choice, scores=None, spiked=None):
     run.hold(net=small.train(),
              optimizer=training.optimizer(args, small.parameters()))
     run.save()
+
+
+def log_update(run, target, before, cut, choice, **more):
+    """Print an update of the channels that live, and write it to updates.jsonl. Note
+    the sparsity of the network without the dead ones, for the rows of metrics.jsonl.
+
+    target: the share of the channels that is to be gone. before: [M] bool, those that
+    lived. cut: [M] bool, those of them that the update cut. choice: a channels.Choice,
+    of which `kept` live now. more: further keys of the row.
+    """
+    processes.agree(f"the channels after iteration {run.iteration}", choice.kept)
+    names, sizes = channels.layers(run.net)
+    kept = dict(zip(names, choice.kept.split(sizes)))
+    rows = zip(names, *(row.split(sizes) for row in (choice.kept, cut,
+                                                     choice.regenerated)))
+    layers = [dict(name=name, alive=count(alive), pruned=count(pruned),
+                   regenerated=count(back)) for name, alive, pruned, back in rows]
+    n_cut, total = count(cut), len(cut)
+    survived = count(cut & choice.kept) / n_cut if n_cut else None
+    row = dict(update=len(run.updates) + 1, iteration=run.iteration, target=target,
+               before=1 - count(before & ~cut) / total,
+               sparsity=1 - count(choice.kept) / total, pruned=n_cut,
+               regenerated=count(choice.regenerated), survived=survived, layers=layers,
+               **more)
+    run.updates.append(row)
+    files.write_lines(run.folder / "updates.jsonl", run.updates)
+    if run.board is not None:
+        board.add_update(run.board, row)
+    small = channels.remove(run.net, kept)
+    run.notes["sparsity"] = channels.sparsity(run.net, small)
+    words = "".join(f"  {key} {value:,}" for key, value in more.items())
+    run.say(f"  update {row['update']:>3}  cut {n_cut:,}  regrown "
+            f"{row['regenerated']:,}  channels {count(choice.kept):,} of {total:,}"
+            f"{words}")
+    for name, rescued in zip(names, choice.rescued.split(sizes)):
+        if rescued.any():
+            run.say(f"  note: {name} would have lost all channels; its largest |gamma| "
+                    f"stays, and nothing goes in its place")
 
 
 def end_epoch(run):
@@ -141,5 +183,6 @@ def finish(run, dense, script, method, **own):
     if run.stages.by_name["finetune"] == 0:  # the last epoch was of the dense network
         own["test_accuracy"] = notes["pruned_accuracy"]
     own = notes | channels.compared_with_dense(dense, net) | own
+    own = dict(training_cost=cost) | own
     return run.finish(script, method, counts, speedup_batch1=speed[1],
-                      speedup_batch32=speed[32], training_cost=cost, **own)
+                      speedup_batch32=speed[32], **own)

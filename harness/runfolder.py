@@ -23,7 +23,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -125,12 +125,15 @@ class Run:
 
     measured: a function of the run, the seconds of a step and those of an evaluation,
     called as soon as they are known (see harness/planning.py); None: there is none.
+    computes: returns the context in which the network computes with other values than
+    its parameters store; evaluations of the network are inside it.
 
     Make it last, after all other checks of the flags: it is the first that writes.
     Raises ValueError or OSError if the folder or its checkpoint does not fit.
     """
 
     measured = None
+    computes = staticmethod(nullcontext)
 
     def __init__(self, args, device, images, stages, **parts):
         self.args, self.device, self.images = args, device, images
@@ -304,14 +307,15 @@ class Run:
 
         net: the network to evaluate; None: the run's own.
         """
-        forward = net
+        forward, computes = net, nullcontext
         if net is None:
-            net, forward = self.net, self.forward
+            net, forward, computes = self.net, self.forward, self.computes
         processes.average_statistics(net)
         size = setup.evaluation_batch(self.args, self.images)
         pairs = self.images.pairs("test", size)
-        return training.evaluate(forward, net, processes.share(pairs), self.args,
-                                 self.total)
+        with computes():
+            return training.evaluate(forward, net, processes.share(pairs), self.args,
+                                     self.total)
 
     def score_channels(self, metric):
         """Return the scores of the network's channels over the training set, and which

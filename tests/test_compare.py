@@ -62,7 +62,7 @@ def test_the_commands_are_those_of_the_scripts():
              "--epochs-finetune 2 --sparsity 0.9 0.95 --seeds 2").split()
     args = compare.parse_args(small)
     jobs = compare.plan(args)
-    assert len({folder for folder, _ in jobs}) == len(jobs) == 2 * (1 + 2 * 13 + 5)
+    assert len({folder for folder, _ in jobs}) == len(jobs) == 2 * (1 + 2 * 13 + 6)
     methods = set()
     for folder, words in jobs:
         script = importlib.import_module(Path(words[1]).stem)
@@ -70,9 +70,10 @@ def test_the_commands_are_those_of_the_scripts():
         assert parsed.run_dir == str(folder) and parsed.resume and parsed.dataset == "few.npz"
         assert folder.name.endswith(f"-seed{parsed.seed}") and parsed.time_steps == 4
         if folder.name.startswith("channels-"):
-            assert Path(words[1]).stem in ("prune_structured", "prune_greg")
+            assert Path(words[1]).stem in ("prune_structured", "prune_greg", "prune_sca")
             assert parsed.target_macs == (None if "dense" in folder.name else 0.7)
-            assert parsed.epochs_pretrain == parsed.epochs_finetune == 4
+            first = "epochs_prune" if "sca" in folder.name else "epochs_pretrain"
+            assert getattr(parsed, first) == parsed.epochs_finetune == 4
         else:
             wanted = 0 if "dense" in folder.name else 0.95 if "-0.95-" in folder.name else 0.9
             assert parsed.sparsity == wanted

@@ -43,6 +43,7 @@ SHORT = {  # the scripts, on tiny budgets
     "prune_granet": "--epochs-prune 2 --epochs-finetune 1 --interval 3",
     "prune_structured": "--epochs-pretrain 2 --epochs-finetune 2 --l1 0.001",
     "prune_greg": "--epochs-pretrain 2 --epochs-prune 1 --epochs-finetune 2",
+    "prune_sca": "--epochs-prune 2 --epochs-finetune 1 --interval 4",
     "prune_lottery": "--epochs-prune 3 --epochs-finetune 2 --rounds 2",
     "prune_gradr": "--epochs-prune 2 --epochs-finetune 1 --interval 4 --method deepr",
     "prune_sdsnn": "--epochs-prune 5 --epochs-finetune 1 --rate-conv 0.3",
@@ -181,6 +182,7 @@ KILLS = {  # place, its n-th moment, minutes between checkpoints (0: after each 
     "prune_granet": [("step", 9, 0), ("update", 3, 10), ("writing", 14, 0)],
     "prune_structured": [("step", 16, 0), ("removal", 1, 10), ("scoring", 1, 10)],
     "prune_greg": [("step", 16, 0), ("removal", 1, 10), ("writing", 12, 0)],
+    "prune_sca": [("step", 10, 0), ("removal", 1, 10), ("writing", 12, 0)],
     "prune_lottery": [("step", 21, 0), ("update", 2, 0), ("writing", 26, 0)],
     "prune_gradr": [("step", 10, 0), ("update", 3, 0), ("counting", 1, 10)],
     "prune_sdsnn": [("step", 27, 0), ("update", 1, 10), ("written", 22, 0)],
@@ -779,7 +781,7 @@ def test_what_must_hold_is_looked_at(fault, words, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("script", [
-    script for script in SHORT if script not in ("prune_structured", "prune_greg")])
+    script for script in SHORT if script not in ("prune_structured", "prune_greg", "prune_sca")])
 def test_each_script_looks(script, monkeypatch, capsys):
     """Something brings a dead weight back after the last update: the end of the epoch tells."""
     test = training.evaluate

@@ -196,6 +196,7 @@ def test_a_run_that_is_there_is_not_tried(tried, capsys):
     ("unstructured", dict(epochs_prune=8, epochs_finetune=4)),
     ("structured", dict(epochs_pretrain=6, epochs_finetune=6)),
     ("greg", dict(epochs_pretrain=5, epochs_prune=2, epochs_finetune=5)),
+    ("sca", dict(epochs_prune=6, epochs_finetune=6)),
     ("lottery", dict(epochs_prune=8, epochs_finetune=4)),
     ("sdsnn", dict(epochs_prune=8, epochs_finetune=4)),
     ("ndsnn", dict(epochs_prune=8, epochs_finetune=4)),

@@ -40,11 +40,13 @@ def test_settings_are_flags_and_flags_have_defaults(script, monkeypatch):
     known, column = flags_of(script, monkeypatch)
     assert column == script
     aside = presets.NOT_FLAGS.get(script, set())
+    # what `channels` calls pretraining is their stage `prune`
+    only = {"epochs_pretrain"} if script in presets.FROM_THE_START else set()
     for name, row in (*presets.ROWS.items(), ("smoke", presets.SMOKE)):
         assert row.get(script, {}).keys() <= known | aside, name
         assert row.get("data", {}).keys() <= known, name
         if presets.LENGTH[script] in row:  # not every script has updates at an interval
-            assert row[presets.LENGTH[script]].keys() <= known | {"interval"}, name
+            assert row[presets.LENGTH[script]].keys() <= known | {"interval"} | only, name
     usual = presets.of("default", script)
     assert known | aside <= usual.keys() <= known | aside | {"interval"}
     assert not aside & known
@@ -63,7 +65,7 @@ def test_a_new_data_set_is_one_row(script, monkeypatch, capsys):
     if presets.LENGTH[script] == "weights":
         assert args["epochs_prune"] == 30 and args.get("interval", 50) == 50
     else:
-        assert args["epochs_pretrain"] == 20
+        assert args.get("epochs_pretrain", args.get("epochs_prune")) == 20
     assert resolved(script, "--dataset", "a/path.npz")["epochs_finetune"] != 40
 
     monkeypatch.setattr(data, "NAMES", (*data.NAMES, "birds"))  # its reader in data.py

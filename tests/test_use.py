@@ -23,6 +23,7 @@ import models
 import prune_granet
 import prune_gradr
 import prune_greg
+import prune_sca
 import prune_lottery
 import prune_ndsnn
 import prune_pq
@@ -738,7 +739,7 @@ def test_granet_goes_on_from_a_pruned_network(first, capsys):
 @pytest.mark.parametrize("module, drops", [
     (prune_structured, ["--interval"]), (prune_greg, ["--interval"]),
     (prune_lottery, ["--interval"]), (prune_gradr, []), (prune_sdsnn, ["--interval"]),
-    (prune_pq, []), (prune_ndsnn, [])])
+    (prune_pq, []), (prune_ndsnn, []), (prune_sca, ["--interval"])])
 def test_scripts_that_start_from_all_weights_refuse_a_pruned_network(module, drops, first, capsys):
     short = ["--train-limit", "200", "--width", "0.25", "--batch-size", "25"]
     error = wrong(capsys, "--run-dir", "new", "--init", "first/model.pt", module=module,
