@@ -89,6 +89,7 @@ WEIGHTS = {
     "deepr": "prune_gradr --method deepr --optimizer sgd --mode matched",
     "sdsnn": "prune_sdsnn --optimizer sgd",
     "pq": "prune_pq --mode matched",
+    "stds": "prune_stds --optimizer sgd --mode matched",
     "ndsnn": "prune_ndsnn",
 }
 CHANNELS = {

@@ -15,6 +15,7 @@ All masks are views into one flat vector over the M prunable weights of the netw
 a global ranking is one selection over one vector. Counts are exact also with ties:
 further keys break them, and then a seeded permutation.
 """
+from contextlib import contextmanager
 from math import prod
 from typing import NamedTuple
 
@@ -323,6 +324,35 @@ class Update(NamedTuple):
 
 
 # ---- functions -----------------------------------------------------------------------
+
+
+@contextmanager
+def computing_with(parameters, values):
+    """Let parameters hold other values inside, for a forward and a backward pass:
+
+        with computing_with([weight], [weight * mask]):
+            loss(net(x)).backward()
+        optimizer.step()    # of the weight, by the gradient at weight * mask
+
+    After it, and after an error inside, they hold again what they held, bit for bit.
+    Their gradient is that by the values, dense (straight-through): no step of autograd
+    lies between the two. So any optimizer can follow.
+    parameters: an iterable of them. values: as many tensors, of the same shapes.
+    """
+    parameters = list(parameters)
+    held = [parameter.detach().clone() for parameter in parameters]
+    try:
+        write(parameters, values)
+        yield
+    finally:
+        write(parameters, held)
+
+
+@torch.no_grad()
+def write(tensors, values):
+    """Copy values into tensors, in place, one by one."""
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
 
 
 def prune_further(sparsity, regen):

@@ -47,7 +47,7 @@ Its run folder is that of prune_structured.py, with updates.jsonl, a line an upd
 line's `silent` counts the channels that stayed by their activity and had no spike in
 the batch: neurons that are strongly inhibited are far from rest too.
 """
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,7 +62,7 @@ import training
 from channels import Choice
 from harness import flags, presets, removal, setup
 from harness.runfolder import finished
-from masks import count, momenta, prune_further, select
+from masks import computing_with, count, momenta, prune_further, select
 
 # ---- the scores ----------------------------------------------------------------------
 
@@ -145,23 +145,6 @@ def ratio_at(run, update, num_updates, choose):
 
 
 # ---- dead channels -------------------------------------------------------------------
-
-
-@contextmanager
-def computing_with(parameters, values):
-    """Let parameters hold other values inside, for a forward and a backward pass.
-
-    parameters, values: lists of tensors of the same shapes. Afterwards a parameter has
-    its own value again, and the gradient is that of the value that it computed with.
-    """
-    own = [parameter.detach().clone() for parameter in parameters]
-    for parameter, value in zip(parameters, values):
-        parameter.data.copy_(value)
-    try:
-        yield
-    finally:
-        for parameter, value in zip(parameters, own):
-            parameter.data.copy_(value)
 
 
 class Living:

@@ -31,7 +31,6 @@ regenerated; nothing is regenerated on N-MNIST; the output layer is clamped; the
 epoch is the one reported.
 """
 import math
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +44,7 @@ import plans
 import training
 from harness import flags, presets, setup
 from harness.runfolder import Run, finished
-from masks import Masks, Update, momenta, select
+from masks import Masks, Update, computing_with, momenta, select
 from neurons import widest
 
 WINDOW, EPOCHS = 18, 300  # n, and the epochs of training that it is published for
@@ -334,19 +333,14 @@ def trim(sparsity, masks, generator):
 # ---- a step of the structure epochs --------------------------------------------------
 
 
-@contextmanager
-def computing_with(masks, names):
-    """Let the weights of `names` be w * m inside, for a forward and a backward pass.
+def masked(masks, names):
+    """Return the weights of `names`, and what the network computes with: w * m.
 
     INTERPRETATION: w takes the gradient by w * m (straight-through). So masked synapses
     train on, and show whether they grow.
     """
-    latent = {name: masks.weights[name].detach().clone() for name in names}
-    for name in names:
-        masks.weights[name].data.mul_(masks.alive[name])
-    yield
-    for name in names:
-        masks.weights[name].data.copy_(latent[name])
+    weights = [masks.weights[name] for name in names]
+    return weights, [masks.weights[name].detach() * masks.alive[name] for name in names]
 
 
 @torch.no_grad()
@@ -491,16 +485,16 @@ def main(argv=None):
     schedule = make_schedule(args.epochs_prune,
                              presets.of(args.dataset, "sdsnn")["rules"], official)
     readers, layers = prunable_layers(net), layers_of(run)
-    masked = () if official else readers  # layers that are masked in training too
+    in_training = () if official else readers  # layers that are masked there too
 
     with run.under_way(f"structure changes from epoch {schedule.start + 1} on"):
         for epoch in run.epochs("prune"):
             for x, y in run.batches(epoch):
-                with computing_with(masks, masked):  # w * m
+                with computing_with(*masked(masks, in_training)):  # w * m
                     training.backward(run, x, y)
                 lr = learning_rate(args, run.stages, run.iteration)
                 training.descend(optimizer, lr)  # w, masked synapses too
-                mute_dead_neurons(net, masks, masked, optimizer)
+                mute_dead_neurons(net, masks, in_training, optimizer)
 
             generator = run.generator()
             if epoch == 0:
@@ -518,7 +512,7 @@ def main(argv=None):
                 masks.apply(optimizer)
                 run.log_update(args.sparsity, change, masks.keep_at(args.sparsity))
             masks.apply(optimizer)  # masked synapses start each epoch from 0
-            mute_dead_neurons(net, masks, masked, optimizer, for_good=is_last)
+            mute_dead_neurons(net, masks, in_training, optimizer, for_good=is_last)
             if is_last:
                 layers.clear()  # several times as large as the network, needed no more
             run.end_epoch()
@@ -528,7 +522,7 @@ def main(argv=None):
                 lr = learning_rate(args, run.stages, run.iteration)
                 training.step(run, x, y, lr)
                 masks.apply(optimizer)  # w <- w * m, and its momentum
-                mute_dead_neurons(net, masks, masked, optimizer, for_good=True)
+                mute_dead_neurons(net, masks, in_training, optimizer, for_good=True)
             run.end_epoch()
 
         return run.finish("prune_sdsnn", "sdsnn", training_cost=training_cost(run),

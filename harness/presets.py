@@ -23,7 +23,7 @@ for the data set go into that paper's column.
 # {script: the column with the length of its runs}
 LENGTH = {"unstructured": "weights", "granet": "weights", "lottery": "weights",
           "gradr": "weights", "sdsnn": "weights", "pq": "weights",
-          "ndsnn": "weights",
+          "stds": "weights", "ndsnn": "weights",
           "structured": "channels", "greg": "channels", "sca": "channels"}
 
 # Scripts that prune channels from the start: their stage `prune` is as long as the
@@ -36,7 +36,7 @@ FROM_THE_START = ("sca",)
 #   adam_lr      the learning rate under --optimizer adam; adamw_lr: under adamw
 #   rules        the numbers of SD-SNN's rules
 NOT_FLAGS = {"unstructured": {"regen_rates"}, "gradr": {"adam_lr"},
-             "sdsnn": {"adamw_lr", "rules"}}
+             "sdsnn": {"adamw_lr", "rules"}, "stds": {"adam_lr"}}
 
 # {optimizer: its settings}, where no column has others. INTERPRETATION: the papers'
 # baselines use SGD; these are torch's own defaults
@@ -123,6 +123,9 @@ ROWS = {
         gradr=dict(
             method="gradr", mode="matched", sparsity=0.9, optimizer="adam", prior=None,
             temperature=None, lr=None, weight_decay=None, adam_lr=1e-3),
+        # SGD, as all methods here; Adam is the published optimiser
+        stds=dict(
+            mode="matched", sparsity=0.9, dead_zone=None, ramp="sine", adam_lr=1e-3),
         # rate_conv, rate_fc: shares of the neurons that the first update prunes. The
         # paper has these values for MNIST and those of the row "cifar10" for CIFAR-10
         sdsnn=dict(
@@ -184,6 +187,10 @@ ROWS = {
             mode="paper", sparsity=0.95, model="gradr-conv", time_steps=8, loss="mse",
             batch_size=16, epochs_prune=2048, epochs_finetune=0, interval=20_000,
             adam_lr=1e-4),
+        stds=dict(  # STDS's own
+            mode="paper", model="gradr-conv", time_steps=8, loss="mse", batch_size=16,
+            epochs_prune=2048, epochs_finetune=0, interval=20_000, optimizer="adam",
+            schedule="constant", adam_lr=1e-4),
         # SD-SNN's own. loss: its code has UnilateralMse, which discards what it clips:
         # it equals mse, that of the rate. Its images are augmented further there
         # (RandAugment, jittered colours, erased patches)

@@ -126,7 +126,7 @@ class Run:
     measured: a function of the run, the seconds of a step and those of an evaluation,
     called as soon as they are known (see harness/planning.py); None: there is none.
     computes: returns the context in which the network computes with other values than
-    its parameters store; evaluations of the network are inside it.
+    its parameters store (see masks.computing_with); evaluations are inside it.
 
     Make it last, after all other checks of the flags: it is the first that writes.
     Raises ValueError or OSError if the folder or its checkpoint does not fit.

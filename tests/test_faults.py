@@ -47,6 +47,7 @@ SHORT = {  # the scripts, on tiny budgets
     "prune_lottery": "--epochs-prune 3 --epochs-finetune 2 --rounds 2",
     "prune_gradr": "--epochs-prune 2 --epochs-finetune 1 --interval 4 --method deepr",
     "prune_sdsnn": "--epochs-prune 5 --epochs-finetune 1 --rate-conv 0.3",
+    "prune_stds": "--epochs-prune 2 --epochs-finetune 1 --interval 4",
     "prune_ndsnn": "--epochs-prune 2 --epochs-finetune 1 --interval 3",
     "prune_pq": "--epochs-prune 2 --epochs-finetune 1 --interval 3"}
 MAIN = "prune_unstructured"
@@ -186,6 +187,7 @@ KILLS = {  # place, its n-th moment, minutes between checkpoints (0: after each 
     "prune_lottery": [("step", 21, 0), ("update", 2, 0), ("writing", 26, 0)],
     "prune_gradr": [("step", 10, 0), ("update", 3, 0), ("counting", 1, 10)],
     "prune_sdsnn": [("step", 27, 0), ("update", 1, 10), ("written", 22, 0)],
+    "prune_stds": [("step", 10, 0), ("update", 3, 0), ("writing", 14, 0)],
     "prune_ndsnn": [("step", 10, 10), ("update", 4, 0), ("writing", 21, 0)],
     "prune_pq": [("step", 10, 10), ("update", 4, 0), ("writing", 21, 0)]}
 

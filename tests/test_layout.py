@@ -129,7 +129,8 @@ NO_METHOD = [ROOT / f"{name}.py" for name in (
     "neurons", "kernels", "kernels_triton", "models", "data", "masks", "channels", "metrics", "training")]
 NO_METHOD += [ROOT / "harness" / f"{name}.py" for name in (
     "runfolder", "setup", "files", "meters", "processes", "machine")]
-METHODS = re.compile(r"\b(?:SD-?SNN|Grad[- ]?R|GraNet|GReg[12]?|Deep[- ]?R|lottery|PQ|NDSNN|RigL)\b", re.I)
+METHODS = re.compile(r"\b(?:SD-?SNN|Grad[- ]?R|GraNet|GReg[12]?|Deep[- ]?R|lottery|PQ|STDS|NDSNN|RigL)\b",
+                     re.I)
 NETWORKS = re.compile(r"(?:sdsnn|gradr)-[a-z]+")  # plans that bear the name of a paper
 
 

@@ -22,7 +22,8 @@ from harness import runfolder
 from helpers import assert_same_run, let_fire, lines, one_line, random_net, rng, stop_after
 from kernels import FastLIF
 from neurons import LIF
-from prune_sca import Living, all_live, computing_with, cut_and_regrow
+from masks import computing_with
+from prune_sca import Living, all_live, cut_and_regrow
 
 # ---- the activity --------------------------------------------------------------------------------
 

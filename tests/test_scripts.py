@@ -594,8 +594,8 @@ def test_errors_from_the_real_command():
 # ---- all scripts ---------------------------------------------------------------------------------
 
 
-METHODS = ("dense gmp criticality gradient random granet imp eb et gradr deepr sdsnn pq ndsnn slimming "
-           "greg1 greg2 sca").split()
+METHODS = ("dense gmp criticality gradient random granet imp eb et gradr deepr sdsnn pq stds ndsnn "
+           "slimming greg1 greg2 sca").split()
 
 
 @pytest.mark.parametrize("script", sorted(path.stem for path in ROOT.glob("prune_*.py")))

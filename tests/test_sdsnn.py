@@ -18,9 +18,9 @@ import prune_sdsnn
 from harness import runfolder
 import training
 from helpers import assert_same_run, lines, one_line, stop_after
-from masks import Masks, seeded
+from masks import Masks, computing_with, seeded
 from harness.presets import CIFAR_RULES, MNIST_RULES
-from prune_sdsnn import (advance, computing_with, develop, make_schedule, mute_dead_neurons, n_left,
+from prune_sdsnn import (advance, develop, make_schedule, masked, mute_dead_neurons, n_left,
                          next_percent, prunable_layers, prune_neurons, regenerate_synapses,
                          start_layer, start_layers, trim, update_ranges)
 
@@ -733,7 +733,7 @@ def test_the_forward_pass_is_masked_and_masked_synapses_train():
     twin = small_net()[0]
     twin.get_parameter(name).data.mul_(masks.alive[name])
     before = net.get_parameter(name).detach().clone()
-    with computing_with(masks, prunable_layers(net)):
+    with computing_with(*masked(masks, prunable_layers(net))):
         training.loss_over_time(net(x), y).backward()
     training.loss_over_time(twin(x), y).backward()
     assert torch.equal(net.get_parameter(name), before)  # w again, bit for bit

@@ -1,0 +1,336 @@
+"""STDS: a dead zone that grows while the network trains decides which weights exist.
+
+Paper: "State Transition of Dendritic Spines Improves Learning of Sparse Spiking Neural
+Networks", Chen et al., ICML 2022 (PMLR 162, chen22ac), and its code. A weight is a
+spine of size theta, of either sign. While |theta| <= D it is a filopodium, and its
+weight is 0; beyond D it is a synapse:
+
+    w = sign(theta) * max(|theta| - D, 0)
+
+The network computes with w. The gradient dL/dw moves theta, in the dead zone too: so a
+weight can go, come back, and change its sign. The dead zone D grows from 0 to
+--dead-zone on a sine. An alive weight is thus pulled to 0 by as much as D grows, in all
+by exactly D, whatever the learning rate. After these structure epochs exactly the K
+largest |theta| of all layers stay, and w trains on with the mask fixed.
+
+    python prune_stds.py                      # the whole job on embedded data
+    python prune_stds.py --optimizer adam     # the published optimiser
+    python prune_stds.py --ramp linear        # the paper's other ramp
+    python prune_stds.py --dead-zone 0.5      # a width of one's own
+    python prune_stds.py --dataset cifar10    # the paper's setting
+
+How many weights the dead zone leaves is an outcome of D, and a run says it beside K.
+The default of --dead-zone is tuned on the embedded data. To find one for another
+network, bisect in runs with --epochs-finetune 0 and another --seed. Halfway the
+sparsity may be above that of the end: the last epochs of the ramp hardly pull, and
+weights come back.
+
+The rule is that of the authors' code: one D for all layers, all convolutions and linear
+layers, the first and the last too, moments of the optimiser untouched. --mode paper
+ends where that code ends: what D leaves is the result. Differences from it: N epochs
+are N, not N + 1; a run that is resumed goes on with its D, where the code starts again
+from 0; the mask says which weights are alive, not w == 0; on CIFAR-10 its network has a
+dropout before the second linear layer too.
+"""
+import math
+from contextlib import nullcontext
+from pathlib import Path
+
+import harness  # first: what is not installed is then one line
+
+import numpy as np
+import torch
+
+import training
+from harness import flags, presets, setup
+from harness.runfolder import Run, finished
+from masks import Masks, TooFew, Update, computing_with, count, select, write
+
+# ---- the dead zone -------------------------------------------------------------------
+# A ramp gives the share of D that is reached when a share x of the steps is done.
+
+
+def sine(x):
+    """Return sin^2(pi x / 2): it hardly grows at both ends, and most at half time."""
+    return math.sin(math.pi * x / 2) ** 2
+
+
+def linear(x):
+    """Return x: it pulls alike to the end."""
+    return x
+
+
+RAMPS = {"sine": sine, "linear": linear}
+
+
+def dead_zone_after(step, steps, width, ramp):
+    """Return D_i = D * ramp(i / N), the dead zone after step i of N.
+
+    step: i, 0 before the first one. steps: N. width: D. ramp: a key of RAMPS.
+    """
+    return width * RAMPS[ramp](step / steps)
+
+
+# ---- a step of the structure epochs --------------------------------------------------
+# theta: the parameters, a list of tensors. In these epochs the optimiser holds theta.
+
+
+@torch.no_grad()
+def synapses(theta, dead_zone):
+    """Return the weights w = sign(theta) * max(|theta| - D, 0), a list of tensors.
+
+    What is on the edge, |theta| = D, is dead.
+    """
+    return [size.sign() * (size.abs() - dead_zone).clamp(min=0) for size in theta]
+
+
+@torch.no_grad()
+def decay_synapses(theta, w, decay, optimizer, lr):
+    """Add weight decay, after the backward pass and before the optimiser's step.
+
+    INTERPRETATION: it acts on w, and so not on spines in the dead zone, as a weight
+    that is 0 has no decay. The published code has no decay.
+    w: what the network has computed with. optimizer: --optimizer; AdamW's decay passes
+    by its moments, that of the others is part of the gradient.
+    """
+    if decay == 0:
+        return
+    for size, weight in zip(theta, w):
+        if optimizer == "adamw":
+            size.sub_(weight, alpha=lr * decay)
+        else:
+            size.grad.add_(weight, alpha=decay)
+
+
+def share_alive(masks, dead_zone):
+    """Return the share of the spines that are synapses, |theta| > D."""
+    return count(masks.magnitudes() > dead_zone) / masks.total
+
+
+def follow(masks, dead_zone):
+    """Let the masks be the spines that are synapses now. Return what has changed since
+    the last time, an Update."""
+    before = masks.flat.clone()
+    masks.flat.copy_(masks.magnitudes() > dead_zone)
+    return change_since(before, masks)
+
+
+# ---- from spines to weights ----------------------------------------------------------
+
+
+def fix_mask(keep, dead_zone, masks, optimizer, generator):
+    """End the structure epochs: exactly the `keep` largest |theta| are alive from now
+    on, and the parameters are w. Return what that changes, an Update.
+
+    INTERPRETATION, since the published code has no target: D is one number for all
+    layers, and a ranking of |theta| over all layers moves that number. A weight that
+    comes back, because D has left too few, starts at 0. What is dead loses its
+    momentum. Each layer keeps at least one.
+    """
+    before, sizes = masks.flat.clone(), masks.magnitudes()
+    if masks.n_alive != keep:
+        everywhere = torch.ones_like(before)
+        masks.flat.copy_(select(everywhere, keep, [sizes], generator))
+    rescued = masks.rescue_empty_layers(sizes)
+    theta = masks.weights.values()
+    write(theta, synapses(theta, dead_zone))
+    masks.apply(optimizer)  # w <- w * m, and its momentum
+    return change_since(before, masks, rescued)
+
+
+def change_since(before, masks, rescued=()):
+    """Return the Update from the masks `before`, [M] bool, to those of now.
+
+    rescued: the names of layers that would be empty.
+    """
+    n_between = count(before & masks.flat)
+    return Update(pruned=before & ~masks.flat, before=1 - n_between / masks.total,
+                  regenerated=masks.flat & ~before, rescued=rescued)
+
+
+# ---- the default of the dead zone ----------------------------------------------------
+
+PAPER_DEAD_ZONE = 1.0  # of the CIFAR-10 runs D = 1 ... 5 the one that prunes least
+
+# {share of the weights that D leaves: D}, measured on fashion-mini with `small`,
+# TUNED_STEPS steps, TUNED_LR:
+#     python prune_stds.py --dead-zone 0.14 --epochs-finetune 0 --seed 3
+DEAD_ZONE = {"sgd": {0.0188: 0.65, 0.0247: 0.5, 0.0652: 0.2, 0.1033: 0.14},
+             "adam": {0.0238: 0.16, 0.4655: 0.05}}
+TUNED_STEPS, TUNED_LR = 752, {"sgd": 0.1, "adam": 1e-3}
+DEAD_ZONE["adamw"], TUNED_LR["adamw"] = DEAD_ZONE["adam"], TUNED_LR["adam"]
+
+
+def sum_of_rates(lr, steps, schedule):
+    """Return the sum of the learning rates of the structure epochs: how far a gradient
+    of 1 moves theta."""
+    return steps * sum(training.rate(schedule, lr, step, 1000)
+                       for step in range(1000)) / 1000
+
+
+def default_dead_zone(args, steps):
+    """Return the D that should leave a share 1 - sparsity of the weights: from the two
+    nearest of DEAD_ZONE, on a line of log D over log density.
+
+    INTERPRETATION: with another number of steps or another lr, D is to the sum of the
+    rates as in DEAD_ZONE's runs, since it works against what the gradients move.
+    """
+    if args.sparsity == 0:
+        return 0.0
+    densities, widths = np.log(sorted(DEAD_ZONE[args.optimizer].items())).T
+    density = math.log(1 - args.sparsity)
+    i = np.clip(np.searchsorted(densities, density), 1, len(densities) - 1)
+    slope = (widths[i] - widths[i - 1]) / (densities[i] - densities[i - 1])
+    width = math.exp(widths[i] + slope * (density - densities[i]))
+    tuned = sum_of_rates(TUNED_LR[args.optimizer], TUNED_STEPS, "cosine")
+    return width * sum_of_rates(args.lr, steps, args.schedule) / tuned
+
+
+# ---- the script ----------------------------------------------------------------------
+
+
+def run_name(args):
+    name = f"{Path(args.dataset).stem}-{args.model}-stds"
+    name += "-paper" if args.mode == "paper" else f"-{args.sparsity:g}"
+    if args.ramp != presets.of(args.dataset, "stds")["ramp"]:
+        name += f"-{args.ramp}"
+    if args.dead_zone is not None:
+        name += f"-D{args.dead_zone:g}"
+    return f"{name}-seed{args.seed}"
+
+
+def complete(args, explicit):
+    """Fill in the defaults that depend on other flags; refuse what does not fit."""
+    if args.mode == "matched":
+        return
+    if explicit.get("sparsity") is not None:
+        raise ValueError(
+            f"--sparsity is {explicit['sparsity']:g}, expected none: with --mode paper "
+            f"it is an outcome of --dead-zone. Leave it out, or write --mode matched")
+    args.sparsity = None
+    if args.dead_zone is None:
+        args.dead_zone = PAPER_DEAD_ZONE
+
+
+def parse_args(argv):
+    parser = flags.make_parser(__doc__)
+    add = parser.add_argument_group("dead zone (STDS)").add_argument
+    add("--mode", choices=("matched", "paper"), help="matched: exactly --sparsity in "
+        "the end; paper: what --dead-zone leaves is the result")
+    add("--sparsity", type=flags.number(0, 1), help="matched: share of the prunable "
+        "weights that is dead in the end, a fraction in [0, 1)")
+    add("--dead-zone", type=flags.number(0), metavar="D", help="width of the dead zone "
+        "after the structure epochs, in units of a weight, 0: none (default: tuned to "
+        "--sparsity; with --mode paper 1, which is far too much for a short run)")
+    add("--ramp", choices=RAMPS, help="how D grows over the structure epochs. sine: "
+        "hardly in the first and last ones; linear: alike, to the end")
+    add("--interval", type=flags.whole(1), metavar="STEPS",
+        help="steps between two log lines")
+    add("--epochs-prune", type=flags.whole(1), metavar="N",
+        help="structure epochs: D grows")
+    add("--epochs-finetune", type=flags.whole(0), metavar="N",
+        help="epochs with the mask fixed, without D")
+    return flags.parse(parser, argv, "stds", complete, run_name)
+
+
+def set_up(args):
+    """Return the run. What cannot work is exit code 2, before anything is written."""
+    with flags.exits(2, ValueError, OSError):
+        device = setup.start(args)
+        images = setup.load(args, device)
+        net = setup.build(args, images)
+        masks = Masks(net)
+        others = [parameter for name, parameter in net.named_parameters()
+                  if name not in masks.weights]
+        # the first group is theta, whose weight decay main() sets
+        optimizer = training.optimizer(args, [dict(params=[*masks.weights.values()]),
+                                              dict(params=others)])
+        stages = setup.stages(args, images, prune=args.epochs_prune,
+                              finetune=args.epochs_finetune)
+        if args.mode == "matched":
+            masks.check_sparsity(args.sparsity)
+        if args.dead_zone is None:
+            args.dead_zone = default_dead_zone(args, stages.steps("prune"))
+        return Run(args, device, images, stages, net=net, optimizer=optimizer,
+                   masks=masks)
+
+
+def ending(found, keep):
+    """Say in a line how many weights the dead zone has left, where `keep` are asked
+    for."""
+    text = f"  the dead zone leaves {found:,} weights, {keep:,} are asked for"
+    if abs(found - keep) > 0.2 * keep:
+        text += ": more than 20 % off. --dead-zone moves it"
+    return text
+
+
+def mean_density(run):
+    """Return the mean density over the epochs, each at its start."""
+    densities = [run.notes["first_density"]]
+    densities += [1 - row["sparsity"] for row in run.rows[:-1]]
+    return sum(densities) / len(densities)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if (summary := finished(args)) is not None:
+        return summary
+    run = set_up(args)
+    masks, optimizer, last = run.masks, run.optimizer, run.stages.steps("prune")
+    theta = list(masks.weights.values())
+    zone = (last, args.dead_zone, args.ramp)
+
+    with run.under_way(f"STDS, dead zone 0 to {args.dead_zone:.4g}, {args.ramp}"):
+        if run.iteration == 0:
+            run.notes["first_density"] = share_alive(masks, 0.0)
+
+        optimizer.param_groups[0]["weight_decay"] = 0.0  # see decay_synapses
+        dead_zone = dead_zone_after(run.iteration, *zone)
+        if run.iteration < last:  # an evaluation is of w, as the steps are
+            run.computes = lambda: computing_with(theta, synapses(theta, dead_zone))
+        for epoch in run.epochs("prune"):
+            for x, y in run.batches(epoch):
+                lr = training.rate(args.schedule, args.lr, *run.position)
+                w = synapses(theta, dead_zone)  # 1: by the D of the step before
+                with computing_with(theta, w):
+                    training.backward(run, x, y)  # 2: dL/dtheta is dL/dw, dense
+                decay_synapses(theta, w, args.weight_decay, args.optimizer, lr)
+                training.descend(optimizer, lr)  # 3: theta, in the dead zone too
+                dead_zone = dead_zone_after(run.iteration, *zone)  # 4
+
+                if run.iteration % args.interval == 0 or run.iteration == last:
+                    change = follow(masks, dead_zone)
+                    run.log_update(None, change, masks_hold=False, dead_zone=dead_zone)
+
+            if run.iteration == last:  # the K largest |theta| stay
+                found = masks.n_alive
+                keep = found
+                if args.mode == "matched":
+                    keep = masks.keep_at(args.sparsity)
+                run.say(ending(found, keep))
+                if keep < len(masks.sizes):
+                    raise TooFew(f"the dead zone leaves {found} weights, expected at "
+                                 f"least one for each of the {len(masks.sizes)} "
+                                 f"layers. Start again with a lower --dead-zone")
+                change = fix_mask(keep, dead_zone, masks, optimizer, run.generator())
+                run.computes = nullcontext  # theta is w now
+                run.log_update(args.sparsity, change, keep)
+                run.end_epoch()
+            else:
+                run.end_epoch(1 - share_alive(masks, dead_zone), masks_hold=False)
+
+        optimizer.param_groups[0]["weight_decay"] = args.weight_decay
+        for epoch in run.epochs("finetune"):
+            for x, y in run.batches(epoch):
+                lr = training.rate(args.schedule, args.lr, *run.position)
+                training.step(run, x, y, lr)
+                masks.apply(optimizer)  # w <- w * m, and its momentum
+            run.end_epoch()
+
+        return run.finish("prune_stds", "stds", training_cost=mean_density(run),
+                          pruned_accuracy=run.last_accuracy("prune"),
+                          survived_by_regeneration=masks.share_regenerated)
+
+
+if __name__ == "__main__":
+    main()
