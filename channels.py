@@ -239,10 +239,13 @@ def remove(net, kept):
     exactly, on the same device and in the same mode.
 
     kept: {layer: [C] bool, True = kept}; a layer that is not named keeps all.
-    Raises ValueError for unknown layers, wrong shapes, and a layer that would be left
-    empty but must not be.
+    Raises ValueError for unknown layers, wrong shapes, a layer that would be left empty
+    but must not be, and neurons that are masked one by one.
     """
     groups = models.removable(net)
+    if models.neuron_masks(net):
+        raise ValueError("the network has neurons that are masked one by one, expected "
+                         "one without: the removal of channels does not keep them")
     for name, keep in kept.items():
         if name not in groups:
             raise ValueError(f"the channels of {name!r} cannot be removed, expected a "

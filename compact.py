@@ -170,6 +170,9 @@ def make(net, alive):
     alive: {name of a weight: bool tensor, True = alive}. Both networks are the same
     function in eval mode.
     """
+    if models.neuron_masks(net):
+        return None, None, ("its neurons are masked one by one, which a network with "
+                            "fewer channels does not keep")
     kept = needed(net, alive)
     if not kept:
         return None, None, (f"{net.config['name']} has no convolutions: only their "

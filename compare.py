@@ -90,6 +90,8 @@ WEIGHTS = {
     "sdsnn": "prune_sdsnn --optimizer sgd",
     "pq": "prune_pq --mode matched",
     "stds": "prune_stds --optimizer sgd --mode matched",
+    "upr": "prune_upr --mode matched",
+    "upr-neurons": "prune_upr --mode matched --neurons",
     "ndsnn": "prune_ndsnn",
 }
 CHANNELS = {

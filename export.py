@@ -550,6 +550,10 @@ def main(argv=None):
         if path.is_dir():
             path = path / "model.pt"
         net = models.load(path)
+        if models.neuron_masks(net):
+            raise ValueError(f"{path} has neurons that are masked one by one, which no "
+                             f"format here keeps, expected a network without. Use it "
+                             f"by models.load")
         dataset, why = data_for(net, files.saved_config(path.parent), args)
         if args.int8 and dataset is None:
             raise ValueError(f"--int8 takes the ranges of values from training images, "

@@ -854,6 +854,36 @@ def recording(net, aggregate, by="derivative"):
     scores |= {name: score for name, score in found.items() if score is not None}
 
 
+# ---- neurons that are masked one by one ----------------------------------------------
+
+
+def mask_neurons(net, masks):
+    """Multiply the spikes of some LIFs by masks, from now on. Raise KeyError for a name
+    of no LIF.
+
+    masks: {name of a LIF: [C, H, W], 1 = alive, 0 = dead}.
+
+    A mask becomes the buffer `mask` of its LIF. So it is in the state_dict, and in a
+    model.pt, from which load() brings it back; it moves with the network, and is copied
+    with it. A network that build() makes anew has none.
+    """
+    neurons = lifs(net)
+    for name, mask in masks.items():
+        lif = neurons[name]
+        if not hasattr(lif, "mask"):
+            lif.register_forward_hook(_masked)
+        lif.register_buffer("mask", mask.detach().to(net.mean, copy=True))
+
+
+def _masked(lif, _, spikes):
+    return spikes * lif.mask.to(spikes.dtype)
+
+
+def neuron_masks(net):
+    """Return {name of a LIF: its mask}, of the LIFs that have one."""
+    return {name: lif.mask for name, lif in lifs(net).items() if hasattr(lif, "mask")}
+
+
 # ---- the use of a trained network ----------------------------------------------------
 
 
@@ -1206,6 +1236,9 @@ def unpack(packed, source="model.pt"):
                     encoding=packed.get("encoding", "direct"),  # not in older files
                     neuron=neuron_of(packed),
                     bn_per_step=packed.get("bn_per_step", False))
+        mask_neurons(net, {key.removesuffix(".mask"): tensor
+                           for key, tensor in packed["state_dict"].items()
+                           if key.endswith(".mask")})
         net.load_state_dict(complete_state(net, packed["state_dict"]))
         normalisation = packed["normalisation"]
         net.set_normalisation(normalisation["mean"], normalisation["std"])
@@ -1219,6 +1252,10 @@ def unpack(packed, source="model.pt"):
         if not tensor.isfinite().all():
             raise ValueError(f"{source}: {name} is not finite (NaN or infinite), "
                              f"expected numbers")
+    for name, mask in neuron_masks(net).items():
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"{source}: the mask of {name} is not binary, expected 1 "
+                             f"for a neuron that is alive and 0 for a dead one")
     for name, module in net.named_modules():
         if isinstance(module, PickBN):
             picked = module.picked.tolist()

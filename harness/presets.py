@@ -23,7 +23,7 @@ for the data set go into that paper's column.
 # {script: the column with the length of its runs}
 LENGTH = {"unstructured": "weights", "granet": "weights", "lottery": "weights",
           "gradr": "weights", "sdsnn": "weights", "pq": "weights",
-          "stds": "weights", "ndsnn": "weights",
+          "stds": "weights", "upr": "weights", "ndsnn": "weights",
           "structured": "channels", "greg": "channels", "sca": "channels"}
 
 # Scripts that prune channels from the start: their stage `prune` is as long as the
@@ -131,6 +131,7 @@ ROWS = {
         sdsnn=dict(
             mode="fixed", growth="signed", sparsity=0.9, rate_conv=0.05, rate_fc=0.35,
             adamw_lr=2.44e-4, rules=MNIST_RULES),
+        upr=dict(sparsity=0.9, neurons=False, mode="matched", price=None, mask_lr=None),
         # INTERPRETATION of "every so many iterations": rewiring stops at 3/4 of the
         # epochs, after some 34 updates. In adaptive mode an update removes
         # (1 - rho) * 15.3 % of a layer with Gaussian weights, so that 34 updates lead

@@ -56,7 +56,7 @@ BASELINE = {WEIGHTS: "gmp", CHANNELS: "slimming"}
 # The order in which figures name the methods; those that are not here follow by name
 METHODS = ("dense", "gmp", "slimming", "criticality", "gradient", "random", "granet",
            "greg1", "greg2", "imp", "eb", "et", "gradr", "deepr", "sdsnn", "pq",
-           "stds", "ndsnn", "set", "rigl", "sca")
+           "stds", "upr", "upr-neurons", "ndsnn", "set", "rigl", "sca")
 
 # The flags that are equal in runs that are compared
 SHARED = ("dataset", "event_split", "model", "init", "width", "encoding", "tau",

@@ -14,7 +14,7 @@ pytest.register_assert_rewrite("helpers")
 # The files that take longest. A file is one worker's (--dist loadfile): of two workers the one that
 # gets a long file last lets the other wait. By itself xdist begins with the files of most tests.
 LONGEST = ("triton structured scripts processes faults analyze networks lottery use planning export docs gradr "
-           "sdsnn pq sca stds gpu_path published events surroundings greg ndsnn").split()
+           "sdsnn pq sca stds upr gpu_path published events surroundings greg ndsnn").split()
 
 
 def pytest_configure(config):

@@ -62,7 +62,7 @@ def test_the_commands_are_those_of_the_scripts():
              "--epochs-finetune 2 --sparsity 0.9 0.95 --seeds 2").split()
     args = compare.parse_args(small)
     jobs = compare.plan(args)
-    assert len({folder for folder, _ in jobs}) == len(jobs) == 2 * (1 + 2 * 14 + 6)
+    assert len({folder for folder, _ in jobs}) == len(jobs) == 2 * (1 + 2 * 16 + 6)
     methods = set()
     for folder, words in jobs:
         script = importlib.import_module(Path(words[1]).stem)

@@ -49,7 +49,8 @@ SHORT = {  # the scripts, on tiny budgets
     "prune_sdsnn": "--epochs-prune 5 --epochs-finetune 1 --rate-conv 0.3",
     "prune_stds": "--epochs-prune 2 --epochs-finetune 1 --interval 4",
     "prune_ndsnn": "--epochs-prune 2 --epochs-finetune 1 --interval 3",
-    "prune_pq": "--epochs-prune 2 --epochs-finetune 1 --interval 3"}
+    "prune_pq": "--epochs-prune 2 --epochs-finetune 1 --interval 3",
+    "prune_upr": "--epochs-prune 2 --epochs-finetune 1 --neurons"}
 MAIN = "prune_unstructured"
 pytestmark = pytest.mark.usefixtures("usual_signals")
 
@@ -189,7 +190,8 @@ KILLS = {  # place, its n-th moment, minutes between checkpoints (0: after each 
     "prune_sdsnn": [("step", 27, 0), ("update", 1, 10), ("written", 22, 0)],
     "prune_stds": [("step", 10, 0), ("update", 3, 0), ("writing", 14, 0)],
     "prune_ndsnn": [("step", 10, 10), ("update", 4, 0), ("writing", 21, 0)],
-    "prune_pq": [("step", 10, 10), ("update", 4, 0), ("writing", 21, 0)]}
+    "prune_pq": [("step", 10, 10), ("update", 4, 0), ("writing", 21, 0)],
+    "prune_upr": [("step", 9, 0), ("update", 1, 10), ("writing", 14, 0)]}
 
 
 @pytest.mark.parametrize("script, place, n, minutes", [

@@ -489,7 +489,7 @@ def test_the_product_is_that_with_the_masks_bit_by_bit():
 
 SCRIPTS = {"prune_unstructured": "", "prune_granet": "", "prune_lottery": "",
            "prune_gradr": "--method deepr", "prune_pq": "", "prune_sdsnn": "", "prune_stds": "",
-           "prune_ndsnn": "",
+           "prune_ndsnn": "", "prune_upr": "",
            "prune_unstructured as published": "--as-published"}
 
 

@@ -200,6 +200,7 @@ def test_a_run_that_is_there_is_not_tried(tried, capsys):
     ("lottery", dict(epochs_prune=8, epochs_finetune=4)),
     ("sdsnn", dict(epochs_prune=8, epochs_finetune=4)),
     ("ndsnn", dict(epochs_prune=8, epochs_finetune=4)),
+    ("upr", dict(epochs_prune=8, epochs_finetune=4)),
     ("pq", dict(epochs_prune=9, epochs_finetune=3))])
 def test_all_scripts_choose_in_their_own_proportion(script, epochs, tried, monkeypatch):
     usual = presets.of("fashion-mini", script)

@@ -594,7 +594,7 @@ def test_errors_from_the_real_command():
 # ---- all scripts ---------------------------------------------------------------------------------
 
 
-METHODS = ("dense gmp criticality gradient random granet imp eb et gradr deepr sdsnn pq stds ndsnn "
+METHODS = ("dense gmp criticality gradient random granet imp eb et gradr deepr sdsnn pq stds upr ndsnn "
            "slimming greg1 greg2 sca").split()
 
 
