@@ -1,6 +1,6 @@
 """Every method under one protocol: run them all, then one table and one plot.
 
-    python compare.py --sparsity 0.9 --seeds 3      # fashion-mini: 54 runs
+    python compare.py --sparsity 0.9 --seeds 3      # fashion-mini: 69 runs
     python compare.py --sparsity 0.9 0.95 --jobs 4  # four runs at a time
     python compare.py --epochs-prune 4 --epochs-finetune 2 --train-limit 3000
                                                     # a shorter one
