@@ -16,25 +16,23 @@ kept in its folder as analysis.npz.
 Where the published code (harness/published.py) measures otherwise than the paper's text
 says, a figure shows both: survival, importance, variance, similarity.
 """
-import subprocess
-import sys
 from pathlib import Path
 
 import harness  # first: what is not installed is then one line
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from harness import flags
+from harness import jobs
 from harness import plots
-from harness import presets
 from harness import processes
 from harness import records
 from harness import report
 from harness.plots import by_layer, canvas, layer_ticks, legend, plot, spread, style_of
-from harness.records import (BASELINE, CHANNELS, WEIGHTS, Unfit, all_runs, analysis_of,
-                             compared, layers_of, read, runs_of)
+from harness.records import (BASELINE, CHANNELS, EMPTY, NOT_SHOWN, OPPOSITE, PARTLY,
+                             SEEN, UNKNOWN, WEIGHTS, Unfit, all_runs, analysis_of,
+                             compared, judge_differences, layers_of, read, runs_of)
 from metrics import inverted, spearman
 
 DEMO = Path("runs", "demo")
@@ -377,7 +375,7 @@ def draw_classes(axis, methods, pruned, key, better):
         rows += [{"method": method, "label": k, "class": names[k], "mean": m, "std": s}
                  for k, m, s in zip(order, mean, std)]
         if found is not base:
-            won = share_won(found, base, better)
+            won = records.share_won(found, base, better)
             texts.append(f"{method} is {better} in {100 * won:.0f} % of the "
                          f"classes (each seed counted), {found.mean():.4f} against "
                          f"{base.mean():.4f} of {BASELINE[pruned]}")
@@ -390,12 +388,6 @@ def values_of_classes(methods, key):
     """Return {method: a number of each class, [seeds, K]}. methods: {method: runs}."""
     return {method: np.array([analysis_of(run)[key] for run in mine])
             for method, mine in methods.items()}
-
-
-def share_won(found, base, better):
-    """Return in which share of the classes, each seed counted, found is better than
-    base. better: "lower" or "higher"."""
-    return (found < base if better == "lower" else found > base).mean()
 
 
 def variance(runs):
@@ -667,7 +659,7 @@ def draw_figure(name, runs, out):
         print(f"{name:<12}without {unfit.folder}: {why}")
         return draw_figure(name, [run for run in runs if run is not unfit], out)
     if drawn is None:
-        needed = commands.format(c=flags_of(runs[0]) if runs else "")
+        needed = commands.format(c=jobs.flags_of(runs[0]) if runs else "")
         print(f"{name:<12}not drawn; the runs that it needs: {needed}")
         return None
     figure, rows, used, says = drawn
@@ -695,14 +687,6 @@ def marks_of(name, figure, rows):
     if "accuracy" in rows[0] and any(axis.texts for axis in figure.axes):
         text += " A number at the lower edge: a mean below the panel."
     return text
-
-
-def flags_of(run):
-    """Return the data set, network and sizes of a run as flags, " --width 0.5" say."""
-    usual = presets.of(run.config["dataset"])
-    shown = ("dataset", "model", "width", "train_limit", "time_steps")
-    return "".join(f" --{flag.replace('_', '-')} {run.config[flag]}" for flag in shown
-                   if flag in run.config and run.config[flag] != usual[flag])
 
 
 def demo_commands():
@@ -740,114 +724,30 @@ def demo_commands():
     return wanted
 
 
-def demo():
-    """Make the short runs in runs/demo, go on with those that were stopped, and return
-    their folders."""
-    commands = demo_commands()
-    for name in tqdm(commands, "demo", unit="run", dynamic_ncols=True):
-        folder = DEMO / name
-        if (folder / "summary.json").exists():
-            continue
-        script, *given = commands[name].split()
-        path = Path(__file__).with_name(f"{script}.py")
-        done = subprocess.run(
-            [sys.executable, path, *given, "--run-dir", folder, "--resume"],
-            capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{folder} failed: {done.stderr.strip()[-500:]}. Go on "
-                               f"with: python analyze.py --demo")
-    return [DEMO / name for name in commands]
-
-
-def folders_of(named):
-    """Return the folders of runs at or below those named, each once, in this order.
-
-    One that holds no run stays, to be reported. None: below runs/, without the demo.
-    """
-    if named is None:
-        return [folder for folder in records.find_runs("runs")
-                if DEMO not in folder.parents]
-    found = []
-    for folder in named:
-        found += records.find_runs(folder) or [Path(folder)]
-    return list(dict.fromkeys(found))
-
-
-def read_runs(folders):
-    """Return the finished runs of folders; the others are printed, with the reason."""
-    runs, skipped = [], {}
-    for folder in folders:
-        try:
-            runs.append(records.read_run(folder))
-        except ValueError as error:
-            skipped.setdefault(str(error), []).append(str(folder))
-    for why, names in skipped.items():
-        print(f"skipped {', '.join(names)}: {why}")
-    if note := records.note_of_data(runs):
-        print(note)
-    return runs
-
-
 # ---- the report ---------------------------------------------------------------------
 # A judge takes the rows of a figure's CSV and the runs that it used, and returns the
 # verdict on a claim and what it rests on, in words.
-
-SEEN, PARTLY, NOT_SHOWN = "seen", "in part", "not shown"
-OPPOSITE, UNKNOWN = "the opposite", "cannot be told"
-EMPTY = "says nothing"
-
-
-def by_method(used, pruned, method):
-    return [run for run in used if (run.pruned, run.method) == (pruned, method)]
-
-
-def by_seed(runs):
-    return {run.seed: run for run in runs}
-
-
-def judge_differences(differences):
-    """Return the verdict on "above", and the words for it.
-
-    differences: {where: (mean, half of the 95 % interval), in points}, as
-    records.against returns them: NaN where fewer than two seeds are shared.
-    """
-    told = {place: pair for place, pair in differences.items()
-            if not np.isnan(pair[0])}
-    if not told:
-        return UNKNOWN, "one seed, or none in common"
-    where = {"above": [], "below": [], "not told apart": []}
-    for place, (mean, half) in told.items():
-        word = "not told apart"
-        if abs(mean) > half:
-            word = "above" if mean > 0 else "below"
-        where[word].append(f"{place}: {mean:+.1f} ({mean - half:+.1f} to "
-                           f"{mean + half:+.1f})")
-    text = "; ".join(f"{word}, points: {', '.join(places)}"
-                     for word, places in where.items() if places)
-    if where["above"]:
-        return SEEN if len(where["above"]) == len(told) else PARTLY, text
-    return OPPOSITE if len(where["below"]) == len(told) else NOT_SHOWN, text
-
 
 def judge_over(flag, words, *rivals):
     """Return a judge: is criticality above rivals at each value of a flag? GMP has no
     rate: it is the same for all of them."""
     def judge(rows, used):
-        ours = by_method(used, WEIGHTS, "criticality")
+        ours = records.by_method(used, WEIGHTS, "criticality")
 
         def value_of(run):
             return run.regen if flag == "regen" else run.config[flag]
 
         differences = {}
         for rival in rivals:
-            theirs = by_method(used, WEIGHTS, rival)
+            theirs = records.by_method(used, WEIGHTS, rival)
             for value in sorted({value_of(run) for run in ours}):
                 mine = [run for run in ours if value_of(run) == value]
                 fixed = flag == "regen" and rival == "gmp"
                 other = [run for run in theirs if fixed or value_of(run) == value]
                 if other:
                     place = f"{words.format(value)}, {rival}"
-                    differences[place] = records.against(by_seed(mine), by_seed(other))
+                    differences[place] = records.against(
+                        records.by_seed(mine), records.by_seed(other))
         return judge_differences(differences)
     return judge
 
@@ -855,8 +755,8 @@ def judge_over(flag, words, *rivals):
 def judge_ends(rows, used):
     differences = {}
     for pruned, baseline in BASELINE.items():
-        ours = by_seed(by_method(used, pruned, "criticality"))
-        theirs = by_seed(by_method(used, pruned, baseline))
+        ours = records.by_seed(records.by_method(used, pruned, "criticality"))
+        theirs = records.by_seed(records.by_method(used, pruned, baseline))
         if ours and theirs:
             differences[pruned] = records.against(ours, theirs)
     return judge_differences(differences)
@@ -904,9 +804,9 @@ def judge_classes(key, better):
             if not names:
                 continue
             values = values_of_classes(
-                {name: by_method(used, pruned, name) for name in names}, key)
+                {name: records.by_method(used, pruned, name) for name in names}, key)
             base = values.pop(baseline)
-            won = {name: share_won(found, base, better)
+            won = {name: records.share_won(found, base, better)
                    for name, found in values.items()}
             shares.append(won["criticality"])
             texts.append(f"{pruned}: {better} in " + ", ".join(
@@ -980,71 +880,18 @@ TABLES = {
     "layers": (["pruned", "method"], "layer", "mean", 1, "Weights alive, %"),
     "activity": (["pruned", "quantity", "method"], "layer", "mean", 3, "By layer"),
 }
-MOST_COLUMNS = 14  # of a table; of more, some are left out evenly
-
-
-def table_of(name, rows):
-    """Return the report.Table of a figure: the rows of its CSV, with a column for each
-    x."""
-    keys, column, number, digits, caption = TABLES[name]
-    cells, columns = {}, {}
-    for row in rows:
-        x = "end" if row[column] is None else row[column]
-        columns[x] = f"{x:g}" if isinstance(x, float) else str(x)
-        title = ", ".join(" ".join(str(row[key]).split()) for key in keys)
-        cells.setdefault(title, {}).setdefault(x, []).append(row)
-    shown = list(columns)
-    if column not in ("class", "layer"):
-        shown.sort(key=lambda x: (x == "end", 0 if x == "end" else x))
-    step = -(-len(shown) // MOST_COLUMNS)
-    if step > 1:
-        shown = [x for i, x in enumerate(shown) if i % step == 0 or x == shown[-1]]
-        caption += f"; one in {step} columns, all are in {name}.csv"
-    lines, has_std = [], False
-    for title, found in cells.items():
-        line = [title]
-        for x in shown:
-            values = [row[number] for row in found.get(x, ())]
-            stds = [row.get("std") for row in found.get(x, ())]
-            text = f"{np.median(values):.{digits}f}" if values else "-"
-            if len(values) == 1 and stds[0]:
-                text += f" ± {stds[0]:.{digits}f}"
-                has_std = True
-            line.append("-" if text.startswith("nan") else text)
-        lines.append(line)
-    if has_std:
-        caption += "; mean ± deviation of the seeds"
-    return report.Table([""] + [columns[x] for x in shown], lines, f"{caption}.")
-
-
-def summary_of(drawn):
-    """Return the report.Table of the claims that the figures drawn speak of; None
-    without any."""
-    lines = []
-    for name, claims in CLAIMS.items():
-        for claim, judge in claims if name in drawn else ():
-            _, rows, used, _ = drawn[name]
-            verdict, here = judge(rows, used)
-            lines.append([claim, verdict, here, name])
-    if not lines:
-        return None
-    return report.Table(["the paper says", "here", "by", "figure"], lines)
-
-
 def write_report(path, drawn):
     """Write figures, {name: what draw_figure returned}, into one HTML page."""
     sections = []
     for name, (figure, rows, used, says) in drawn.items():
         make, look_for, _ = FIGURES[name]
         heading = " ".join(make.__doc__.split("\n\n")[0].split())  # first sentence
-        sections.append(report.Section(
-            path.with_name(f"{name}.png"), heading.rstrip("."), [look_for],
-            table_of(name, rows),
-            "\n".join(dict.fromkeys(map(records.command_of, used))),
-            says.split("; ") if name in IN_WORDS else (),
-            [plots.note_of(figure), records.describe(used)]))
-    report.page(path, "Pruning spiking neural networks", INTRO, summary_of(drawn),
-                sections)
+        sections.append(report.section_of(
+            path.with_name(f"{name}.png"), heading.rstrip("."), look_for,
+            report.table_of(name, TABLES[name], rows), figure, used,
+            says.split("; ") if name in IN_WORDS else ()))
+    report.page(path, "Pruning spiking neural networks", INTRO,
+                report.summary_of(drawn, CLAIMS), sections)
     print(f"report      {path}")
 
 
@@ -1078,7 +925,9 @@ def main(argv=None):
     args = parse_args(argv)
     with flags.exits(1, RuntimeError), flags.exits(2, ValueError, OSError):
         processes.require_one()
-        runs = read_runs(demo() if args.demo else folders_of(args.runs))
+        runs = records.read_runs(
+            jobs.make(demo_commands(), DEMO, "python analyze.py --demo") if args.demo
+            else records.folders_of(args.runs, without=DEMO))
         plots.give_styles(run.method for run in runs)
         names = [args.figure] if args.figure in FIGURES else list(FIGURES)
         drawn = {}

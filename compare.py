@@ -47,32 +47,27 @@ over the training cost. Below, runs of a method that differ in one number, of an
 or of --time-steps say, are a line over it.
 """
 import difflib
-import os
 import re
-import shlex
-import subprocess
-import sys
 import textwrap
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle
 from pathlib import Path
 
 import harness  # first: what is not installed is then one line
 
 import numpy as np
-from tqdm import tqdm
 
 import data
 from harness import flags
+from harness import groups
+from harness import jobs
+from harness import latex
 from harness import planning
 from harness import plots
 from harness import presets
 from harness import processes
-from harness import published
 from harness import records
 from harness.files import write_whole
-from harness.records import against
 
 # name: script and flags, beside the sparsity and the epochs, which all share
 WEIGHTS = {
@@ -113,7 +108,7 @@ COLUMNS = ("method", "target", "test accuracy, %", "against the baseline, points
 CSV = {
     "setting": "setting", "method": "method", "target": "target",
     "test accuracy (%)": "accuracy", "standard deviation (points)": "std",
-    "against the baseline (points)": "against",
+    "baseline": "baseline", "against the baseline (points)": "against",
     "half of its 95 % interval (points)": "half", "seeds": "seeds",
     "sparsity (%)": "sparsity", "MACs of a step (M)": "macs",
     "speed-up at batch 32 (dense = 1)": "faster",
@@ -121,36 +116,9 @@ CSV = {
     "training cost (dense = 1)": "training_cost", "rescued (%)": "rescued",
     "back (%)": "back",
 }
-# A row is not named after these values: they are our reading of the paper
-USUAL = dict(aggregate="max", candidates="all")
-# What does not make runs of one method differ: the target is a column of its own,
-# GraNet's death rate counts as a regeneration rate, `regen`, and published.words() has
-# words for the items of --as-published
-NO_VARIANT = {*records.NO_SETTINGS, "as_published", "seed", "sparsity", "target_macs",
-              "prune_ratio", "data_dir", "save_every", "death_rate"}
 
 
-# Flags that the runs get as they are
-PASSED_ON = ("dataset", "data_dir", "width", "train_limit", "precision", "device")
-
-
-# ---- running ------------------------------------------------------------------------
-
-
-def epochs_of(args):
-    """Return the budget of all methods: epochs that change the mask, epochs with it
-    fixed, and the epochs of each of the two stages of channels, None for the scripts'.
-
-    Without flags it is that of prune_unstructured.py: other scripts' defaults are their
-    own papers'.
-    """
-    usual = presets.of(args.dataset, "unstructured")
-    prune, finetune = args.epochs_prune, args.epochs_finetune
-    if prune is None:
-        prune = usual["epochs_prune"]
-    if finetune is None:
-        finetune = usual["epochs_finetune"]
-    return prune, finetune, args.epochs_prune
+# ---- the methods --------------------------------------------------------------------
 
 
 def is_chosen(methods, channels, name):
@@ -161,7 +129,7 @@ def is_chosen(methods, channels, name):
     """
     if methods is None:
         return True
-    names = {name, style_name(name)}
+    names = {name, groups.style_name(name)}
     if channels:
         names = {f"channels-{name}" for name in names} | (names - set(WEIGHTS))
     return not names.isdisjoint(methods)
@@ -177,306 +145,17 @@ def require_known(methods, known):
                              f"There are: {', '.join(known)}")
 
 
-def as_words(values):
-    """Return {flag: value} as words of a command line, without those that are None."""
-    words = []
-    for flag, value in values.items():
-        if value is not None:
-            words += [f"--{flag.replace('_', '-')}", str(value)]
-    return words
-
-
-def frames_of(args, images):
-    """Return how many frames a recording of an own set of events has; None for images
-    and for named sets, whose presets say it. Raises ValueError if --time-steps is
-    another number."""
-    if images.x_train.dim() != 5 or args.dataset in data.NAMES:
-        return None
-    frames = images.x_train.shape[1]
-    if args.time_steps not in (None, frames):
-        raise ValueError(f"--time-steps is {args.time_steps}, but {args.dataset} has "
-                         f"{frames} frames a recording, expected as many. Leave it out")
-    return frames
-
-
 def plan(args, frames=None):
-    """Return [(folder, words of the command)] of all runs. frames: see frames_of."""
-    usual = presets.of(args.dataset)
-    shared = {flag: getattr(args, flag) for flag in PASSED_ON}
-    for flag in ("batch_size", "model", "time_steps"):
-        shared[flag] = getattr(args, flag) or usual[flag]
-    # Some scripts have their own paper's network on some data sets, with its input
-    for flag in ("encoding", "loss", "crop", "rotate"):
-        shared[flag] = usual[flag]
-    if frames is not None:
-        shared |= dict(encoding="events", time_steps=frames)
-    prune, finetune, of_channels = epochs_of(args)
-
-    commands = {}  # name of the run: words
-    for seed in range(args.seeds):
-        for method, command in WEIGHTS.items():
-            if not is_chosen(args.methods, False, method):
-                continue
-            for sparsity in args.sparsity if method != "dense" else [None]:
-                name = method if sparsity is None else f"{method}-{sparsity:g}"
-                commands[f"{name}-seed{seed}"] = command.split() + as_words(dict(
-                    sparsity=sparsity, epochs_prune=prune, epochs_finetune=finetune,
-                    seed=seed))
-        for method, command in CHANNELS.items():
-            if not is_chosen(args.methods, True, method):
-                continue
-            target, name = None, "channels-dense"
-            if method != "dense":
-                target = args.target_macs
-                name = f"channels-{method}-macs{target:g}"
-            first = "epochs_prune" if method == "sca" else "epochs_pretrain"
-            commands[f"{name}-seed{seed}"] = command.split() + as_words({
-                "target_macs": target, first: of_channels,
-                "epochs_finetune": of_channels, "seed": seed})
-
-    jobs = []
-    for name, (script, *own) in commands.items():
-        path = Path(__file__).with_name(f"{script}.py")
-        jobs.append((args.out / name, [
-            sys.executable, str(path), *own, *as_words(shared),
-            "--run-dir", str(args.out / name), "--resume"]))
-    return jobs
-
-
-def log_of(folder):
-    return folder.with_name(f"{folder.name}.log")
-
-
-def is_finished(folder):
-    return (folder / "summary.json").exists()
-
-
-def print_commands(jobs):
-    """Print the commands of the runs that are not finished, one a line; on stderr, how
-    many they are."""
-    left = [words for folder, words in jobs if not is_finished(folder)]
-    for _, script, *rest in left:
-        script = Path(script)
-        if script.is_relative_to(Path.cwd()):
-            script = script.relative_to(Path.cwd())
-        print(shlex.join(["python", str(script), *rest]))
-    print(f"compare.py: {len(left)} of {len(jobs)} runs are to be run",
-          file=sys.stderr)
-
-
-def run_all(jobs, at_a_time):
-    """Run all commands that are not finished, some at a time. One that fails is named,
-    and the others go on."""
-    threads = max(1, (os.cpu_count() or 1) // at_a_time)
-    environment = os.environ | dict(OMP_NUM_THREADS=str(threads))
-    bar = tqdm(total=len(jobs), desc="compare", unit="run", dynamic_ncols=True)
-
-    def start(job):
-        folder, words = job
-        if not is_finished(folder):
-            shown = shlex.join(["python", Path(words[1]).name, *words[2:]])
-            with open(log_of(folder), "w", encoding="utf-8",
-                      errors="backslashreplace") as log:
-                print(shown, file=log, flush=True)
-                code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT,
-                                      env=environment).returncode
-            if code:
-                bar.write(f"failed with exit code {code}: {folder}, see "
-                          f"{log_of(folder)}")
-        bar.update()
-
-    with ThreadPoolExecutor(at_a_time) as pool, bar:
-        try:
-            list(pool.map(start, jobs))
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            bar.write("stopped, and saved: the same command goes on")
-            raise
+    """Return the jobs.Job of all runs of the methods that --methods names. frames: of a
+    recording, see jobs.frames_of."""
+    weights = {name: command for name, command in WEIGHTS.items()
+               if is_chosen(args.methods, False, name)}
+    channels = {name: command for name, command in CHANNELS.items()
+                if is_chosen(args.methods, True, name)}
+    return jobs.plan(args, weights, channels, frames)
 
 
 # ---- the tables ---------------------------------------------------------------------
-
-
-def settings_of(run):
-    """Return {flag: words} of what the runs of a table share: data set, network, T and
-    epochs, and each flag that is not the usual one. What --as-published has set stands
-    in the name of a row."""
-    config, usual = run.config, presets.of(run.config["dataset"])
-    is_cut_later = run.pruned == records.CHANNELS and "epochs_pretrain" in config
-    first = "epochs_pretrain" if is_cut_later else "epochs_prune"
-    words = dict(
-        dataset=Path(config["dataset"]).stem, model=config["model"],
-        time_steps=f"T = {config['time_steps']}",
-        epochs=f"{config.get(first)} + {config['epochs_finetune']} epochs")
-    said = {*words, "epochs_finetune"} | published.implied(config)
-    for flag in (*records.SHARED, "precision"):
-        if flag not in said and config.get(flag) != usual.get(flag):
-            words[flag] = f"{flag.replace('_', ' ')} {config.get(flag)}"
-    return words
-
-
-def setting_of(run, without=None):
-    """Return what the runs of a table share, in words: "weights: fashion-mini, ...".
-    without: a flag that is left out."""
-    if str(without).startswith("epochs_"):
-        without = "epochs"
-    words = [text for flag, text in settings_of(run).items() if flag != without]
-    return f"{run.pruned}: {', '.join(words)}"
-
-
-def target_of(run):
-    """Return what a run was asked for, in words."""
-    config = run.config
-    if run.method == "dense":
-        return "-"
-    if run.pruned == records.CHANNELS:
-        if config.get("target_macs") is not None:
-            return f"-{100 * config['target_macs']:g} % MACs"
-        return f"-{100 * config['prune_ratio']:g} % channels"
-    return f"{100 * config['sparsity']:g} % sparse" if config.get("sparsity") else "-"
-
-
-def by_size(target):
-    """Return the key that sorts targets: none, then each kind from the smallest on."""
-    number, _, kind = target.partition(" % ")
-    return (kind, abs(float(number))) if kind else ("", 0)
-
-
-def gather(*folders):
-    """Return ({(setting, target, method): {seed: run}}, {name: why}), the runs below
-    folders, and what is not finished there.
-
-    Where runs of a method differ in more than the seed, its name says in what; of two
-    that do not differ the first counts, in the order of the folders and then of paths.
-    """
-    found, notes = {}, {}
-    for folder in folders:
-        logs = {path.with_suffix("") for path in folder.rglob("*.log")}
-        for place in sorted({*records.find_runs(folder), *logs}):
-            try:
-                run = records.read_run(place)
-            except ValueError as error:
-                why, log = f"not finished: {error}", log_of(place)
-                name = str(place.relative_to(folder))
-                notes[name] = f"{why}; see {log}" if log.exists() else why
-                continue
-            key = setting_of(run), target_of(run), run.method
-            found.setdefault(key, {})[run.folder] = run
-
-    told_apart = {}
-    for (setting, target, method), runs in found.items():
-        variants = [variant_of(run) for run in runs.values()]
-        names = dict.fromkeys(flag for variant in variants for flag in variant)
-        vary = [flag for flag in names if len({
-            str(variant.get(flag)) for run, variant in zip(runs.values(), variants)
-            if flag not in published.implied(run.config)}) > 1]
-        for run, variant in zip(runs.values(), variants):
-            words = [words_of(flag, variant[flag]) for flag in vary
-                     if flag in variant and variant[flag] != USUAL.get(flag)]
-            reading = published.words(run.config)
-            name = ", ".join(filter(None, [method, reading, *words]))
-            seeds = told_apart.setdefault((setting, target, name), {})
-            seeds.setdefault(run.seed, run)
-    return told_apart, notes
-
-
-def words_of(flag, value):
-    return f"{flag.replace('_', ' ')} {value}"
-
-
-def variant_of(run):
-    """Return {flag: value} of what tells runs of one method apart, seed, target and
-    what --as-published sets not among it. A flag that is off is as one that the run's
-    version did not have."""
-    values = run.config | {"regen": run.regen or None}
-    hidden = NO_VARIANT | published.implied(run.config)
-    return {flag: value for flag, value in values.items()
-            if value is not None and value is not False
-            and flag not in hidden and not flag.startswith("version_")}
-
-
-def cost(run):
-    """Return the epochs of a run, each weighted by density and time steps."""
-    return run.summary["training_cost"] * run.summary["epochs"]
-
-
-def rescued(run):
-    """Return which share of what an update prunes comes back in it, mean over the
-    updates of a run; NaN where it has no log of them."""
-    try:
-        shares = [row.get("survived") for row in records.read(run, "updates.jsonl")]
-    except records.Unfit:
-        return np.nan
-    shares = [share for share in shares if share is not None]
-    return np.mean(shares) if shares else np.nan
-
-
-def tabulate(found, versus=None):
-    """Return {setting: rows}; rows are dicts with the numbers behind COLUMNS.
-
-    versus: the method to take differences to, by its name in the table. Raises
-    ValueError where there is none of this name.
-    """
-    names = {method for _, _, method in found}
-    if versus is not None and versus not in names:
-        raise ValueError(f"--baseline is {versus}, expected a method as the table "
-                         f"names it. Choose one of: {'; '.join(sorted(names))}")
-    tables = {}
-    for (setting, target, method), by_seed in found.items():
-        name = versus or records.BASELINE[next(iter(by_seed.values())).pruned]
-        level = "-" if style_name(name) == "dense" else target
-        baseline = found.get((setting, level, name), {})
-        dense = [cost(run) for (kind, _, name), runs in found.items()
-                 for run in runs.values()
-                 if (kind, style_name(name)) == (setting, "dense")]
-        tables.setdefault(setting, []).append(
-            dict(setting=setting, method=method, target=target)
-            | row_of(by_seed, baseline, dense))
-    for rows in tables.values():
-        rows.sort(key=lambda row: (by_size(row["target"]), -row["accuracy"]))
-    return dict(sorted(tables.items(), key=lambda item: (-len(item[1]), item[0])))
-
-
-def row_of(by_seed, baseline, dense):
-    """Return the numbers of a row: means over its runs, {seed: run}.
-
-    baseline: {seed: run}; dense: the costs of the dense runs.
-    """
-    runs = list(by_seed.values())
-
-    def mean(key, factor=1.0):
-        values = [run.summary[key] for run in runs]
-        return np.nan if None in values else factor * np.mean(values)
-
-    accuracy, std = plots.spread([100 * run.summary["test_accuracy"] for run in runs])
-    difference, half = against(by_seed, baseline)
-    faster = come_back = np.nan
-    if runs[0].pruned == records.CHANNELS:
-        faster = mean("speedup_batch32")
-    if runs[0].regen:
-        come_back = 100 * np.mean([rescued(run) for run in runs])
-    # NaN: without an epoch there is no cost to compare with
-    usual_cost = (np.mean(dense) if dense else runs[0].summary["epochs"]) or np.nan
-    numbers = {flag: value for flag, value in variant_of(runs[0]).items()
-               if isinstance(value, (int, float)) and not isinstance(value, bool)}
-    return dict(
-        pruned=runs[0].pruned, numbers=numbers, like=likeness(runs[0], numbers),
-        accuracy=accuracy, std=std, against=difference, half=half,
-        seeds=" ".join(str(seed) for seed in sorted(by_seed)),
-        sparsity=mean("sparsity", 100), macs=mean("macs", 1e-6),
-        sops=mean("sops", 1e-3), energy=mean("energy_mj", 1e3), faster=faster,
-        back=mean("survived_by_regeneration", 100), rescued=come_back,
-        training_cost=np.mean([cost(run) for run in runs]) / usual_cost)
-
-
-def likeness(run, numbers):
-    """Return {flag: what a run has in common, in all but this number, with the runs
-    that it is a line with: a key, and the setting of all lines in a panel}."""
-    rest = variant_of(run) | dict(
-        reading=published.words(run.config), method=run.method, target=target_of(run))
-    return {flag: (str(sorted((key, value) for key, value in rest.items()
-                              if key != flag)), setting_of(run, flag))
-            for flag in numbers}
 
 
 def cells_of(row):
@@ -516,98 +195,6 @@ def difference_of(row):
     return f"{text} below" if high < 0 else text
 
 
-# ---- the tables for LaTeX -----------------------------------------------------------
-
-TEX = r"""% Made by compare.py. In a document: \input{NAME}
-% No package is needed; where booktabs is loaded, its rules are drawn.
-\providecommand{\toprule}{\hline\noalign{\smallskip}}
-\providecommand{\midrule}{\noalign{\smallskip}\hline\noalign{\smallskip}}
-\providecommand{\bottomrule}{\noalign{\smallskip}\hline}
-"""
-TEX_TABLE = r"""
-\begin{table}
-\centering
-\caption{%(caption)s}
-\scriptsize
-\setlength{\tabcolsep}{2pt}
-\begin{tabular}{%(align)s}
-\toprule
-%(head)s \\
-%(unit)s \\
-%(body)s
-\bottomrule
-\end{tabular}
-\end{table}
-"""
-# {a column: its two lines in LaTeX}; the others have name and unit
-TEX_HEADS = {
-    "against the baseline, points": ("difference", "points"),
-    "training cost": ("cost", "of dense"), "faster": ("faster", "times"),
-    "test accuracy, %": ("accuracy", "%"),
-}
-TEX_LETTERS = {letter: rf"\{letter}" for letter in "%&_#${}"} | {
-    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
-    "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "±": r"$\pm$"}
-
-
-def tex(text):
-    """Return a text with what is special to LaTeX written so that it is printed; a
-    number's minus as a minus."""
-    text = text.encode("utf-8", "backslashreplace").decode()  # no text: its bytes
-    text = "".join(TEX_LETTERS.get(letter, letter) for letter in text)
-    return re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)
-
-
-def latex(tables):
-    """Return the tables as LaTeX, an environment for each, the rows below the name of
-    their target.
-
-    Without the columns that are empty, and sparsity and MACs where the target says
-    them: all of its rows have the same. Seeds that all rows share stand in the caption.
-    """
-    parts = [TEX]
-    for setting, rows in tables.items():
-        cells = [dict(zip(COLUMNS, cells_of(row))) for row in rows]
-        columns = [name for name in COLUMNS if name != "target"
-                   and any(row[name] != "-" for row in cells)]
-        for name in ("sparsity, %", "MACs, M"):
-            pairs = {(row["target"], row[name]) for row in cells}
-            targets = {row["target"] for row in cells}
-            if name in columns and len(pairs) == len(targets) < len(cells):
-                columns.remove(name)
-        caption = setting[0].upper() + setting[1:]
-        if "against the baseline, points" in columns:
-            caption += ". Differences to the baseline, with 95 % intervals"
-        if len({row["seeds"] for row in rows}) == 1:
-            columns.remove("seeds")
-            words = "Seeds" if " " in rows[0]["seeds"] else "Seed"
-            caption += f". {words} {', '.join(rows[0]['seeds'].split())}"
-        longest = max(len(row["method"]) for row in rows)
-        # lines of long names are broken
-        first, start = ("p{31mm}", r"\raggedright ") if longest > 24 else ("l", "")
-        body, before = [], None
-        for row in cells:
-            if row["target"] != before:
-                body.append(r"\midrule")
-                if row["target"] != "-":
-                    body.append(rf"\multicolumn{{{len(columns)}}}{{l}}"
-                                rf"{{\textit{{{tex(row['target'])}}}}} \\")
-            before = row["target"]
-            # above and below are what the interval says
-            text = re.sub(" (above|below)$", "", row["against the baseline, points"])
-            row["against the baseline, points"] = text.replace(" to ", ", ")
-            texts = " & ".join(tex(row[name]) for name in columns)
-            body.append(rf"{start}{texts} \\")
-        heads = [TEX_HEADS.get(name) or (name.split(", ") + [""])[:2]
-                 for name in columns]
-        parts.append(TEX_TABLE % dict(
-            caption=tex(f"{caption}."), body="\n".join(body),
-            align=first + "r" * (len(columns) - 1),
-            head=" & ".join(tex(name) for name, _ in heads),
-            unit=" & ".join(tex(unit) for _, unit in heads)))
-    return "".join(parts)
-
-
 # ---- the plot -----------------------------------------------------------------------
 
 
@@ -628,16 +215,9 @@ def plot_tables(tables):
     rows that are lines over a flag, of all tables.
     """
     panels = sweeps(tables)
-    names = {flag.replace("_", " ") for flag, _ in panels}
-    on_lines = {key_of(row) for lines in panels.values() for line in lines
+    on_lines = {groups.key_of(row) for lines in panels.values() for line in lines
                 for _, row in line}
-    largest = {}
-    for setting, rows in tables.items():
-        # A row that is named after the flag of its line is drawn there alone
-        rows = [row for row in rows if not (key_of(row) in on_lines and any(
-            word.rpartition(" ")[0] in names for word in words_in(row)))]
-        largest.setdefault(setting.partition(":")[0], (setting, rows))
-    drawn = [(setting, rows) for setting, rows in largest.values() if rows]
+    drawn = largest_tables(tables, panels, on_lines)
     figure, axes = plots.canvas(2, len(drawn) + -(-len(panels) // 2), margin=1.8)
     seen = set(on_lines)
     for (left, right), (setting, rows) in zip(axes, drawn):
@@ -652,19 +232,38 @@ def plot_tables(tables):
         plot_costs(right, rows, targets)
         # the name of a data set may have a $, which is no formula
         left.set_title(setting, fontsize=7, loc="left", parse_math=False)
-        seen |= set(map(key_of, rows))
+        seen |= set(map(groups.key_of, rows))
     below = axes[len(drawn):].flatten()
     for axis, ((flag, setting), lines) in zip(below, panels.items()):
-        seen |= set(map(key_of, plot_lines(axis, flag, setting, lines, tables)))
+        seen |= set(map(groups.key_of, plot_lines(axis, flag, setting, lines, tables)))
     for axis in below[len(panels):]:
         axis.remove()
-    methods = {style_name(row["method"]) for _, rows in drawn for row in rows}
+    methods = {groups.style_name(row["method"]) for _, rows in drawn for row in rows}
     explain(figure, "dense" in methods, sum(map(len, tables.values())) - len(seen))
     return figure
 
 
-def key_of(row):
-    return row["setting"], row["target"], row["method"]
+def largest_tables(tables, panels, on_lines):
+    """Return [(setting, rows)], the largest table of weights and that of channels
+    without the rows that are on lines alone.
+
+    Points of one method compare nothing: such a table is drawn only if there is no
+    other one and no line.
+    panels: see sweeps. on_lines: the groups.key_of() of their rows.
+    """
+    names = {flag.replace("_", " ") for flag, _ in panels}
+    largest = {}
+    for setting, rows in tables.items():
+        # A row that is named after the flag of its line is drawn there alone
+        rows = [row for row in rows if not (groups.key_of(row) in on_lines and any(
+            word.rpartition(" ")[0] in names for word in words_in(row)))]
+        largest.setdefault(setting.partition(":")[0], (setting, rows))
+    found = [(setting, rows) for setting, rows in largest.values() if rows]
+    several = [(setting, rows) for setting, rows in found
+               if len({row["method"] for row in rows}) > 1]
+    if several or panels:
+        return several
+    return found
 
 
 def words_in(row):
@@ -681,8 +280,8 @@ def explain(figure, has_dense, missing):
     if any(axis.texts for axis in figure.axes):
         text += " A number at the lower edge: a mean below the panel."
     if missing:
-        text += (f" Not drawn: {missing} rows of smaller tables, or of a target that "
-                 f"one method alone has.")
+        text += (f" Not drawn: {missing} rows of smaller tables, or of a target or a "
+                 f"table that one method alone has.")
     plots.note(figure, text)
 
 
@@ -704,17 +303,12 @@ def sweeps(tables):
     return dict(most[:MOST_LINES])
 
 
-def style_name(method):
-    """Return the method whose colour a row has: its name without what it differs in."""
-    return method.partition(",")[0]
-
-
 def plot_targets(axis, rows, targets):
     """Draw accuracy for each target, the methods side by side. The limits of the axis
     are set before."""
     methods = list(dict.fromkeys(row["method"] for row in rows if row["target"] != "-"))
     for row in rows:
-        if style_name(row["method"]) == "dense":
+        if groups.style_name(row["method"]) == "dense":
             axis.axhline(row["accuracy"], color="black", linestyle=":", linewidth=1)
     for method in methods:
         mine = [row for row in rows
@@ -730,7 +324,7 @@ def plot_targets(axis, rows, targets):
 def plot_costs(axis, rows, targets):
     """Draw accuracy over the training cost, for each method, with the legend of both
     panels."""
-    one_kind = len({by_size(target)[0] for target in targets}) == 1
+    one_kind = len({groups.by_size(target)[0] for target in targets}) == 1
     for method in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == method]
         plot_rows(axis, [row["training_cost"] for row in mine], mine, targets,
@@ -778,7 +372,7 @@ def plot_lines(axis, flag, setting, lines, tables):
         _, first = line[0]
         said = [word for word in words_in(first)
                 if word.rpartition(" ")[0] != flag.replace("_", " ")]
-        method = ", ".join([style_name(first["method"]), *said])
+        method = ", ".join([groups.style_name(first["method"]), *said])
         fill = plots.FILLS[targets.index(first["target"]) % len(plots.FILLS)]
         label = method if len(targets) == 1 else f"{method}, {first['target']}"
         values, accuracies = [], []
@@ -830,13 +424,14 @@ def parse_args(argv):
         help="seeds 0 to N - 1 (default 3)")
     add("--epochs-prune", type=flags.whole(1), metavar="N", default=None,
         help="structure epochs of each method; for channels: epochs of pretraining and "
-        "of fine-tuning (default: the scripts')")
+        "of fine-tuning, and a stage between them in proportion (default: the scripts')"
+        )
     add("--epochs-finetune", type=flags.whole(1), metavar="N", default=None,
         help="epochs with the mask fixed (default: the scripts'); a lottery ticket "
         "needs one")
     add("--minutes", type=flags.number(0, above=True), default=None, metavar="M",
         help="choose the epochs, the same for all methods, so that all runs together "
-        "end within so many minutes (a short trial of each script measures it)")
+        "end within so many minutes (a short trial of each method measures it)")
     add("--dataset", type=flags.path, default="fashion-mini",
         help="as in the other scripts")
     add("--precision", choices=("fp32", "bf16"), default=None,
@@ -910,9 +505,9 @@ def rates_in(runs):
     found = {}  # {target: runs}
     for run in runs:
         if run.script in records.ALGORITHMS and run.regen:
-            found.setdefault(target_of(run), []).append(run)
+            found.setdefault(groups.target_of(run), []).append(run)
     texts = []
-    for target in sorted(found, key=by_size):
+    for target in sorted(found, key=groups.by_size):
         text = f"{records.rates_of(found[target])} at {target}"
         if updates := records.updates_of(found[target]):
             text += f" ({updates})"
@@ -939,7 +534,7 @@ def write(folder, name, tables, notes, runs, with_latex=False):
     write_whole(folder / f"{name}.md", lambda file: file.write(text))
     kinds = ".md, .csv, .png, .pdf"
     if with_latex:
-        source = latex(tables).replace("NAME", name)
+        source = latex.document(tables, COLUMNS, cells_of).replace("NAME", name)
         write_whole(folder / f"{name}.tex", lambda file: file.write(source))
         kinds += ", .tex"
     figure, rates = plot_tables(tables), rates_in(runs)
@@ -953,15 +548,30 @@ def rows_of(tables, methods):
     """Return the tables with the rows that --methods names; None: all of them. Raises
     ValueError for a name that no row has."""
     rows = [row for mine in tables.values() for row in mine]
-    names = dict.fromkeys(style_name(row["method"]) for row in rows)
-    names |= dict.fromkeys(f"channels-{style_name(row['method'])}" for row in rows
-                           if row["pruned"] == records.CHANNELS)
-    names |= dict.fromkeys(row["method"] for row in rows)
+    names = {}
+    for row in rows:
+        name = groups.style_name(row["method"])
+        names |= {name: None, row["method"]: None}
+        if row["pruned"] == records.CHANNELS:
+            names[f"channels-{name}"] = None
     require_known(methods, list(names))
     kept = {setting: [row for row in mine if is_chosen(
         methods, row["pruned"] == records.CHANNELS, row["method"])]
         for setting, mine in tables.items()}
     return {setting: mine for setting, mine in kept.items() if mine}
+
+
+def chosen_epochs(args, frames):
+    """Return {flag: epochs}, those that fit into --minutes, one budget for all methods
+    (see planning.choose_for_all)."""
+    def plan_with(epochs):
+        return plan(jobs.with_flags(args, epochs), frames)
+
+    usual = jobs.epochs_of_weights(args)
+    asked = {flag: getattr(args, flag) for flag in jobs.TIMED}
+    asked["methods"] = sorted({job.method for job in plan_with(usual)})
+    return planning.choose_for_all(plan_with, usual, asked, args.out / "minutes.json",
+                                   args.jobs)
 
 
 def main(argv=None):
@@ -972,22 +582,21 @@ def main(argv=None):
             frames, usual = None, presets.of(args.dataset)
             # a named set may have to be downloaded, which a dry run does not
             if not args.dry_run or args.dataset not in data.NAMES:
-                frames = frames_of(args, data.load(
+                frames = jobs.frames_of(args, data.load(
                     args.dataset, args.data_dir or "data", args.train_limit,
                     time_steps=args.time_steps or usual["time_steps"]))
-            jobs = plan(args, frames)
+            if not args.dry_run:
+                args.out.mkdir(parents=True, exist_ok=True)
+            if args.minutes is not None:
+                args = jobs.with_flags(args, chosen_epochs(args, frames))
+            planned = plan(args, frames)
+            jobs.require_same_flags(planned)
             if args.dry_run:
-                print_commands(jobs)
+                jobs.print_commands(planned)
                 return None
-            args.out.mkdir(parents=True, exist_ok=True)
-            if args.minutes is not None:  # one budget for all methods
-                args.epochs_prune, args.epochs_finetune = planning.choose_for_all(
-                    jobs, args.minutes, epochs_of(args)[:2], args.out / "minutes.json",
-                    args.jobs)
-                jobs = plan(args, frames)
-            run_all(jobs, args.jobs)
+            jobs.run_all(planned, args.jobs)
         folders = args.runs or [args.out]
-        found, notes = gather(*folders)
+        found, notes = groups.gather(*folders)
         if not found:
             why = "; ".join(f"{name} is {why}" for name, why in notes.items())
             raise ValueError(f"{', '.join(map(str, folders))} holds no finished run, "
@@ -996,11 +605,11 @@ def main(argv=None):
         if note := records.note_of_data(runs):
             print(note)
         plots.give_styles(run.method for run in runs)
-        tables = tabulate(found, args.baseline)
+        tables = groups.tabulate(found, args.baseline)
         if args.runs is not None:
             tables = rows_of(tables, args.methods)
             runs = [run for rows in tables.values() for row in rows
-                    for run in found[key_of(row)].values()]
+                    for run in found[groups.key_of(row)].values()]
         name = "-".join(["compare", *re.findall(r"\w+", args.baseline or "")])
         write(args.out, name, tables, notes, runs, args.latex)
     return tables

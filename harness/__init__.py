@@ -1,5 +1,6 @@
 """What makes a run reliable and belongs to no algorithm: flags and presets, the run's
-folder and its files, the processes that share a run, finished runs, plots.
+folder and its files, the processes that share a run, runs to be made (jobs), finished
+runs (records) and their tables (groups, latex), plots, reports.
 
     import harness  # in a script, before torch
 

@@ -1,7 +1,7 @@
 """How many epochs fit into some minutes: --minutes M of the scripts and of compare.py.
 
     planning.choose(words, args, minutes, is_fit, since)  # {"epochs_prune": 3, ...}
-    planning.choose_for_all(jobs, minutes, (8, 4), kept)  # (3, 2), for all runs
+    planning.choose_for_all(plan, usual, asked, kept)  # the same for all runs
     length = planning.try_out(words)    # a few steps, in a process of its own
     length.seconds(12)                  # how long a run of 12 epochs takes
 
@@ -9,6 +9,8 @@ A trial is the script itself, with its flags, in a folder that is thrown away. I
 when it has measured some steps and an evaluation. So the run that follows is the run
 that has these epochs by flags, bit by bit.
 """
+import heapq
+import itertools
 import json
 import math
 import os
@@ -17,8 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
+
+from harness.files import write_json
 
 ROOT = Path(__file__).parent.parent
 
@@ -146,73 +151,180 @@ def with_interval(chosen, usual):
 LEAST_PRUNE = 4  # structure epochs, which some methods need
 
 
-def choose_for_all(jobs, minutes, epochs, kept, at_a_time=1):
-    """Return (epochs_prune, epochs_finetune), the same for all runs, such that all of
-    them together end within so many minutes.
+def choose_for_all(plan, usual, asked, kept, at_a_time=1):
+    """Return {"epochs_prune": n, "epochs_finetune": m}, the same for all runs, such
+    that all of them together end within asked["minutes"].
 
-    jobs: a list of (folder, words of the command from the interpreter on), with the
-    usual epochs. epochs: the usual (epochs_prune, epochs_finetune). kept: the path of a
-    file, from which the choice is read if it is there, and to which it is written: so
-    the same command goes on with the same epochs. at_a_time: how many runs side by
-    side, which share the processors.
-    One command of each script is tried. Raises ValueError if the time does not suffice.
+    plan(epochs): returns the jobs.Job of all runs with these epochs. Each command names
+    the epochs of all its stages. usual: the epochs of a run without --minutes.
+    asked: {flag: value} of what the time of all runs depends on, plain values. kept:
+    the path of a file with the choice and with what was asked: the same command goes on
+    with the same epochs. at_a_time: how many runs side by side, which share the
+    processors.
+    Raises ValueError if the time does not suffice, or if the file does not fit.
     """
-    if kept.exists():
-        chosen = json.loads(kept.read_text())
-        if chosen["minutes"] != minutes:
-            raise ValueError(f"{kept.parent} was made with --minutes "
-                             f"{chosen['minutes']:g}, this command says {minutes:g}. "
-                             f"Leave it as it was, or name another --out")
-        return chosen["epochs_prune"], chosen["epochs_finetune"]
+    minutes = asked["minutes"]
+    chosen = read_choice(kept, asked, usual)
+    if chosen is not None:
+        print(f"minutes {minutes:g}: {in_words(chosen)} for each run, as {kept} says")
+        return chosen
 
-    since, lengths = time.monotonic(), {}
-    threads = max(1, (os.cpu_count() or 1) // at_a_time)
-    environment = os.environ | dict(OMP_NUM_THREADS=str(threads))
-    for _, words in jobs:
-        if words[1] not in lengths:
-            lengths[words[1]] = try_out(words, environment)
-    tried = [lengths[words[1]] for _, words in jobs]
-    usual = dict(zip(("epochs_prune", "epochs_finetune"), epochs))
-    least = max(LEAST_PRUNE, *(math.ceil(length.interval / length.steps)
-                               for length in tried))
-
-    def seconds(chosen):
-        share = sum(chosen.values()) / sum(epochs)
-        work = sum(length.seconds(share * length.epochs) for length in tried)
-        return work / min(at_a_time, len(tried))
+    since = time.monotonic()
+    jobs = plan(usual)
+    trials = try_all(jobs, at_a_time)
+    least = max(LEAST_PRUNE, *(math.ceil(trial.interval / trial.steps)
+                               for trial, _ in trials.values()))
 
     def at(total):
-        chosen = in_proportion(usual, total)
-        return chosen | dict(epochs_prune=max(least, chosen["epochs_prune"]))
+        shared = in_proportion(usual, total)
+        return shared | dict(epochs_prune=max(least, shared["epochs_prune"]))
 
-    budget = PLANNED * (60 * minutes - (time.monotonic() - since))
-    total = 2
-    if seconds(at(total)) > budget:
-        needed = (seconds(at(total)) / PLANNED + time.monotonic() - since) / 60
-        prune, finetune = at(total).values()
+    def seconds(total):
+        return seconds_of_all(plan(at(total)), trials, at_a_time)
+
+    passed = time.monotonic() - since
+    budget = PLANNED * (60 * minutes - passed)
+    total = largest(lambda total: seconds(total) <= budget, len(usual))
+    chosen, needed = at(total), seconds(total)
+    if needed > budget:
         raise ValueError(f"--minutes is {minutes:g}, expected at least "
-                         f"{math.ceil(needed)} on this machine, for {len(tried)} runs "
-                         f"of {prune} + {finetune} epochs. Raise it, or lower --seeds "
-                         f"or --train-limit")
-    total = largest(lambda total: seconds(at(total)) <= budget, total)
-    chosen = at(total)
+                         f"{math.ceil((needed / PLANNED + passed) / 60)} on this "
+                         f"machine, for {len(jobs)} runs of {in_words(chosen)}. Raise "
+                         f"it, or lower --seeds or --train-limit")
     kept.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(dict(minutes=minutes) | chosen))
-    print(f"minutes {minutes:g}: {chosen['epochs_prune']} + "
-          f"{chosen['epochs_finetune']} epochs for each of {len(tried)} runs, about "
-          f"{seconds(chosen) / 60:.0f} min in all")
-    return tuple(chosen.values())
+    write_json(kept, asked | chosen)
+    print(f"minutes {minutes:g}: {in_words(chosen)} for each of {len(jobs)} runs, "
+          f"about {needed / 60:.0f} min in all")
+    return chosen
+
+
+def in_words(chosen):
+    """Return "4 + 2 epochs" of {flag: epochs}."""
+    return f"{' + '.join(map(str, chosen.values()))} epochs"
+
+
+def read_choice(path, asked, flags):
+    """Return {flag: epochs} that a file holds; None where there is no file, or where no
+    run has begun and something else is asked for now, which is then printed.
+
+    asked: see choose_for_all. flags: those of the epochs. An older file does not say
+    all that it was for. Raises ValueError if the file is damaged or for something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        chosen = {flag: found[flag] for flag in flags}
+        is_whole = found["minutes"] > 0 and all(
+            type(count) is int and count > 0 for count in chosen.values())
+    except (OSError, ValueError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(f"{path} is damaged, expected the epochs that --minutes has "
+                         f"chosen. Remove it; if runs beside it have begun, give their "
+                         f"epochs in place of --minutes")
+    for flag, value in asked.items():
+        if flag in found and found[flag] != value:
+            break
+    else:
+        return chosen
+    change = (f"{path} is for {as_flag(flag, found[flag])}, this command has "
+              f"{as_flag(flag, value)}")
+    if any(path.parent.glob("*/config.json")):
+        epochs = " ".join(as_flag(flag, count) for flag, count in chosen.items())
+        raise ValueError(f"{change}, expected the same. Leave it as it was, name "
+                         f"another --out, or write {epochs} in place of --minutes")
+    print(f"note: {change}. No run has begun: the epochs are chosen anew")
+    return None
+
+
+def as_flag(flag, value):
+    """Return a flag and its value as on a command line, in words if it is left out."""
+    name = f"--{flag.replace('_', '-')}"
+    if value is None:
+        return f"no {name}"
+    if isinstance(value, list):
+        value = " ".join(map(str, value))
+    return f"{name} {value}"
+
+
+def try_all(jobs, at_a_time):
+    """Try a job of each method. Return {method: (Length, epochs that the script makes
+    of one epoch of its flags)}.
+
+    As many trials run side by side as runs will: they share the processors, and some
+    methods are tried again beside the last ones. Of two trials the slower one counts.
+    If one fails, its line is printed and its exit code taken.
+    """
+    firsts = {}
+    for job in jobs:
+        firsts.setdefault(job.method, job)
+    side = min(at_a_time, len(jobs))
+    count = math.ceil(len(firsts) / side) * side
+    tried = list(itertools.islice(itertools.cycle(firsts.values()), count))
+    threads = max(1, (os.cpu_count() or 1) // at_a_time)
+    environment = os.environ | dict(OMP_NUM_THREADS=str(threads))
+    with ThreadPoolExecutor(side) as pool:
+        try:
+            measured = list(pool.map(lambda job: measure(job.words, environment),
+                                     tried))
+        except BaseException as error:
+            pool.shutdown(cancel_futures=True)
+            leave_if_failed(error)
+            raise
+    trials = {}
+    for job, length in zip(tried, measured):
+        trial = length, length.epochs / epochs_of(job.words)
+        trials[job.method] = max(trial, trials.get(job.method, trial),
+                                 key=lambda trial: trial[0].step)
+    return trials
+
+
+def seconds_of_all(jobs, trials, at_a_time):
+    """Return how long all runs take, so many side by side, each begun as soon as
+    another ends. trials: see try_all."""
+    ends = [0.0] * at_a_time
+    for job in jobs:
+        length, factor = trials[job.method]
+        heapq.heapreplace(ends, ends[0] + length.seconds(factor * epochs_of(job.words)))
+    return max(ends)
+
+
+def epochs_of(words):
+    """Return the sum of the epochs that a command gives its stages."""
+    return sum(int(value) for flag, value in zip(words, words[1:])
+               if flag.startswith("--epochs-"))
 
 
 # ---- a trial -------------------------------------------------------------------------
 
 
+class Failed(Exception):
+    """A trial that failed: Failed(what it wrote to stderr, its exit code)."""
+
+
 def try_out(words, environment=None):
+    """Return the Length that measure() returns. If the trial fails, its own line is
+    printed and its exit code taken."""
+    try:
+        return measure(words, environment)
+    except Failed as error:
+        leave_if_failed(error)
+
+
+def leave_if_failed(error):
+    """End as a trial has ended, if the error is Failed."""
+    if isinstance(error, Failed):
+        text, code = error.args
+        sys.stderr.write(text)
+        raise SystemExit(code) from None
+
+
+def measure(words, environment=None):
     """Run a command until it has measured some steps and an evaluation. Return its
     Length. It is a process of its own, in a folder of its own, which is thrown away.
 
-    words: the interpreter, the script, its flags. If it fails, its own line is printed
-    and its exit code taken.
+    words: the interpreter, the script, its flags. Raises Failed.
     """
     interpreter, script, *flags = words
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); "
@@ -224,8 +336,7 @@ def try_out(words, environment=None):
         done = subprocess.run(made, env=environment, stdout=subprocess.DEVNULL,
                               stderr=subprocess.PIPE, text=True)
         if not result.exists():
-            sys.stderr.write(done.stderr)
-            raise SystemExit(done.returncode or 1)
+            raise Failed(done.stderr, done.returncode or 1)
         return Length(**json.loads(result.read_text()))
 
 

@@ -181,6 +181,36 @@ def read(run, name):
     return run.files[name]
 
 
+def folders_of(named, without):
+    """Return the folders of runs at or below those named, each once, in this order.
+
+    One that holds no run stays, to be reported. named None: those below runs/, but for
+    the folder `without`.
+    """
+    if named is None:
+        return [folder for folder in find_runs("runs")
+                if without not in folder.parents]
+    found = []
+    for folder in named:
+        found += find_runs(folder) or [Path(folder)]
+    return list(dict.fromkeys(found))
+
+
+def read_runs(folders):
+    """Return the finished runs of folders; the others are printed, with the reason."""
+    runs, skipped = [], {}
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except ValueError as error:
+            skipped.setdefault(str(error), []).append(str(folder))
+    for why, names in skipped.items():
+        print(f"skipped {', '.join(names)}: {why}")
+    if note := note_of_data(runs):
+        print(note)
+    return runs
+
+
 # ---- what a trained network shows --------------------------------------------------
 
 
@@ -494,6 +524,52 @@ def against(runs, baseline):
     return np.mean(pairs), t * np.std(pairs, ddof=1) / np.sqrt(len(pairs))
 
 
+def share_won(found, base, better):
+    """Return in which share of the classes, each seed counted, found is better than
+    base. better: "lower" or "higher"."""
+    return (found < base if better == "lower" else found > base).mean()
+
+
+# Verdicts on a claim
+SEEN, PARTLY, NOT_SHOWN = "seen", "in part", "not shown"
+OPPOSITE, UNKNOWN = "the opposite", "cannot be told"
+EMPTY = "says nothing"
+
+
+def by_method(used, pruned, method):
+    """Return the runs of a method. pruned: WEIGHTS or CHANNELS."""
+    return [run for run in used if (run.pruned, run.method) == (pruned, method)]
+
+
+def by_seed(runs):
+    """Return {seed: run}, as against() takes it."""
+    return {run.seed: run for run in runs}
+
+
+def judge_differences(differences):
+    """Return the verdict on "above", and the words for it.
+
+    differences: {where: (mean, half of the 95 % interval), in points}, as against()
+    returns them: NaN where fewer than two seeds are shared.
+    """
+    told = {place: pair for place, pair in differences.items()
+            if not np.isnan(pair[0])}
+    if not told:
+        return UNKNOWN, "one seed, or none in common"
+    where = {"above": [], "below": [], "not told apart": []}
+    for place, (mean, half) in told.items():
+        word = "not told apart"
+        if abs(mean) > half:
+            word = "above" if mean > 0 else "below"
+        where[word].append(f"{place}: {mean:+.1f} ({mean - half:+.1f} to "
+                           f"{mean + half:+.1f})")
+    text = "; ".join(f"{word}, points: {', '.join(places)}"
+                     for word, places in where.items() if places)
+    if where["above"]:
+        return SEEN if len(where["above"]) == len(told) else PARTLY, text
+    return OPPOSITE if len(where["below"]) == len(told) else NOT_SHOWN, text
+
+
 # ---- what a run is, in words -------------------------------------------------------
 
 
@@ -613,9 +689,10 @@ def aim_of(run):
     return f"{100 * run.config['prune_ratio']:g} % of the channels pruned"
 
 
-def describe(runs):
+def describe(runs, with_settings=True):
     """Return in a line what runs have in common: data set, network, what was pruned,
-    the reading if it is not the text's, rates, seeds, how many they are."""
+    the reading if it is not the text's, seeds, how many they are; with_settings: also
+    the rates and the number of updates."""
     dataset = listed(run.config["dataset"] for run in runs)
     if limits := listed(run.config.get("train_limit") for run in runs):
         dataset += f" (training images: {limits})"
@@ -624,6 +701,7 @@ def describe(runs):
     model = listed(run.config["model"] for run in runs)
     aim = listed(aim_of(run) for run in runs) or "dense"
     seeds = f"seeds {listed(sorted({run.seed for run in runs}))}"
-    parts = [dataset, model, aim, readings_of(runs), rates_of(runs), updates_of(runs),
-             seeds, f"{len(runs)} runs"]
+    settings = [rates_of(runs), updates_of(runs)] if with_settings else []
+    parts = [dataset, model, aim, readings_of(runs), *settings, seeds,
+             f"{len(runs)} runs"]
     return "; ".join(part for part in parts if part)

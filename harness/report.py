@@ -10,6 +10,10 @@ import html
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+from harness import plots
+from harness import records
 from harness.files import write_whole
 
 STYLE = """
@@ -147,3 +151,75 @@ def html_of(table, kind, linked=False):
         kind=kind, caption=f"<caption>{caption}</caption>" if caption else "",
         head=cells(table.head, "th"),
         body="\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in table.rows))
+
+
+# ---- the figures of runs ------------------------------------------------------------
+
+MOST_COLUMNS = 14  # of a table; of more, some are left out evenly
+
+
+def table_of(name, layout, rows):
+    """Return the Table of a figure: the rows of its CSV, with a column for each x.
+
+    layout: (what names a row, a list of columns of the CSV; the column that is x; that
+    of the number; its digits; the caption).
+    """
+    keys, column, number, digits, caption = layout
+    cells, columns = {}, {}
+    for row in rows:
+        x = "end" if row[column] is None else row[column]
+        columns[x] = f"{x:g}" if isinstance(x, float) else str(x)
+        title = ", ".join(" ".join(str(row[key]).split()) for key in keys)
+        cells.setdefault(title, {}).setdefault(x, []).append(row)
+    shown = list(columns)
+    if column not in ("class", "layer"):
+        shown.sort(key=lambda x: (x == "end", 0 if x == "end" else x))
+    step = -(-len(shown) // MOST_COLUMNS)
+    if step > 1:
+        shown = [x for i, x in enumerate(shown) if i % step == 0 or x == shown[-1]]
+        caption += f"; one in {step} columns, all are in {name}.csv"
+    lines, has_std = [], False
+    for title, found in cells.items():
+        line = [title]
+        for x in shown:
+            values = [row[number] for row in found.get(x, ())]
+            stds = [row.get("std") for row in found.get(x, ())]
+            text = f"{np.median(values):.{digits}f}" if values else "-"
+            if len(values) == 1 and stds[0]:
+                text += f" ± {stds[0]:.{digits}f}"
+                has_std = True
+            line.append("-" if text.startswith("nan") else text)
+        lines.append(line)
+    if has_std:
+        caption += "; mean ± deviation of the seeds"
+    return Table([""] + [columns[x] for x in shown], lines, f"{caption}.")
+
+
+def summary_of(drawn, claims):
+    """Return the Table of the claims that the figures drawn speak of; None without any.
+
+    drawn: {figure: (the figure, rows of its CSV, runs, texts)}. claims: {figure: [(what
+    is claimed, judge)]}. judge(rows, runs): returns a verdict and what it rests on.
+    """
+    lines = []
+    for name, mine in claims.items():
+        for claim, judge in mine if name in drawn else ():
+            _, rows, used, _ = drawn[name]
+            verdict, here = judge(rows, used)
+            lines.append([claim, verdict, here, name])
+    if not lines:
+        return None
+    return Table(["the paper says", "here", "by", "figure"], lines)
+
+
+def section_of(picture, heading, look_for, table, figure, used, says):
+    """Return the Section of a figure of runs. says: texts of a list.
+
+    What stands under the picture, in it, is not said again: only if it could not be
+    drawn.
+    """
+    notes = [records.describe(used, with_settings=False)]
+    if not picture.exists():
+        notes = [plots.note_of(figure), *notes]
+    commands = "\n".join(dict.fromkeys(map(records.command_of, used)))
+    return Section(picture, heading, [look_for], table, commands, says, notes)

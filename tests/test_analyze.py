@@ -22,8 +22,10 @@ import analyze
 import metrics
 import models
 import prune_unstructured
+from harness import jobs
 from harness import plots
 from harness import records
+from harness import report
 from harness import runfolder
 from helpers import one_line
 from neurons import LIF
@@ -305,7 +307,7 @@ def test_runs_are_found_at_any_depth_in_the_order_of_their_paths():
     assert records.find_runs("all/c") == [Path("all/c")]
     assert records.find_runs("absent") == []
     named = ["all/c", "all/b/study", "all/b"]  # in the order named, each once
-    assert list(map(str, analyze.folders_of(named))) == [
+    assert list(map(str, records.folders_of(named, analyze.DEMO))) == [
         "all/c", "all/b/study/deep/er/y", "all/b/study/x", "all/b/a"]
 
 
@@ -527,7 +529,7 @@ def shop(tmp_path_factory):
     x[np.arange(160), 4 * y, :] = 255
     with chdir(folder), pytest.MonkeyPatch.context() as patch:
         np.savez("few.npz", x_train=x[:96], y_train=y[:96], x_test=x[96:], y_test=y[96:])
-        patch.setattr(analyze, "subprocess", SimpleNamespace(run=start))
+        patch.setattr(jobs, "subprocess", SimpleNamespace(run=start))
         patch.setattr(metrics, "speedup", lambda *_, **__: 1.0)
         patch.setattr(plots, "draw_curves", lambda rows, path: path.touch())  # it takes long
         drawn = analyze.main(["report", "--demo"])
@@ -925,7 +927,7 @@ def test_the_demo_goes_on_where_it_was_and_stops_at_what_fails(there, monkeypatc
         started.append(words)
         return SimpleNamespace(returncode=1, stderr="prune_unstructured.py: error: disk full\n")
 
-    monkeypatch.setattr(analyze, "subprocess", SimpleNamespace(run=fail))
+    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(run=fail))
     with pytest.raises(SystemExit) as stopped:
         analyze.main(["--demo"])
     assert stopped.value.code == 1 and len(started) == 1
@@ -941,9 +943,11 @@ def test_the_report_is_one_file_with_all_figures(shop):
     for name, image in images:
         assert base64.b64decode(image) == (shop / f"figures/demo/{name}.png").read_bytes()
     assert "python prune_structured.py" in text and "of the classes" in text
-    # what the inversion does stands under the pictures, and in the page
-    assert text.count("the cosine is near 1 for any network.</p>") == 2
-    assert text.count("a higher value means a smaller |gamma| in that network.</p>") == 1
+    # what stands under the pictures is not said again
+    for words in ("the cosine is near 1 for any network", "updates, one every", "no error bars",
+                  "a higher value means a smaller |gamma| in that network"):
+        assert words not in text
+    assert text.count('<p class="note">demo, short runs; few.npz') == len(analyze.FIGURES)
     assert not re.search(r'(src|href)="(?!data:|#)', text)  # it needs no other file
     assert text.count("<section") == text.count("</section>") == len(analyze.FIGURES)
     # a verdict a claim, in one table; contents; a table a figure
@@ -1064,12 +1068,18 @@ def test_one_failed_seed_does_not_flatten_a_figure():
         for rate, accuracy in ((0.1, 0.83), (0.5, 0.81), (0.9, failed)):
             saved(f"runs/c{rate}{seed}", "criticality", regen=rate, seed=seed,
                   accuracy=accuracy)
-    figure, rows, _, _ = analyze.main(["ratio"])["ratio"]
+    drawn = analyze.main(["ratio"])
+    figure, rows, _, _ = drawn["ratio"]
     low, high = figure.axes[0].get_ylim()
     assert (low, high) == pytest.approx((80, 85.2))
     assert [text.get_text() for text in figure.axes[0].texts] == ["64"]
     note = plots.note_of(figure)
     assert "bars: their standard deviation" in note and "a mean below the panel" in note
+    analyze.write_report(Path("figures/report.html"), drawn)
+    assert "a mean below the panel" not in Path("figures/report.html").read_text()
+    Path("figures/ratio.png").unlink()  # it could not be drawn: the page says what it would
+    analyze.write_report(Path("figures/report.html"), drawn)
+    assert "a mean below the panel" in Path("figures/report.html").read_text()
 
 
 def test_classes_have_names():
@@ -1087,7 +1097,7 @@ def test_classes_have_names():
     figure, rows, _, _ = analyze.variance(runs)
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["dog", "cat"]
     assert [(row["label"], row["class"]) for row in rows[:2]] == [(1, "dog"), (0, "cat")]
-    assert analyze.table_of("variance", rows).head == ["", "dog", "cat"]
+    assert report.table_of("variance", analyze.TABLES["variance"], rows).head == ["", "dog", "cat"]
 
 
 # ---- commands ------------------------------------------------------------------------------------

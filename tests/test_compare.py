@@ -14,10 +14,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from matplotlib.colors import to_rgb
 
 import compare
+import data
 import helpers
+from harness import groups
+from harness import jobs
 from harness import records
 from harness import runfolder
 from helpers import one_line
@@ -44,7 +48,7 @@ def two_methods(monkeypatch):
         process.join()
         return SimpleNamespace(returncode=process.exitcode)
 
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run, STDOUT="with stdout"))
+    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(run=run, STDOUT="with stdout"))
     monkeypatch.setattr(compare, "WEIGHTS", dict(
         dense=compare.WEIGHTS["dense"] + " --interval 2",
         gmp=compare.WEIGHTS["gmp"] + " --interval 2"))
@@ -53,7 +57,7 @@ def two_methods(monkeypatch):
 
 def test_a_log_takes_a_name_that_is_no_text():
     words = [sys.executable, "-c", "pass", "caf\udce9.npz"]
-    compare.run_all([(Path("one"), words)], 1)
+    jobs.run_all([jobs.Job(Path("one"), words, "one")], 1)
     assert "caf" in Path("one.log").read_text(encoding="utf-8")
 
 
@@ -61,7 +65,7 @@ def test_the_commands_are_those_of_the_scripts():
     small = ("--dataset few.npz --width 0.25 --time-steps 4 --epochs-prune 4 "
              "--epochs-finetune 2 --sparsity 0.9 0.95 --seeds 2").split()
     args = compare.parse_args(small)
-    jobs = compare.plan(args)
+    jobs = [job[:2] for job in compare.plan(args)]
     assert len({folder for folder, _ in jobs}) == len(jobs) == 2 * (1 + 2 * 16 + 6)
     methods = set()
     for folder, words in jobs:
@@ -84,7 +88,7 @@ def test_the_commands_are_those_of_the_scripts():
 
 
 def test_the_budget_and_the_network_are_equal_where_papers_differ():
-    for folder, words in compare.plan(compare.parse_args(["--dataset", "cifar100"])):
+    for folder, words, _ in compare.plan(compare.parse_args(["--dataset", "cifar100"])):
         parsed = importlib.import_module(Path(words[1]).stem).parse_args(words[2:])
         assert (parsed.model, parsed.time_steps) == ("vgg16", 5)
         if not folder.name.startswith("channels"):
@@ -124,9 +128,80 @@ def test_a_comparison_from_end_to_end(few, two_methods, monkeypatch, capfd):
     def never(*_, **__):
         raise AssertionError("a finished run was started again")
 
-    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=never, STDOUT=-2))
+    monkeypatch.setattr(jobs, "subprocess", SimpleNamespace(run=never, STDOUT=-2))
     assert compare.main([*TINY, "--seeds", "2", "--out", "out"]) == tables
     assert compare.main(["--runs", "out"]) == tables
+
+
+def words_of(*given):
+    return [(job.folder.name, job.words) for job in compare.plan(compare.parse_args(given))]
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "fashion-mini"])
+def test_a_run_that_is_there_has_the_flags_of_its_command(dataset):
+    """Whatever a script makes of them: for each method, config.json holds what was typed."""
+    planned = compare.plan(compare.parse_args(["--dataset", dataset, "--seeds", "1"]))
+    for folder, words, _ in planned:
+        config = vars(importlib.import_module(Path(words[1]).stem).parse_args(words[2:]))
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
+    jobs.require_same_flags(planned)
+
+
+@pytest.mark.parametrize("given, flag, made, now", [
+    ("--epochs-prune 4", "epochs-prune", 8, 4), ("--epochs-finetune 9", "epochs-finetune", 4, 9),
+    ("--dataset mnist", "dataset", "fashion-mini", "mnist"), ("--width 0.5", "width", "1.0", 0.5),
+    ("--train-limit 300", "train-limit", None, 300), ("--precision bf16", "precision", "fp32",
+                                                      "bf16")])
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_a_run_of_other_flags_is_not_taken_for_one_of_these(given, flag, made, now, is_finished,
+                                                            capsys, monkeypatch):
+    monkeypatch.setattr(jobs, "run_all", None)  # nothing is started
+    images = SimpleNamespace(x_train=torch.zeros(1, 1, 1, 1))
+    monkeypatch.setattr(data, "load", lambda *_, **__: images)
+    given = given.split()
+    for first, then, before, after in (([], given, made, now), (given, [], now, made)):
+        shutil.rmtree("out", ignore_errors=True)
+        common = "--methods gmp --seeds 1 --out out".split()
+        ((_, words),) = words_of(*common, *first)
+        config = vars(importlib.import_module("prune_unstructured").parse_args(words[2:]))
+        folder = Path("out/gmp-0.9-seed0")
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config))
+        if is_finished:
+            (folder / "summary.json").write_text("{}")
+        for more in ([], ["--dry-run"]):
+            with pytest.raises(SystemExit) as stopped:
+                compare.main([*common, *then, *more])
+            error = one_line(capsys)
+            assert stopped.value.code == 2 and f"error: {folder} was made with --" in error
+            assert f"--{flag} {before}, this command has {after}, expected the same. " in error
+
+
+def test_moved_data_and_another_device_are_no_other_flags():
+    ((name, words),) = words_of(*"--methods gmp --seeds 1 --dataset few.npz --device cpu".split())
+    config = vars(importlib.import_module("prune_unstructured").parse_args(words[2:]))
+    folder = Path("runs/compare", name)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config | dict(
+        dataset="there/few.npz", data_dir="x", device="cuda")))
+    jobs.require_same_flags([jobs.Job(folder, words, "gmp")])
+
+
+def test_targets_that_differ_have_names_and_rows_that_differ():
+    values = ["0.9", "0.9000001", "0.99999999", "0.999999", "1e-7"]
+    names = [name for name, _ in words_of(*"--methods gmp --seeds 1 --sparsity".split(), *values)]
+    assert names == [f"gmp-{value}-seed0" for value in (*values[:4], "1e-07")]
+    (name, _), = words_of(*"--methods slimming --seeds 1 --target-macs 0.70000001".split())
+    assert name == "channels-slimming-macs0.70000001-seed0"
+    for value in values:
+        written(f"g{value}", sparsity=float(value))
+        written(f"s{value}", "slimming", target_macs=float(value), script="prune_structured")
+    tables = groups.tabulate(groups.gather(Path("logs"))[0])
+    shown = [[row["target"] for row in rows] for rows in tables.values()]
+    digits = ["0.00001", "90", "90.00001", "99.9999", "99.999999"]
+    assert sorted(shown) == [[f"-{number} % MACs" for number in digits],
+                             [f"{number} % sparse" for number in digits]]
 
 
 def test_a_run_that_fails_is_a_row_and_the_rest_goes_on(few, two_methods, monkeypatch, capfd):
@@ -171,7 +246,7 @@ def test_tables_hold_what_may_be_compared():
     written("d", epochs_prune=9)
     written("e", width=0.5, precision="bf16")
     written("f", "greg1", script="prune_structured")
-    found, notes = compare.gather(Path("logs"))
+    found, notes = groups.gather(Path("logs"))
     usual = "fashion-mini, small, T = 4, 8 + 4 epochs"
     assert list(found) == [
         (f"weights: {usual}", "90 % sparse", "gmp"), (f"weights: {usual}", "95 % sparse", "gmp"),
@@ -189,11 +264,11 @@ def test_what_differs_is_in_the_name():
         written(f"m{seed}", "criticality", seed, regen=0.3, aggregate="mean")
         written(f"g{seed}", seed=seed)
     written("z", seed=1, accuracy=0.1)  # of two that differ in nothing the first counts: g1
-    found, _ = compare.gather(Path("logs"))
+    found, _ = groups.gather(Path("logs"))
     shown = {name: sorted(runs) for (_, _, name), runs in found.items()}
     assert shown == dict.fromkeys(("gmp", "criticality, regen 0.1", "criticality, regen 0.3",
                                    "criticality, regen 0.3, aggregate mean"), [0, 1])
-    (rows,) = compare.tabulate(found).values()
+    (rows,) = groups.tabulate(found).values()
     assert [row["accuracy"] for row in rows if row["method"] == "gmp"] == [pytest.approx(80)]
 
 
@@ -239,8 +314,8 @@ def test_runs_as_published_are_rows_of_their_own_in_the_table_of_the_text():
         compare.plots.style_of(name)[0] for name in ("dense", "gmp", "criticality")}
     assert [line.get_ydata()[0] for line in left.lines
             if line.get_linestyle() == ":"] == [pytest.approx(90)]
-    differences = {row["method"]: row["against"] for row in compare.tabulate(
-        compare.gather(Path("logs"))[0], "dense, as published")[setting]}
+    differences = {row["method"]: row["against"] for row in groups.tabulate(
+        groups.gather(Path("logs"))[0], "dense, as published")[setting]}
     assert differences["gmp"] == pytest.approx(-10)  # of any target
 
 
@@ -250,13 +325,13 @@ def test_a_row_as_published_is_named_after_other_flags_as_well():
     written("b", "criticality", regen=0.5, **WHOLE)
     written("c", "criticality", regen=0.2, **WHOLE)
     written("d", "criticality", regen=0.2, cutout=16, as_published=["cutout"], loss="ce")
-    found, _ = compare.gather(Path("logs"))
+    found, _ = groups.gather(Path("logs"))
     assert {name for _, _, name in found} == {
         "criticality, regen 0.5", "criticality, as published, regen 0.5",
         "criticality, as published, regen 0.2", "criticality, published cutout, regen 0.2"}
     assert len({setting for setting, _, _ in found}) == 1
     written("e", "criticality", regen=0.5, loss="ce", cutout=16)  # now the text's differ in it
-    found, _ = compare.gather(Path("logs"))
+    found, _ = groups.gather(Path("logs"))
     assert {name for _, _, name in found} >= {
         "criticality, cutout 0, regen 0.5", "criticality, cutout 16, regen 0.5",
         "criticality, published cutout, regen 0.2"}
@@ -266,7 +341,7 @@ def test_a_neuron_of_the_text_with_other_settings_is_another_table():
     written("a")
     written("b", strict=True)
     written("c", decay_input=False)
-    found, _ = compare.gather(Path("logs"))
+    found, _ = groups.gather(Path("logs"))
     usual = "weights: fashion-mini, small, T = 4, 8 + 4 epochs"
     assert [setting for setting, _, _ in found] == [
         usual, f"{usual}, strict True", f"{usual}, decay input False"]
@@ -278,7 +353,7 @@ def test_runs_are_found_at_any_depth_and_in_several_folders():
         written(f"again/g{seed}", seed=seed, accuracy=0.7)
         written(f"deep/er/r{seed}", "random", seed, regen=0.5)
     Path("logs/deep/er/stopped.log").write_text("")
-    found, notes = compare.gather(Path("logs/study"), Path("logs/deep"), Path("logs/again"))
+    found, notes = groups.gather(Path("logs/study"), Path("logs/deep"), Path("logs/again"))
     assert {name: sorted(runs) for (_, _, name), runs in found.items()} == dict(
         gmp=[0, 1], random=[0, 1])
     (gmp,) = (runs for (_, _, name), runs in found.items() if name == "gmp")
@@ -303,7 +378,7 @@ def test_runs_of_before_and_after_a_flag_are_one_row():
         written(f"c{seed}", "greg1", seed, epochs_prune=4, **more)
     for seed, more in ((0, {}), (1, dict(looks_new=False))):
         written(f"g{seed}", seed=seed, **more)
-    found, _ = compare.gather(Path("logs"))
+    found, _ = groups.gather(Path("logs"))
     assert {name: sorted(runs) for (_, _, name), runs in found.items()} == dict.fromkeys(
         ("granet", "greg1", "gmp"), [0, 1])
     (granet,) = (runs for (_, _, name), runs in found.items() if name == "granet")
@@ -316,13 +391,14 @@ def test_methods_that_no_table_names_are_rows_and_points_without_an_edit():
         written(f"m{seed}", "magnitude", seed, 0.85, regen=0.5)  # a metric of one's own
         written(f"f{seed}", "foo", seed, 0.9, script="prune_foo", rounds=3)
         written(f"b{seed}", "bar", seed, script="prune_bar")
+        written(f"z{seed}", "baz", seed, 0.7, script="prune_bar")
     tables = compare.main(["--runs", "logs"])
     weights, channels = tables.values()
     assert [row["method"] for row in weights] == ["foo", "magnitude", "gmp"]
-    assert [row["method"] for row in channels] == ["bar"] and channels[0]["faster"] == 3
+    assert [row["method"] for row in channels] == ["bar", "baz"] and channels[0]["faster"] == 3
     figure = compare.plot_tables(tables)
     for axis, names in zip((figure.axes[1], figure.axes[3]), (["foo", "magnitude", "gmp"],
-                                                              ["bar"])):
+                                                              ["bar", "baz"])):
         assert [bars.get_label() for bars in axis.containers] == names
         looks = {(bars.lines[0].get_color(), bars.lines[0].get_marker())
                  for bars in axis.containers}
@@ -337,8 +413,8 @@ def test_differences_are_paired_by_seed(accuracies, word):
         written(f"g{seed}", seed=seed, accuracy=0.8)
         written(f"r{seed}", "random", seed, accuracy, regen=0.5)
     written("r9", "random", 9, 0.99, regen=0.5)  # with no partner
-    found, notes = compare.gather(Path("logs"))
-    tables = compare.tabulate(found)
+    found, notes = groups.gather(Path("logs"))
+    tables = groups.tabulate(found)
     row = {row["method"]: row for rows in tables.values() for row in rows}["random"]
     differences = 100 * np.array(accuracies) - 80
     half = 4.303 * statistics.stdev(differences) / 3 ** 0.5
@@ -354,7 +430,7 @@ def test_differences_are_paired_by_seed(accuracies, word):
 def test_speed_is_that_of_channels_at_batch_32():
     written("g")
     written("s", "slimming", script="prune_structured")
-    tables = compare.tabulate(compare.gather(Path("logs"))[0])
+    tables = groups.tabulate(groups.gather(Path("logs"))[0])
     faster = {row["method"]: row["faster"] for rows in tables.values() for row in rows}
     assert faster["slimming"] == 3 and np.isnan(faster["gmp"])
 
@@ -365,14 +441,14 @@ def test_differences_to_another_row():
         written(f"g{seed}", seed=seed, accuracy=0.8)
         written(f"c{seed}", "criticality", seed, 0.85 + 0.01 * seed, regen=0.5)
         written(f"m{seed}", "criticality", seed, 0.87, regen=0.5, aggregate="mean")
-    found, _ = compare.gather(Path("logs"))
-    ((setting, rows),) = compare.tabulate(found, "criticality").items()
+    found, _ = groups.gather(Path("logs"))
+    ((setting, rows),) = groups.tabulate(found, "criticality").items()
     differences = {row["method"]: row["against"] for row in rows}
     assert np.isnan(differences.pop("criticality"))  # to itself
     assert np.isnan(differences.pop("dense"))  # of another target
     assert differences == dict(gmp=pytest.approx(-5.5), **{
         "criticality, aggregate mean": pytest.approx(1.5)})
-    ((_, rows),) = compare.tabulate(found, "dense").items()
+    ((_, rows),) = groups.tabulate(found, "dense").items()
     differences = {row["method"]: row["against"] for row in rows}
     assert np.isnan(differences.pop("dense")) and differences == dict(
         gmp=pytest.approx(-10), criticality=pytest.approx(-4.5), **{
@@ -395,7 +471,7 @@ def test_a_baseline_that_is_not_in_the_table(capsys):
 def test_one_pair_tells_nothing():
     written("g")
     written("r", "random", accuracy=0.9, regen=0.5)
-    tables = compare.tabulate(compare.gather(Path("logs"))[0])
+    tables = groups.tabulate(groups.gather(Path("logs"))[0])
     assert all(np.isnan(row["against"]) for rows in tables.values() for row in rows)
     assert "| random | 90 % sparse | 90.0 | - | 0 |" in compare.markdown(tables, {})
 
@@ -409,14 +485,14 @@ def test_students_t_is_that_of_the_tables():
     for n, t in ((2, 12.706), (3, 4.303), (11, 2.228), (12, 2.201), (31, 2.042)):
         none = {seed: SimpleNamespace(summary=dict(test_accuracy=0.0)) for seed in range(n)}
         spread = statistics.stdev([seed % 2 for seed in range(n)]) / n ** 0.5
-        assert compare.against(runs(n), none)[1] / spread == pytest.approx(t, abs=0.03)
+        assert records.against(runs(n), none)[1] / spread == pytest.approx(t, abs=0.03)
 
 
 def test_how_much_of_an_update_is_rescued():
     written("c", "criticality", regen=0.5)
     rows = [dict(survived=0.5), dict(survived=0.7), dict(survived=None)]
     Path("logs/c/updates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ((row,),) = compare.tabulate(compare.gather(Path("logs"))[0]).values()
+    ((row,),) = groups.tabulate(groups.gather(Path("logs"))[0]).values()
     assert row["rescued"] == pytest.approx(60)
 
 
@@ -432,7 +508,7 @@ def test_the_plot_shows_targets_that_compare_and_no_collapse_sets_its_scale():
                     script="prune_gradr", epochs_prune=8)
         written(f"s{seed}", "sdsnn", seed, 0.85, sparsity=0, script="prune_sdsnn", epochs_prune=8,
                 cost=0.5)
-    figure = compare.plot_tables(compare.tabulate(compare.gather(Path("logs"))[0]))
+    figure = compare.plot_tables(groups.tabulate(groups.gather(Path("logs"))[0]))
     left, right = figure.axes
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["5 % sparse", "10 % sparse"]
     bars = [(bars.get_label(), x, y) for bars in left.containers
@@ -493,7 +569,7 @@ def test_bad_input(given, says, capsys):
 def names_of(given):
     """The runs that compare.py would start, without seed and target."""
     jobs = compare.plan(compare.parse_args([*given.split(), "--seeds", "1"]))
-    return [re.sub(r"(-0\.9|-macs0\.7)?-seed0$", "", folder.name) for folder, _ in jobs]
+    return [re.sub(r"(-0\.9|-macs0\.7)?-seed0$", "", folder.name) for folder, *_ in jobs]
 
 
 @pytest.mark.parametrize("given, names", [
@@ -509,7 +585,7 @@ def test_precision_and_device_are_passed_on():
         given = "--methods gmp greg1 --seeds 1".split()
         if precision:
             given += ["--precision", precision, "--device", device]
-        for _, words in compare.plan(compare.parse_args(given)):
+        for _, words, _ in compare.plan(compare.parse_args(given)):
             parsed = importlib.import_module(Path(words[1]).stem).parse_args(words[2:])
             assert (parsed.precision, parsed.device) == (precision or "fp32", device)
 
@@ -517,8 +593,8 @@ def test_precision_and_device_are_passed_on():
 def test_a_dry_run_prints_the_commands_that_are_left(few, monkeypatch, capsys):
     given = [*TINY, "--methods", "gmp", "dense", "--sparsity", "0.9", "0.8", "--seeds", "2",
              "--out", "the runs", "--dry-run"]
-    for name in ("subprocess", "write_whole"):
-        monkeypatch.delattr(compare, name)  # it starts and writes nothing
+    for module, name in ((jobs, "subprocess"), (compare, "write_whole")):
+        monkeypatch.delattr(module, name)  # it starts and writes nothing
     assert compare.main(given) is None
     out, err = capsys.readouterr()
     assert not Path("the runs").exists() and "6 of 6 runs" in err
@@ -548,7 +624,7 @@ def test_the_rows_of_some_methods(capsys):
         written(f"c{seed}", "criticality", seed, 0.85, regen=0.5)
         written(f"k{seed}", "criticality", seed, 0.85, "prune_structured", regen=0.3)
         written(f"f{seed}", "foo", seed, 0.9, script="prune_foo")
-    tables = compare.tabulate(compare.gather(Path("logs"))[0])
+    tables = groups.tabulate(groups.gather(Path("logs"))[0])
 
     def shown(*methods):
         return sorted((row["pruned"], row["method"])
@@ -577,7 +653,7 @@ def test_rows_that_differ_in_a_number_are_lines_over_it():
         written(f"m{seed}", "criticality", seed, 0.77, regen=0.3, aggregate="mean")
         for steps in (2, 8):
             written(f"t{steps}{seed}", seed=seed, accuracy=0.6 + 0.01 * steps, time_steps=steps)
-    figure = compare.plot_tables(compare.tabulate(compare.gather(Path("logs"))[0]))
+    figure = compare.plot_tables(groups.tabulate(groups.gather(Path("logs"))[0]))
     left, right, by_rate, by_steps = figure.axes
     setting = "weights: fashion-mini, small, T = 4, 8 + 4 epochs"
     assert by_rate.get_xlabel() == f"Regeneration rate r\n{setting}, 90 % sparse"
@@ -599,12 +675,39 @@ def test_rows_that_differ_in_a_number_are_lines_over_it():
     assert "Not drawn" not in compare.plots.note_of(figure)
 
 
+def test_points_of_one_method_are_no_panel():
+    """A sweep takes all rows but GMP's, which stays on it as a dashed line; channels are one
+    method."""
+    for seed in (0, 1):
+        written(f"g{seed}", seed=seed, accuracy=0.8)
+        for rate in (0.1, 0.3, 0.5):
+            written(f"c{rate}{seed}", "criticality", seed, 0.8 - rate / 10, regen=rate)
+        written(f"s{seed}", "slimming", seed, script="prune_structured")
+    figure = compare.plot_tables(groups.tabulate(groups.gather(Path("logs"))[0]))
+    (panel,) = figure.axes
+    assert panel.get_xlabel().startswith("Regeneration rate r")
+    assert [one.get_ydata()[0] for one in panel.lines
+            if one.get_linestyle() == "--"] == [pytest.approx(80)]
+    assert "Not drawn: 1 rows" in compare.plots.note_of(figure)  # of slimming
+    for seed in (0, 1):
+        written(f"d{seed}", "dense", seed, 0.9, sparsity=0)
+    figure = compare.plot_tables(groups.tabulate(groups.gather(Path("logs"))[0]))
+    _, right, _ = figure.axes
+    assert {bars.get_label() for bars in right.containers} == {"gmp", "dense"}
+
+
+def test_one_method_alone_is_drawn():
+    written("g")
+    left, right = compare.plot_tables(groups.tabulate(groups.gather(Path("logs"))[0])).axes
+    assert [bars.get_label() for bars in right.containers] == ["gmp"]
+
+
 def test_many_targets_are_lines():
     for seed in (0, 1):
         for sparsity in (0.5, 0.8, 0.9):
             written(f"g{sparsity}{seed}", seed=seed, accuracy=1 - sparsity / 2, sparsity=sparsity)
             written(f"r{sparsity}{seed}", "random", seed, 0.9 - sparsity / 2, sparsity=sparsity)
-    left, _ = compare.plot_tables(compare.tabulate(compare.gather(Path("logs"))[0])).axes
+    left, _ = compare.plot_tables(groups.tabulate(groups.gather(Path("logs"))[0])).axes
     for bars in left.containers:
         assert bars.lines[0].get_linestyle() == "-" and len(bars.lines[0].get_xydata()) == 3
     fills = {(line.get_fillstyle(), line.get_markerfacecolor()) for line in left.lines
@@ -631,7 +734,7 @@ def test_methods_are_told_apart_by_looks():
 
 
 def test_the_tables_for_latex(monkeypatch, capsys):
-    monkeypatch.setattr(compare.plots, "save", lambda *_: None)
+    monkeypatch.setattr(compare.plots, "make_printable", lambda figure: figure.clear())
     for seed in (0, 1):
         written(f"d{seed}", "dense", seed, 0.9, sparsity=0, dataset="50%_of $x.npz")
         written(f"g{seed}", seed=seed, accuracy=0.8, dataset="50%_of $x.npz")
@@ -642,10 +745,15 @@ def test_the_tables_for_latex(monkeypatch, capsys):
     assert ".pdf, .tex: 6 runs" in capsys.readouterr().out
     assert r"\input{compare}" in text and r"\usepackage" not in text
     assert r"\caption{Weights: 50\%\_of \$x, small, T = 4, 8 + 4 epochs." in text
+    assert "epochs. Differences to gmp, with 95 \\% intervals. Seeds" in text
     assert "Seeds 0, 1.}" in text and "& sparsity" not in text  # the target says it
     assert (r"my\_metric & 75.5 $\pm$ 0.7 & $-$4.5 ($-$10.9, +1.9) & " in text)
     rows = [line for line in text.splitlines() if line.endswith(r"\\") and "multicol" not in line]
     assert len({line.count("&") for line in rows}) == 1 and len(rows) == 5
+    with open("logs/compare.csv") as file:
+        assert {row["baseline"] for row in csv.DictReader(file)} == {"gmp"}
+    compare.main(["--runs", "logs", "--latex", "--baseline", "dense"])
+    assert "Differences to dense, with" in Path("logs/compare-dense.tex").read_text()
     if shutil.which("pdflatex") is None:
         pytest.skip("the rest needs pdflatex")
     Path("logs/all.tex").write_text(r"\documentclass{article}\begin{document}"

@@ -213,7 +213,8 @@ def test_each_pruning_command_in_the_text_runs(script, arguments):
     n = 300
     x = np.random.default_rng(0).integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
     Path("data").mkdir()
-    for path, images, classes in (("data/cifar100.npz", x, 100), ("mine.npz", x, 10),
+    for path, images, classes in (("data/cifar100.npz", x, 100), ("data/cifar10.npz", x, 10),
+                                  ("mine.npz", x, 10),
                                   ("data/mnist.npz", x[:, 2:30, 2:30, 0], 10)):
         y = np.arange(n) % classes
         np.savez(path, x_train=images, y_train=y, x_test=images[:100], y_test=y[:100])

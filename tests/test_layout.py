@@ -128,7 +128,7 @@ def test_nothing_imports_a_test_but_its_helpers():
 NO_METHOD = [ROOT / f"{name}.py" for name in (
     "neurons", "kernels", "kernels_triton", "models", "data", "masks", "channels", "metrics", "training")]
 NO_METHOD += [ROOT / "harness" / f"{name}.py" for name in (
-    "runfolder", "setup", "files", "meters", "processes", "machine")]
+    "runfolder", "setup", "files", "meters", "processes", "machine", "jobs", "groups", "latex")]
 METHODS = re.compile(r"\b(?:SD-?SNN|Grad[- ]?R|GraNet|GReg[12]?|Deep[- ]?R|lottery|PQ|STDS|NDSNN|RigL)\b",
                      re.I)
 NETWORKS = re.compile(r"(?:sdsnn|gradr)-[a-z]+")  # plans that bear the name of a paper

@@ -1,8 +1,10 @@
 """How long a run takes and says so, --minutes, --optimizer and --schedule, --tensorboard."""
 import importlib
 import json
+import os
 import subprocess
 import sys
+import threading
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,12 +13,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import compare
 import models
 import prune_gradr
 import prune_structured
 import prune_unstructured
 import training
-from harness import flags, meters, planning, presets, processes, records, runfolder
+from harness import flags, jobs, meters, planning, presets, processes, records, runfolder
 from harness.planning import Length, in_proportion, with_interval
 from harness.runfolder import Run, span
 from helpers import assert_same_run, lines, one_line, random_net, stop_after
@@ -60,7 +63,7 @@ def minutes_for(epochs, length=QUICK):
 def tried(monkeypatch):
     """Let a trial measure QUICK. The commands that were tried."""
     found = []
-    monkeypatch.setattr(planning, "try_out",
+    monkeypatch.setattr(planning, "measure",
                         lambda words, environment=None: found.append(words) or QUICK)
     return found
 
@@ -239,25 +242,149 @@ def test_epochs_in_proportion():
     assert with_interval(dict(epochs_prune=1), dict(epochs_prune=99, interval=2))["interval"] == 1
 
 
-def test_one_budget_for_all_methods(tried, monkeypatch):
-    jobs = [(None, ["python", f"{name}.py"]) for name in ("a", "b", "c", "a")]
-    kept = Path("out/minutes.json")
-    assert planning.choose_for_all(jobs, 4 * minutes_for(6), (8, 4), kept) == (4, 2)
-    assert len(tried) == 3  # one trial a script
-    assert planning.choose_for_all(jobs, 4 * minutes_for(6), (8, 4), kept) == (4, 2)
-    assert len(tried) == 3  # the choice is kept
-    with pytest.raises(ValueError, match="out was made with --minutes .* this command says 9. "):
-        planning.choose_for_all(jobs, 9, (8, 4), kept)
-    kept.unlink()
-    two = planning.choose_for_all(jobs, 2 * minutes_for(6), (8, 4), kept, at_a_time=2)
-    assert two == (4, 2)
-    kept.unlink()
+def commands(*names):
+    """plan(epochs) of runs of these scripts, each of which is a method."""
+    def plan(epochs):
+        return [jobs.Job(Path("out", name), [
+            "python", f"{name}.py", "--epochs-prune", str(epochs["epochs_prune"]),
+            "--epochs-finetune", str(epochs["epochs_finetune"])], name) for name in names]
+    return plan
+
+
+EPOCHS = dict(epochs_prune=8, epochs_finetune=4)
+KEPT = Path("out/minutes.json")
+
+
+def choose(plan, minutes, at_a_time=1, **asked):
+    """The epochs that planning.choose_for_all returns."""
+    chosen = planning.choose_for_all(plan, EPOCHS, dict(minutes=minutes) | asked, KEPT, at_a_time)
+    return chosen["epochs_prune"], chosen["epochs_finetune"]
+
+
+def test_one_budget_for_all_methods(tried, monkeypatch, capsys):
+    plan = commands("a", "b", "c", "a")
+    assert choose(plan, 4 * minutes_for(6)) == (4, 2)
+    assert len(tried) == 3  # one trial a method
+    assert "4 + 2 epochs for each of 4 runs, about 0 min in all" in capsys.readouterr().out
+    assert choose(plan, 4 * minutes_for(6)) == (4, 2)
+    assert len(tried) == 3  # the choice is kept, and said
+    assert "4 + 2 epochs for each run, as out/minutes.json says" in capsys.readouterr().out
+    Path("out/a").mkdir()
+    Path("out/a/config.json").touch()
+    with pytest.raises(ValueError, match="json is for --minutes .*, this command has --minutes 9, "):
+        choose(plan, 9)
+    KEPT.unlink()
+    assert choose(plan, 2 * minutes_for(6), at_a_time=2) == (4, 2)
+    KEPT.unlink()
     with pytest.raises(ValueError, match="expected at least 1 on .* for 4 runs of 4 [+] 1 epochs"):
-        planning.choose_for_all(jobs, 0.1, (8, 4), kept)
-    assert not kept.exists()
+        choose(plan, 0.1)
+    assert not KEPT.exists()
     # an interval of 22 steps needs 6 epochs of 4
-    monkeypatch.setattr(planning, "try_out", lambda *given: QUICK._replace(interval=22))
-    assert planning.choose_for_all(jobs, 4 * minutes_for(8.5), (8, 4), kept) == (6, 2)
+    monkeypatch.setattr(planning, "measure", lambda *given: QUICK._replace(interval=22))
+    assert choose(plan, 4 * minutes_for(8.5)) == (6, 2)
+
+
+def test_a_kept_choice_is_for_what_was_asked(tried, capsys):
+    plan, minutes = commands("a", "b"), 2 * minutes_for(6)
+    asked = dict(seeds=2, methods=["a", "b"], jobs=1, width=None, dataset="mnist")
+    assert choose(plan, minutes, **asked) == (4, 2)
+    # nothing has begun: it is chosen anew
+    assert choose(plan, minutes, **asked | dict(width=0.5)) == (4, 2) and len(tried) == 4
+    assert ("note: out/minutes.json is for no --width, this command has --width 0.5. No run has "
+            "begun: the epochs are chosen anew\n") in capsys.readouterr().out
+    Path("out/a").mkdir()
+    Path("out/a/config.json").touch()
+    for flag, value in dict(seeds=3, methods=["a"], jobs=2, width=1.0, dataset="x.npz").items():
+        with pytest.raises(ValueError, match=f"this command has --{flag} .*, expected the same. "
+                                             f".* --epochs-prune 4 --epochs-finetune 2 in place"):
+            choose(plan, minutes, **asked | dict(width=0.5) | {flag: value})
+    KEPT.write_text(json.dumps(dict(minutes=minutes, epochs_prune=7, epochs_finetune=1)))
+    assert choose(plan, minutes, **asked) == (7, 1)  # of an older version: it does not say
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "", "four", "3", "\xff", '{"minutes": 3}',
+                                  '{"minutes": 3, "epochs_prune": "4", "epochs_finetune": 2}',
+                                  '{"minutes": null, "epochs_prune": 4, "epochs_finetune": 2}'])
+def test_a_damaged_choice_is_one_line(text, capsys):
+    KEPT.parent.mkdir()
+    KEPT.write_text(text, encoding="latin-1")
+    error = wrong(capsys, compare.main, ["--minutes", "3", "--out", "out", "--methods", "gmp"])
+    assert "error: out/minutes.json is damaged, expected the epochs that --minutes " in error
+    assert KEPT.read_text(encoding="latin-1") == text
+
+
+@pytest.mark.parametrize("names, at_a_time, trials", [
+    ("abc", 1, "abc"), ("abcde", 2, "abcdea"), ("aaaa", 4, "aaaa"), ("ab", 4, "ab")])
+def test_trials_run_side_by_side_as_the_runs_will(names, at_a_time, trials, monkeypatch):
+    started, side = [], min(at_a_time, len(names))
+    together = threading.Barrier(side)
+
+    def measured(words, environment):
+        together.wait(timeout=20)  # as many as the runs will be
+        started.append(Path(words[1]).stem)
+        assert int(environment["OMP_NUM_THREADS"]) == max(1, (os.cpu_count() or 1) // at_a_time)
+        return QUICK
+
+    monkeypatch.setattr(planning, "measure", measured)
+    choose(commands(*names), 60, at_a_time)
+    assert sorted(started) == sorted(trials)
+
+
+def test_each_method_is_tried(tried, monkeypatch):
+    """Also those that share a script; their lengths are told apart."""
+    args = compare.parse_args("--methods imp eb et greg1 greg2 gradr deepr --out out".split())
+
+    def plan(epochs):
+        return compare.plan(jobs.with_flags(args, epochs))
+
+    planning.choose_for_all(plan, EPOCHS, dict(minutes=600), KEPT, 2)
+    methods = [words[words.index("--method") + 1] for words in tried]
+    assert {*methods} == {"imp", "eb", "et", "greg1", "greg2", "gradr", "deepr"}
+    slow = QUICK._replace(step=3 * QUICK.step)
+    trials = {"a": (QUICK, 1), "b": (slow, 2)}
+    planned = commands("a", "b", "a")(EPOCHS)
+    one, other = QUICK.seconds(12), slow.seconds(24)
+    assert planning.seconds_of_all(planned, trials, 1) == pytest.approx(2 * one + other)
+    assert planning.seconds_of_all(planned, trials, 2) == pytest.approx(max(2 * one, other))
+
+
+def test_trials_that_fail_together_are_one_line(monkeypatch, capsys):
+    def failing(words, environment):
+        raise planning.Failed("prune_x.py: error: no GPU\n", 2)
+
+    monkeypatch.setattr(planning, "measure", failing)
+    assert "no GPU" in wrong(capsys, choose, commands(*"abcd"), 60, 2)
+
+
+def test_the_epochs_of_all_stages_are_counted(monkeypatch, capsys):
+    """GReg's own stage is scaled too, and what is printed is the time of the commands."""
+    def measured(words, environment=None):
+        return QUICK._replace(epochs=planning.epochs_of(words))
+
+    monkeypatch.setattr(planning, "measure", measured)
+    args = compare.parse_args("--dataset cifar100 --methods gmp greg1 --seeds 1 --out o".split())
+
+    def plan(epochs):
+        return compare.plan(jobs.with_flags(args, epochs))
+
+    usual = [script_of(job.words) for job in plan(dict(epochs_prune=None, epochs_finetune=None))]
+    assert [planning.epochs_in(vars(one)) for one in usual] == [
+        dict(epochs_prune=200, epochs_finetune=300),
+        dict(epochs_pretrain=160, epochs_prune=282, epochs_finetune=160)]
+    chosen = planning.choose_for_all(plan, dict(epochs_prune=200, epochs_finetune=300),
+                                     dict(minutes=1), Path("o/minutes.json"))
+    gmp, greg = [script_of(job.words) for job in plan(chosen)]
+    of_greg = planning.epochs_in(vars(greg))
+    assert of_greg == dict(epochs_pretrain=gmp.epochs_prune, epochs_finetune=gmp.epochs_prune,
+                           epochs_prune=round(282 / 160 * gmp.epochs_prune))
+    needed = sum(QUICK.seconds(sum(planning.epochs_in(vars(one)).values()))
+                 for one in (gmp, greg))
+    assert 0.8 * 54 < needed <= 54 and "about 1 min in all" in capsys.readouterr().out
+
+
+def script_of(words):
+    """The flags of a command, as its script reads them."""
+    return importlib.import_module(Path(words[1]).stem).parse_args(words[2:])
 
 
 def test_words_of_a_trial():

@@ -10,9 +10,11 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -251,6 +253,17 @@ def dies():
     prune_unstructured.main([*SHORT, "--run-dir", "killed"])
 
 
+def node_dies():
+    """Rank 1 goes with its agent, as a node does."""
+    def die():
+        if processes.rank() == 1:
+            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    at_iteration(die)
+    prune_unstructured.main([*SHORT, "--run-dir", "nodes"])
+
+
 def three():
     """Go on with three ranks; and once more, stopped under way."""
     processes.end = processes.rank
@@ -473,6 +486,40 @@ def test_a_killed_rank_ends_the_others_and_any_number_goes_on(two, tmp_path):
             assert row["train_loss"] == pytest.approx(other["train_loss"], abs=0.25)
 
 
+def two_nodes(*command):
+    """Run a command on two nodes, as two agents of torchrun, a rank each, that meet at a port of
+    this machine. Return their exit codes and what they wrote."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    words = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+             "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", "--rdzv-id=night"]
+    agents = [subprocess.Popen([*words, *map(str, command)], stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": path})
+              for _ in range(2)]
+    try:
+        with ThreadPoolExecutor(2) as pool:  # both are read, so that none waits for its pipe
+            texts = list(pool.map(lambda agent: agent.communicate(timeout=300)[0], agents))
+    finally:
+        for agent in agents:
+            agent.kill()
+    return [agent.returncode for agent in agents], "".join(texts)
+
+
+def test_a_node_that_is_gone_ends_the_other_and_two_nodes_go_on(two):
+    """SIGKILL to an agent and its rank. Resumed, the run is that of two ranks on one node."""
+    folder, _, _ = two
+    codes, said = two_nodes(__file__, "node_dies")
+    assert sorted(codes) == [-signal.SIGKILL, 1], said[-3000:]
+    assert said.count(": error: another rank is gone") == 1, said[-3000:]
+    assert not Path("nodes/summary.json").exists()
+    codes, said = two_nodes(ROOT / "prune_unstructured.py", "--resume", "--run-dir", "nodes")
+    assert codes == [0, 0], said[-3000:]
+    assert said.count("resumed after iteration 9 of 27") == 1
+    helpers.assert_same_run(folder / "whole", "nodes")
+
+
 def test_a_wrong_file_is_one_line_and_code_2_on_each_rank():
     done = torchrun(ROOT / "prune_unstructured.py", "--dataset", "nowhere.npz", "--run-dir", "r")
     assert done.returncode != 0
@@ -527,6 +574,7 @@ def test_what_is_refused(monkeypatch, capsys):
 if __name__ == "__main__":
     end = processes.end  # exercises put it off
     plots.draw_curves = lambda rows, path: path.touch()  # it takes longer than such a run
-    {"exercises": exercises, "dies": dies, "three": three}[sys.argv[1]]()
+    {"exercises": exercises, "dies": dies, "node_dies": node_dies,
+     "three": three}[sys.argv[1]]()
     end()
     processes._exit_at_once()  # also rank 0, which has nothing left to do: see end()
