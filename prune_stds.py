@@ -150,7 +150,9 @@ def change_since(before, masks, rescued=()):
 
 # ---- the default of the dead zone ----------------------------------------------------
 
-PAPER_DEAD_ZONE = 1.0  # of the CIFAR-10 runs D = 1 ... 5 the one that prunes least
+# Of the CIFAR-10 runs D = 1 ... 5 the one that prunes least, and the sum of its rates:
+# 2048 epochs of 3,125 steps at 1e-4
+PAPER_DEAD_ZONE, PAPER_SUM = 1.0, 2048 * 3125 * 1e-4
 
 # {share of the weights that D leaves: D}, measured on fashion-mini with `small`,
 # TUNED_STEPS steps, TUNED_LR:
@@ -170,11 +172,15 @@ def sum_of_rates(lr, steps, schedule):
 
 def default_dead_zone(args, steps):
     """Return the D that should leave a share 1 - sparsity of the weights: from the two
-    nearest of DEAD_ZONE, on a line of log D over log density.
+    nearest of DEAD_ZONE, on a line of log D over log density. With --mode paper it is
+    the paper's.
 
     INTERPRETATION: with another number of steps or another lr, D is to the sum of the
-    rates as in DEAD_ZONE's runs, since it works against what the gradients move.
+    rates as in these runs, since it works against what the gradients move.
     """
+    if args.mode == "paper":
+        total = sum_of_rates(args.lr, steps, args.schedule)
+        return PAPER_DEAD_ZONE * total / PAPER_SUM
     if args.sparsity == 0:
         return 0.0
     densities, widths = np.log(sorted(DEAD_ZONE[args.optimizer].items())).T
@@ -208,8 +214,6 @@ def complete(args, explicit):
             f"--sparsity is {explicit['sparsity']:g}, expected none: with --mode paper "
             f"it is an outcome of --dead-zone. Leave it out, or write --mode matched")
     args.sparsity = None
-    if args.dead_zone is None:
-        args.dead_zone = PAPER_DEAD_ZONE
 
 
 def parse_args(argv):
@@ -221,7 +225,7 @@ def parse_args(argv):
         "weights that is dead in the end, a fraction in [0, 1)")
     add("--dead-zone", type=flags.number(0), metavar="D", help="width of the dead zone "
         "after the structure epochs, in units of a weight, 0: none (default: tuned to "
-        "--sparsity; with --mode paper 1, which is far too much for a short run)")
+        "--sparsity; with --mode paper 1, in a shorter run as much less)")
     add("--ramp", choices=RAMPS, help="how D grows over the structure epochs. sine: "
         "hardly in the first and last ones; linear: alike, to the end")
     add("--interval", type=flags.whole(1), metavar="STEPS",

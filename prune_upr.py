@@ -337,19 +337,18 @@ def default_mask_lr(args, steps):
 # {share of the weights whose alpha is above 0 after the search: the price lambda},
 # measured on fashion-mini with `small`, without --neurons:
 #     python prune_upr.py --price LAMBDA --epochs-finetune 0 --seed 3
-PRICE = {0.1210: 3e-7, 0.0635: 1e-6, 0.0437: 3e-6}
+PRICE = {0.1210: 3e-7, 0.0635: 1e-6, 0.0437: 3e-6, 0.0173: 5e-5, 0.0109: 1e-4}
 
 
 def default_price(args):
     """Return the price under which the search should end at a density of 1 - sparsity:
-    a straight line through PRICE, log price over log density, also beyond its ends.
+    from PRICE, by log price over log density; beyond its ends the nearest one.
 
     INTERPRETATION: other networks, losses and lengths, and --neurons, get it too. A run
     says how far the search was off; the cut makes the count exact.
     """
-    densities, found = np.log(list(PRICE.items())).T
-    line = np.polyfit(densities, found, 1)
-    return float(np.exp(np.polyval(line, np.log(1 - args.sparsity))))
+    densities, found = np.log(sorted(PRICE.items())).T
+    return float(np.exp(np.interp(np.log(1 - args.sparsity), densities, found)))
 
 
 # ---- the script ----------------------------------------------------------------------

@@ -180,9 +180,10 @@ def flags_in(words):
     """Return {flag: its word, or its default} of what decides a run: the flags that a
     command has, and those of PASSED_ON that it leaves out."""
     given = {}
-    for flag, value in zip(words, words[1:]):
-        if flag.startswith("--"):
-            given[flag[2:].replace("-", "_")] = value
+    for flag, value in zip(words, [*words[1:], "--"]):
+        if flag.startswith("--"):  # one without a word is a switch
+            name = flag[2:].replace("-", "_")
+            given[name] = True if value.startswith("--") else value
     usual = presets.of(given["dataset"])
     found = {flag: usual[flag] for flag in PASSED_ON} | given
     return {flag: value for flag, value in found.items()

@@ -66,6 +66,7 @@ STYLE = {
     # grey: synapses and neurons
     "sdsnn": ("#5F5F5F", "*"),
     "upr": ("#A0A0A0", "p"),
+    "upr-neurons": ("#C4C4C4", "s"),
     # brown: a penalty that grows
     "greg1": ("#7A4A1E", "X"),
     "greg2": ("#C09A6B", "*"),

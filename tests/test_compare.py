@@ -719,10 +719,10 @@ def test_methods_are_told_apart_by_looks():
     """A family has one hue, and its methods differ in their markers."""
     looks = {name: look for name, look in compare.plots.STYLE.items() if name != "slimming"}
     assert len(set(looks.values())) == len(looks) >= 19
-    assert {*compare.WEIGHTS, *compare.CHANNELS, "stds", "upr", "ndsnn", "sca"} == {
+    assert {*compare.WEIGHTS, *compare.CHANNELS} == {
         *compare.plots.STYLE}
     for family in ("criticality gradient random", "granet pq ndsnn sca", "imp eb et",
-                   "gradr deepr stds", "sdsnn upr", "greg1 greg2"):
+                   "gradr deepr stds", "sdsnn upr upr-neurons", "greg1 greg2"):
         mine = [looks[name] for name in family.split()]
         hues = [colorsys.rgb_to_hls(*to_rgb(colour)) for colour, _ in mine]
         assert len({marker for _, marker in mine}) == len(mine)

@@ -50,7 +50,8 @@ def wrong(capsys, *given):
 
 
 def settings(**changed):
-    return Namespace(**dict(optimizer="sgd", schedule="cosine", sparsity=0.9, lr=0.1) | changed)
+    return Namespace(**dict(optimizer="sgd", schedule="cosine", sparsity=0.9, lr=0.1,
+                            mode="matched") | changed)
 
 
 def small_net():
@@ -442,7 +443,9 @@ def test_smoke_and_the_paper_s_setting():
     assert 0 < summary["sparsity"] < 1
     args = prune_stds.parse_args(["--dataset", "cifar10"])
     assert (args.mode, args.dead_zone, args.optimizer, args.lr, args.weight_decay) == (
-        "paper", 1.0, "adam", 1e-4, 0.0)
+        "paper", None, "adam", 1e-4, 0.0)
+    assert default_dead_zone(args, 2048 * 3125) == pytest.approx(1)
+    assert default_dead_zone(args, 2048) == pytest.approx(1 / 3125)  # a shorter run
     assert (args.schedule, args.epochs_prune, args.epochs_finetune, args.batch_size) == (
         "constant", 2048, 0, 16)
 

@@ -588,9 +588,9 @@ def test_the_default_rate_of_the_masks_reaches_as_far_as_published():
 
 def test_the_default_price():
     for density, price in prune_upr.PRICE.items():
-        assert default_price(Namespace(sparsity=1 - density)) == pytest.approx(price, rel=0.4)
-    found = [default_price(Namespace(sparsity=s)) for s in (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)]
-    assert found == sorted(found) and found[0] < found[-1]
+        assert default_price(Namespace(sparsity=1 - density)) == pytest.approx(price)
+    found = [default_price(Namespace(sparsity=s)) for s in (0.9, 0.95, 0.98)]
+    assert found == sorted(set(found))
 
 
 @pytest.mark.parametrize("given, words", [
