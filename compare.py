@@ -218,7 +218,10 @@ def plot_tables(tables):
     on_lines = {groups.key_of(row) for lines in panels.values() for line in lines
                 for _, row in line}
     drawn = largest_tables(tables, panels, on_lines)
-    figure, axes = plots.canvas(2, len(drawn) + -(-len(panels) // 2), margin=1.8)
+    # room for the legends: one or two columns, see beside()
+    longest = max([len({row["method"] for row in rows}) for _, rows in drawn], default=0)
+    margin = 1.8 if longest <= 16 else 3.6
+    figure, axes = plots.canvas(2, len(drawn) + -(-len(panels) // 2), margin)
     seen = set(on_lines)
     for (left, right), (setting, rows) in zip(axes, drawn):
         counts = Counter(row["target"] for row in rows if row["target"] != "-")
@@ -318,7 +321,7 @@ def plot_targets(axis, rows, targets):
         # over three targets a line shows what is one method
         plot_rows(axis, places, mine, targets, "-" if len(targets) > 2 else "none")
     axis.set_xlim(-0.5, max(len(targets), 1) - 0.5)
-    axis.set_xticks(range(len(targets)), targets)
+    axis.set_xticks(range(len(targets)), targets, fontsize=8)
 
 
 def plot_costs(axis, rows, targets):
@@ -403,7 +406,7 @@ def beside(axis):
     """Put the legend to the right of a panel, in two columns if it is long."""
     _, labels = axis.get_legend_handles_labels()
     axis.legend(frameon=False, fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5),
-                ncols=1 if len(labels) <= 20 else 2)
+                ncols=1 if len(labels) <= 18 else 2)
 
 
 # ---- the script ---------------------------------------------------------------------

@@ -142,10 +142,11 @@ def plot(axis, x, mean, std, method, **style):
 def limits_of(means, stds):
     """Return (low, high) of an axis of accuracies, in per cent.
 
-    A mean with a deviation of 10 points, where a seed failed, does not set them if
-    there are others: it would flatten the rest.
+    A mean with a deviation of 10 points, where a seed failed, and one that is 20 points
+    below the median do not set them if there are others: they would flatten the rest.
     """
-    pairs = [(mean, std) for mean, std in zip(means, stds) if std < 10]
+    least = np.median(means) - 20
+    pairs = [(mean, std) for mean, std in zip(means, stds) if std < 10 and mean > least]
     pairs = pairs or list(zip(means, stds))
     return (min(mean - std for mean, std in pairs) - 1,
             max(mean + std for mean, std in pairs) + 1)
