@@ -18,6 +18,7 @@ largest |theta| of all layers stay, and w trains on with the mask fixed.
     python prune_stds.py --ramp linear        # the paper's other ramp
     python prune_stds.py --dead-zone 0.5      # a width of one's own
     python prune_stds.py --dataset cifar10    # the paper's setting
+    python prune_stds.py --as-published       # Adam, mean square error, no exact cut
 
 How many weights the dead zone leaves is an outcome of D, and a run says it beside K.
 The default of --dead-zone is tuned on the embedded data. To find one for another
@@ -42,7 +43,7 @@ import numpy as np
 import torch
 
 import training
-from harness import flags, presets, setup
+from harness import flags, presets, published, setup
 from harness.runfolder import Run, finished
 from masks import Masks, TooFew, Update, computing_with, count, select, write
 
@@ -202,11 +203,12 @@ def run_name(args):
         name += f"-{args.ramp}"
     if args.dead_zone is not None:
         name += f"-D{args.dead_zone:g}"
-    return f"{name}-seed{args.seed}"
+    return f"{name}{published.suffix(args, 'stds')}-seed{args.seed}"
 
 
 def complete(args, explicit):
     """Fill in the defaults that depend on other flags; refuse what does not fit."""
+    published.complete(args, explicit, "stds")
     if args.mode == "matched":
         return
     if explicit.get("sparsity") is not None:
@@ -234,6 +236,7 @@ def parse_args(argv):
         help="structure epochs: D grows")
     add("--epochs-finetune", type=flags.whole(0), metavar="N",
         help="epochs with the mask fixed, without D")
+    published.add_flag(add, "stds")
     return flags.parse(parser, argv, "stds", complete, run_name)
 
 

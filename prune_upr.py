@@ -11,6 +11,7 @@ is fine-tuned.
     python prune_upr.py                    # the whole job on embedded data
     python prune_upr.py --neurons          # neurons have masks too
     python prune_upr.py --mode paper       # alive where alpha > 0, however many
+    python prune_upr.py --as-published     # that, with Adam and mean square error
     python prune_upr.py --price 3e-7       # another price
 
 By the chain rule, with g = dL/d(w sigma) and the price lambda c of a mask:
@@ -36,8 +37,7 @@ authors' code (github xyshi2000/Unstructured-Pruning); the paper's text could no
 read, only its abstract. The published settings are other ones: on CIFAR-10
 
     python prune_upr.py --dataset cifar10 --model gradr-conv --time-steps 8 \\
-        --loss mse --batch-size 16 --optimizer adam --lr 1e-4 --mask-lr 1e-4 \\
-        --schedule constant --mode paper --neurons --price 1e-11 \\
+        --batch-size 16 --as-published --neurons --price 1e-11 \\
         --epochs-prune 800 --epochs-finetune 200
 
 is nearest to them. A price of 1e-11 acts through the epsilon of Adam, and moves nothing
@@ -63,7 +63,7 @@ from torch import nn
 import metrics
 import models
 import training
-from harness import flags, setup
+from harness import flags, published, setup
 from harness.runfolder import Run, finished
 from masks import Masks, TooFew, Update, count, select
 from neurons import widest
@@ -363,11 +363,12 @@ def run_name(args):
         name += f"-price{args.price:g}"
     if args.mask_lr is not None:
         name += f"-mask{args.mask_lr:g}"
-    return f"{name}-seed{args.seed}"
+    return f"{name}{published.suffix(args, 'upr')}-seed{args.seed}"
 
 
 def complete(args, explicit):
-    """Refuse what does not fit."""
+    """Set what --as-published implies; refuse what does not fit."""
+    published.complete(args, explicit, "upr")
 
 
 def parse_args(argv):
@@ -392,6 +393,7 @@ def parse_args(argv):
         help="epochs of the search, with soft masks")
     add("--epochs-finetune", type=flags.whole(0), metavar="N",
         help="epochs with the masks fixed")
+    published.add_flag(add, "upr")
     return flags.parse(parser, argv, "upr", complete, run_name)
 
 

@@ -125,13 +125,15 @@ ROWS = {
             temperature=None, lr=None, weight_decay=None, adam_lr=1e-3),
         # SGD, as all methods here; Adam is the published optimiser
         stds=dict(
-            mode="matched", sparsity=0.9, dead_zone=None, ramp="sine", adam_lr=1e-3),
+            mode="matched", sparsity=0.9, dead_zone=None, ramp="sine", adam_lr=1e-3,
+            as_published=[]),
         # rate_conv, rate_fc: shares of the neurons that the first update prunes. The
         # paper has these values for MNIST and those of the row "cifar10" for CIFAR-10
         sdsnn=dict(
             mode="fixed", growth="signed", sparsity=0.9, rate_conv=0.05, rate_fc=0.35,
             adamw_lr=2.44e-4, rules=MNIST_RULES),
-        upr=dict(sparsity=0.9, neurons=False, mode="matched", price=None, mask_lr=None),
+        upr=dict(sparsity=0.9, neurons=False, mode="matched", price=None, mask_lr=None,
+                 as_published=[]),
         # INTERPRETATION of "every so many iterations": rewiring stops at 3/4 of the
         # epochs, after some 34 updates. In adaptive mode an update removes
         # (1 - rho) * 15.3 % of a layer with Gaussian weights, so that 34 updates lead

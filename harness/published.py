@@ -4,10 +4,12 @@
     published.complete(args, explicit, "unstructured")    # in the script's complete()
     "cosine" in args.as_published              # in the script: True if it was asked for
 
-The published code is the public repository MmPple/pruning-criticality (commit ee3170e,
-15 May 2024). It names no paper, but its scripts, flags and figures are in all
-likelihood those of the experiments of arXiv 2311.16141. It has no licence: facts of it
-are used here, and none of its code. docs/interpretations.md lists the differences.
+Of "unstructured" and "structured" the published code is the public repository
+MmPple/pruning-criticality (commit ee3170e, 15 May 2024). It names no paper, but its
+scripts, flags and figures are in all likelihood those of the experiments of arXiv
+2311.16141. It has no licence: facts of it are used here, and none of its code.
+docs/interpretations.md lists the differences. Of other scripts it is that of their
+paper's authors.
 
 An item that is nothing but other flags sets them. The others are a few lines in the
 script, in masks.py or in models.py, tagged "published code".
@@ -59,6 +61,20 @@ ITEMS = {
         "network": ("the pre-activation ResNet-19, of which all channels behind a BN "
                     "are ranked (resnet19)", {}),
         "normalisation": ("CIFAR-100 normalised as CIFAR-10", {}),
+    },
+    "stds": {
+        "cut": ("what the dead zone leaves is the result", dict(mode="paper")),
+        "optimizer": ("Adam, as on CIFAR-10",
+                      dict(optimizer="adam", lr=1e-4, weight_decay=0.0,
+                           schedule="constant")),
+        "loss": ("mean square error of the mean output", dict(loss="mse")),
+    },
+    "upr": {
+        "cut": ("weights are alive where alpha > 0", dict(mode="paper")),
+        "optimizer": ("Adam for weights and masks, as on CIFAR-10",
+                      dict(optimizer="adam", lr=1e-4, weight_decay=0.0,
+                           schedule="constant", mask_lr=1e-4)),
+        "loss": ("mean square error of the mean output", dict(loss="mse")),
     },
 }
 
@@ -168,8 +184,7 @@ def words(config, script=None):
     """Return how a run differs from the text in words: "as published" where it has all
     items that fit it, else "published cosine + zero"; "" if it does not differ.
 
-    config: its config.json, or its flags. script: "unstructured" | "structured"; None:
-    as config says.
+    config: its config.json, or its flags. script: a key of ITEMS; None: as config says.
     """
     items = config.get("as_published")
     if not items:

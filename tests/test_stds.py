@@ -480,3 +480,19 @@ def test_wrong_commands(given, words, capsys):
     before = sorted(Path().rglob("*"))
     assert words in wrong(capsys, *given.split())
     assert sorted(Path().rglob("*")) == before
+
+
+def test_as_published(capsys):
+    args = prune_stds.parse_args(["--as-published"])
+    assert (args.mode, args.optimizer, args.lr, args.weight_decay, args.schedule, args.loss) == (
+        "paper", "adam", 1e-4, 0.0, "constant", "mse")
+    assert "-paper" in args.run_dir and "-published" in args.run_dir
+    assert args.as_published == ["cut", "optimizer", "loss"]
+    args = prune_stds.parse_args(["--as-published", "loss"])
+    assert (args.mode, args.loss, args.optimizer) == ("matched", "mse", "sgd")
+    assert "published-loss" in args.run_dir
+    assert prune_stds.parse_args([]).as_published == []
+    with pytest.raises(SystemExit) as stop:
+        prune_stds.parse_args(["--as-published", "loss", "--loss", "ce"])
+    assert stop.value.code == 2
+    assert "--loss is ce, but --as-published loss sets it to mse" in one_line(capsys)

@@ -615,3 +615,19 @@ def test_a_price_that_leaves_fewer_masks_than_layers(capsys):
         run("--mode", "paper", "--price", 1, "--mask-lr", 0.05)
     error = one_line(capsys)
     assert stop.value.code == 1 and "Start again with a lower --price" in error
+
+
+def test_as_published(capsys):
+    args = prune_upr.parse_args(["--as-published"])
+    assert (args.mode, args.optimizer, args.lr, args.weight_decay, args.schedule, args.loss) == (
+        "paper", "adam", 1e-4, 0.0, "constant", "mse")
+    assert "-paper" in args.run_dir and "-published" in args.run_dir
+    assert args.as_published == ["cut", "optimizer", "loss"] and args.mask_lr == 1e-4
+    args = prune_upr.parse_args(["--as-published", "loss"])
+    assert (args.mode, args.loss, args.optimizer) == ("matched", "mse", "sgd")
+    assert "published-loss" in args.run_dir
+    assert prune_upr.parse_args([]).as_published == []
+    with pytest.raises(SystemExit) as stop:
+        prune_upr.parse_args(["--as-published", "loss", "--loss", "ce"])
+    assert stop.value.code == 2
+    assert "--loss is ce, but --as-published loss sets it to mse" in one_line(capsys)
