@@ -219,8 +219,8 @@ def plot_tables(tables):
                 for _, row in line}
     drawn = largest_tables(tables, panels, on_lines)
     # room for the legends: one or two columns, see beside()
-    longest = max([len({row["method"] for row in rows}) for _, rows in drawn], default=0)
-    margin = 1.8 if longest <= 16 else 3.6
+    methods = [len({row["method"] for row in rows}) for _, rows in drawn]
+    margin = 1.8 if max(methods, default=0) <= 16 else 3.6
     figure, axes = plots.canvas(2, len(drawn) + -(-len(panels) // 2), margin)
     seen = set(on_lines)
     for (left, right), (setting, rows) in zip(axes, drawn):

@@ -298,7 +298,7 @@ def activity(lif, h_seq, s_seq, aggregate="mean", by="post"):
     for h, s in zip(h_seq.to(dtype), s_seq.to(dtype)):
         v = h - s * lif.v_threshold
         if lif.reset == "hard":
-            v = (1 - s) * h + s * lif.v_reset  # Eq. 2
+            v = (1 - s) * h + s * lif.v_reset
         total = total + (h.abs() if by == "pre" else s * lif.v_threshold + v.abs())
         spikes = spikes + s
     return torch.stack([per_channel(total / len(h_seq), aggregate),

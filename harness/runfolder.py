@@ -701,7 +701,9 @@ class Run:
     def _restore_parts(self, state):
         saved = state["parts"].get("net")
         if isinstance(saved, dict):
-            saved = models.complete_state(self.net, saved)
+            # the names of the classes are those of the data, which are compared
+            names = {"_extra_state": self.net.get_extra_state()}
+            saved = models.complete_state(self.net, saved) | names
             state["parts"]["net"] = saved
             gone = [name for name in saved.keys() - self.net.state_dict().keys()
                     if name.startswith("lif") and name.endswith(".w")]

@@ -630,7 +630,7 @@ def test_part_of_a_set_says_so_each_time(capsys):
 
 def test_compare_loads_frames(monkeypatch):
     write_frames("n-mnist", 20)
-    monkeypatch.setattr(compare, "run_all", lambda jobs, at_a_time: None)
+    monkeypatch.setattr(compare.jobs, "run_all", lambda jobs, at_a_time: None)
     with pytest.raises(SystemExit) as stop:
         compare.main(["--dataset", "n-mnist"])
     assert stop.value.code == 2  # nothing ran, and there is no table
@@ -639,11 +639,11 @@ def test_compare_loads_frames(monkeypatch):
 def test_compare_takes_own_frames_as_they_are(monkeypatch, capsys):
     own_frames()
     started = []
-    monkeypatch.setattr(compare, "run_all", lambda jobs, at_a_time: started.extend(jobs))
+    monkeypatch.setattr(compare.jobs, "run_all", lambda jobs, at_a_time: started.extend(jobs))
     with pytest.raises(SystemExit):  # nothing ran, and there is no table
         compare.main(["--dataset", "frames.npz"])
-    assert len(started) == 54
-    for _, words in started:
+    assert len(started) == 69
+    for _, words, _ in started:
         assert words[words.index("--encoding") + 1] == "events"
         assert words[words.index("--time-steps") + 1] == "4"
     with pytest.raises(SystemExit) as stop:

@@ -226,7 +226,7 @@ def test_a_step_of_each_network_lies_on_one_device_and_waits_for_nothing(name, w
             watch.look(1)
         assert waits.found == [] and waits.operations > 100
     assert {score.device for score in scores.values()} == {CUDA}
-    states = [*net.state_dict().values(), *(w.grad for w in masks.weights.values())]
+    states = [*net.parameters(), *net.buffers(), *(w.grad for w in masks.weights.values())]
     states += [momentum for w in masks.weights.values()
                for momentum in masks_module.momenta(optimizer, w)]
     assert {tensor.device for tensor in states} == {CUDA}

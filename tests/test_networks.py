@@ -768,7 +768,7 @@ def test_flags_of_the_neurons(capsys):
 def test_a_comparison_has_one_protocol(dataset):
     """compare.py takes the same network, input and loss for all, whatever a script's preset is."""
     seen = set()
-    for _, words in compare.plan(compare.parse_args(["--dataset", dataset])):
+    for _, words, _ in compare.plan(compare.parse_args(["--dataset", dataset])):
         args = importlib.import_module(Path(words[1]).stem).parse_args(words[2:])
         seen.add(tuple(getattr(args, flag) for flag in (
             "model", "time_steps", "batch_size", "encoding", "loss", "crop", "rotate", "flip")))
