@@ -321,7 +321,8 @@ def write(path, content):
     return path
 
 
-@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"no archive"), None])
+@pytest.mark.parametrize("content", [b"", b"no gzip", gzip.compress(b"no archive", mtime=0), None],
+                         ids=["empty", "no gzip", "no archive", "cut"])
 def test_a_damaged_sparse_file(content):
     if content is None:
         content = sparsefile.content_of(network())[:-40]
