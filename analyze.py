@@ -5,6 +5,7 @@ run folders.
     python analyze.py --runs runs/compare            # of the runs in a folder
     python analyze.py variance --runs runs/A runs/B  # one figure, of two runs
     python analyze.py report                         # all figures, in one HTML page
+    python analyze.py verdicts                       # a verdict on each of its claims
     python analyze.py --demo                         # first makes short runs for all
 
 Paper: arXiv 2311.16141. A folder with a config.json is a run; runs are found at any
@@ -30,9 +31,9 @@ from harness import processes
 from harness import records
 from harness import report
 from harness.plots import by_layer, canvas, layer_ticks, legend, plot, spread, style_of
-from harness.records import (BASELINE, CHANNELS, EMPTY, NOT_SHOWN, OPPOSITE, PARTLY,
-                             SEEN, UNKNOWN, WEIGHTS, Unfit, all_runs, analysis_of,
-                             compared, judge_differences, layers_of, read, runs_of)
+from harness import verdicts
+from harness.records import (BASELINE, CHANNELS, WEIGHTS, Unfit, all_runs, analysis_of,
+                             compared, layers_of, read, runs_of)
 from metrics import inverted, spearman
 
 DEMO = Path("runs", "demo")
@@ -363,7 +364,7 @@ def per_class(runs, key, label, better):
 def draw_classes(axis, methods, pruned, key, better):
     """Draw a number of each class, for each method; return rows of the CSV and how the
     methods compare with the baseline, a list of texts."""
-    values = values_of_classes(methods, key)
+    values = records.values_of_classes(methods, key)
     base = values[BASELINE[pruned]]
     order = base.mean(0).argsort()
     first = next(iter(methods.values()))[0]
@@ -382,12 +383,6 @@ def draw_classes(axis, methods, pruned, key, better):
     if len(order) <= 20:
         layer_ticks(axis, [names[k] for k in order])
     return rows, texts
-
-
-def values_of_classes(methods, key):
-    """Return {method: a number of each class, [seeds, K]}. methods: {method: runs}."""
-    return {method: np.array([analysis_of(run)[key] for run in mine])
-            for method, mine in methods.items()}
 
 
 def variance(runs):
@@ -725,134 +720,14 @@ def demo_commands():
 
 
 # ---- the report ---------------------------------------------------------------------
-# A judge takes the rows of a figure's CSV and the runs that it used, and returns the
-# verdict on a claim and what it rests on, in words.
 
-def judge_over(flag, words, *rivals):
-    """Return a judge: is criticality above rivals at each value of a flag? GMP has no
-    rate: it is the same for all of them."""
-    def judge(rows, used):
-        ours = records.by_method(used, WEIGHTS, "criticality")
-
-        def value_of(run):
-            return run.regen if flag == "regen" else run.config[flag]
-
-        differences = {}
-        for rival in rivals:
-            theirs = records.by_method(used, WEIGHTS, rival)
-            for value in sorted({value_of(run) for run in ours}):
-                mine = [run for run in ours if value_of(run) == value]
-                fixed = flag == "regen" and rival == "gmp"
-                other = [run for run in theirs if fixed or value_of(run) == value]
-                if other:
-                    place = f"{words.format(value)}, {rival}"
-                    differences[place] = records.against(
-                        records.by_seed(mine), records.by_seed(other))
-        return judge_differences(differences)
-    return judge
-
-
-def judge_ends(rows, used):
-    differences = {}
-    for pruned, baseline in BASELINE.items():
-        ours = records.by_seed(records.by_method(used, pruned, "criticality"))
-        theirs = records.by_seed(records.by_method(used, pruned, baseline))
-        if ours and theirs:
-            differences[pruned] = records.against(ours, theirs)
-    return judge_differences(differences)
-
-
-def judge_rescue(rows, used):
-    shares = [row["share"] for row in rows if row["what"] == "pruned in update"
-              and np.isfinite(row["share"])]
-    if not shares:
-        return UNKNOWN, "no update is logged"
-    more = sum(share > 50 for share in shares)
-    text = (f"in {more} of {len(shares)} updates; {min(shares):.0f} to "
-            f"{max(shares):.0f} % come back")
-    if more == len(shares):
-        return SEEN, text
-    return (PARTLY if more else NOT_SHOWN), text
-
-
-def judge_back(rows, used):
-    final = {f"alive {pruned}": pruned for pruned in BASELINE}
-    found = [f"{row['share']:.1f} % ({final[row['what']]})" for row in rows
-             if row["what"] in final]
-    return EMPTY, f"{', '.join(found)}: equals r about by construction"
-
-
-def judge_importance(rows, used):
-    rows = [row for row in rows if row["normalisation"] == "share of the mean"]
-    ours, theirs = ([row["importance"] for row in rows if row["method"] == method]
-                    for method in ("criticality", BASELINE[CHANNELS]))
-    text = (f"criticality's go from {ours[0]:.2f} to {ours[-1]:.2f} of the network's "
-            f"mean, slimming's from {theirs[0]:.2f} to {theirs[-1]:.2f}")
-    if ours[-1] <= ours[0]:
-        return NOT_SHOWN, text
-    return (SEEN if ours[-1] > theirs[-1] else PARTLY), text
-
-
-def judge_classes(key, better):
-    """Return a judge: is criticality better in three classes of four or more? What
-    other rankings reach stands beside it."""
-    def judge(rows, used):
-        texts, shares = [], []
-        for pruned, baseline in BASELINE.items():
-            names = records.in_order(run.method for run in used
-                                     if run.pruned == pruned)
-            if not names:
-                continue
-            values = values_of_classes(
-                {name: records.by_method(used, pruned, name) for name in names}, key)
-            base = values.pop(baseline)
-            won = {name: records.share_won(found, base, better)
-                   for name, found in values.items()}
-            shares.append(won["criticality"])
-            texts.append(f"{pruned}: {better} in " + ", ".join(
-                f"{100 * share:.0f} % of the classes ({name})"
-                for name, share in won.items()))
-        if min(shares) >= 0.75:
-            verdict = SEEN
-        elif max(shares) <= 0.25:
-            verdict = OPPOSITE
-        else:
-            verdict = PARTLY
-        return verdict, "; ".join(texts)
-    return judge
-
-
-CLAIMS = {  # figure: [(what the paper says, the judge)]
-    "ratio": [
-        ("criticality is above GMP, by up to 1.8 points",
-         judge_over("regen", "r = {:g}", "gmp")),
-        ("criticality is above gradient and random at the same r",
-         judge_over("regen", "r = {:g}", "gradient", "random"))],
-    "epochs": [("criticality is above GMP at each length of pruning",
-                judge_over("epochs_prune", "{:g} epochs", "gmp"))],
-    "survival": [
-        ("more than half of what an update prunes comes back in it", judge_rescue),
-        ("48.03 % of the final weights, 42.60 % of the final channels had come back",
-         judge_back)],
-    "importance": [
-        ("the channels that criticality alone kept gain in importance, and pass those "
-         "that slimming alone kept", judge_importance)],
-    "variance": [("features vary less within a class than the baseline's",
-                  judge_classes("variance", "lower"))],
-    "similarity": [
-        ("features of training and test set are more alike than the baseline's",
-         judge_classes("similarity", "higher"))],
-    "curves": [("criticality ends above the baseline: GMP, for channels slimming",
-                judge_ends)],
-}
 INTRO = (
     "Figures of runs by the scripts of this project, and what they say of the claims "
     "of the paper (arXiv 2311.16141).",
-    "The verdicts hold for these runs alone. \"seen\", \"the opposite\": the 95 % "
-    "interval of the differences at the same seeds (Student's t) leaves out 0, as one "
-    "in twenty does by chance; of classes: in three of four or more. \"in part\": "
-    "here and there. \"not shown\": the interval holds 0. \"cannot be told\": there "
-    "is one seed. \"says nothing\": the number follows by construction.",
+    "The verdicts hold for these runs alone. A difference in accuracy at the same "
+    "seeds, in points with its 95 % interval (Student's t), is above or below only "
+    "where p < 0.05 after Holm's correction for all differences of the table. One "
+    "place below is enough for \"does not hold\". Of classes: in three of four.",
     "README.md weighs the runs that come with this project, none of them at the "
     "paper's own scale (200 + 300 epochs of VGG-16 and ResNet-19 on CIFAR): there "
     "criticality is not above GMP.")
@@ -880,7 +755,9 @@ TABLES = {
     "layers": (["pruned", "method"], "layer", "mean", 1, "Weights alive, %"),
     "activity": (["pruned", "quantity", "method"], "layer", "mean", 3, "By layer"),
 }
-def write_report(path, drawn):
+
+
+def write_report(path, runs, drawn):
     """Write figures, {name: what draw_figure returned}, into one HTML page."""
     sections = []
     for name, (figure, rows, used, says) in drawn.items():
@@ -891,8 +768,20 @@ def write_report(path, drawn):
             report.table_of(name, TABLES[name], rows), figure, used,
             says.split("; ") if name in IN_WORDS else ()))
     report.page(path, "Pruning spiking neural networks", INTRO,
-                report.summary_of(drawn, CLAIMS), sections)
+                verdicts.table(runs, drawn), sections)
     print(f"report      {path}")
+
+
+def write_verdicts(path, runs, drawn):
+    """Write and print what runs say of the paper's claims."""
+    table = verdicts.table(runs, drawn)
+    if table is None:
+        raise ValueError("these runs say nothing of a claim of the paper. Make runs of "
+                         "criticality and of GMP: python compare.py")
+    verdicts.write(path, table)
+    for claim, verdict, here, _ in table.rows:
+        print(f"{claim}: {verdict}. {here}")
+    print(f"verdicts    {path}")
 
 
 # Figures whose numbers, in words, are more than their table
@@ -902,9 +791,11 @@ IN_WORDS = {"survival", "variance", "similarity", "entropy", "activity"}
 def parse_args(argv):
     parser = flags.Parser(__doc__)
     add = parser.add_argument
-    add("figure", nargs="?", default="all", choices=("all", "report", *FIGURES),
-        metavar="FIGURE", help=f"one of {', '.join(FIGURES)}, all of them (default), "
-        "or report: all of them, in one page")
+    add("figure", nargs="?", default="all",
+        choices=("all", "report", "verdicts", *FIGURES), metavar="FIGURE",
+        help=f"one of {', '.join(FIGURES)}; all of them (default); report: all of "
+        "them, in one page; verdicts: all of them, and verdicts.md, what they say of "
+        "the paper's claims")
     add("--runs", type=flags.path, nargs="+", metavar="FOLDER", default=None,
         help="finished runs, or folders with runs at any depth (default: runs, without "
         "runs/demo)")
@@ -940,7 +831,9 @@ def main(argv=None):
                              "python analyze.py --demo, or: python "
                              "prune_unstructured.py")
         if args.figure == "report":
-            write_report(args.out / "report.html", drawn)
+            write_report(args.out / "report.html", runs, drawn)
+        if args.figure == "verdicts":
+            write_verdicts(args.out / "verdicts.md", runs, drawn)
     return drawn
 
 

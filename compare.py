@@ -32,7 +32,8 @@ paper's text. Differences between the two: --baseline "gmp, as published". The c
     against the baseline
                     difference to GMP (channels: slimming), or to --baseline, at the
                     same seeds, in points, with its 95 % interval by Student's t;
-                    "above" or "below" only where the interval leaves out 0
+                    "above" or "below" only where chance hardly explains it: p < 0.05
+                    after Holm's correction for all differences of the table
     faster          of channels: time of the dense network / time of what is left, batch
                     32
     SOPs, energy    synaptic operations and energy of an image
@@ -58,6 +59,7 @@ import harness  # first: what is not installed is then one line
 import numpy as np
 
 import data
+from harness import differences
 from harness import flags
 from harness import groups
 from harness import jobs
@@ -109,7 +111,8 @@ CSV = {
     "setting": "setting", "method": "method", "target": "target",
     "test accuracy (%)": "accuracy", "standard deviation (points)": "std",
     "baseline": "baseline", "against the baseline (points)": "against",
-    "half of its 95 % interval (points)": "half", "seeds": "seeds",
+    "half of its 95 % interval (points)": "half",
+    "p, corrected for the table (Holm)": "p", "seeds": "seeds",
     "sparsity (%)": "sparsity", "MACs of a step (M)": "macs",
     "speed-up at batch 32 (dense = 1)": "faster",
     "synaptic operations of an image (k)": "sops", "energy of an image (uJ)": "energy",
@@ -166,7 +169,8 @@ def cells_of(row):
     accuracy = f"{row['accuracy']:.1f}"
     if " " in row["seeds"]:
         accuracy += f" ± {row['std']:.1f}"
-    return [row["method"], row["target"], accuracy, difference_of(row), row["seeds"],
+    difference = differences.words(row["against"], row["half"], row["p"])
+    return [row["method"], row["target"], accuracy, difference, row["seeds"],
             shown(row["sparsity"], 2), shown(row["macs"], 2), shown(row["faster"], 2),
             shown(row["sops"], 0), shown(row["energy"], 3),
             shown(row["training_cost"], 2), shown(row["rescued"], 0),
@@ -182,17 +186,6 @@ def markdown(tables, notes):
         text += [f"| {' | '.join(cells_of(row))} |" for row in rows]
         text.append("")
     return "\n".join(text + [f"- {name}: {why}" for name, why in notes.items()])
-
-
-def difference_of(row):
-    """Return a row's difference in words: "+1.2 (+0.3 to +2.1) above"."""
-    if np.isnan(row["against"]):
-        return "-"
-    low, high = row["against"] - row["half"], row["against"] + row["half"]
-    text = f"{row['against']:+.1f} ({low:+.1f} to {high:+.1f})"
-    if low > 0:
-        return f"{text} above"
-    return f"{text} below" if high < 0 else text
 
 
 # ---- the plot -----------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from harness import differences
 from harness import plots
 from harness import presets
 from harness import published
@@ -155,7 +156,8 @@ def rescued(run):
 
 
 def tabulate(found, versus=None):
-    """Return {setting: rows}; rows are dicts with the numbers behind COLUMNS.
+    """Return {setting: rows}; rows are dicts with the numbers behind COLUMNS. The p of
+    the differences is corrected for how many there are in a table.
 
     versus: the method to take differences to, by its name in the table. Raises
     ValueError where there is none of this name.
@@ -176,6 +178,9 @@ def tabulate(found, versus=None):
             dict(setting=setting, method=method, target=target, baseline=name)
             | row_of(by_seed, baseline, dense))
     for rows in tables.values():
+        corrected = differences.holm([row["p"] for row in rows])
+        for row, p in zip(rows, corrected):
+            row["p"] = p
         rows.sort(key=lambda row: (by_size(row["target"]), -row["accuracy"]))
     return dict(sorted(tables.items(), key=lambda item: (-len(item[1]), item[0])))
 
@@ -192,7 +197,7 @@ def row_of(by_seed, baseline, dense):
         return np.nan if None in values else factor * np.mean(values)
 
     accuracy, std = plots.spread([100 * run.summary["test_accuracy"] for run in runs])
-    difference, half = records.against(by_seed, baseline)
+    difference = differences.against(by_seed, baseline)
     faster = come_back = np.nan
     if runs[0].pruned == records.CHANNELS:
         faster = mean("speedup_batch32")
@@ -204,7 +209,8 @@ def row_of(by_seed, baseline, dense):
                if isinstance(value, (int, float)) and not isinstance(value, bool)}
     return dict(
         pruned=runs[0].pruned, numbers=numbers, like=likeness(runs[0], numbers),
-        accuracy=accuracy, std=std, against=difference, half=half,
+        accuracy=accuracy, std=std, against=difference.mean, half=difference.half,
+        p=difference.p,
         seeds=" ".join(str(seed) for seed in sorted(by_seed)),
         sparsity=mean("sparsity", 100), macs=mean("macs", 1e-6),
         sops=mean("sops", 1e-3), energy=mean("energy_mj", 1e3), faster=faster,

@@ -502,26 +502,7 @@ def all_runs(panels):
             for run in runs]
 
 
-# ---- differences -------------------------------------------------------------------
-
-# Student's t for a two-sided 95 % interval, by degrees of freedom from 1 on
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-
-
-def against(runs, baseline):
-    """Return the mean difference in accuracy to a baseline at the same seeds, in
-    points, and half of its 95 % interval by Student's t.
-
-    runs, baseline: {seed: run}. Both are NaN where they share fewer than two seeds.
-    """
-    pairs = [100 * (run.summary["test_accuracy"]
-                    - baseline[seed].summary["test_accuracy"])
-             for seed, run in runs.items() if seed in baseline]
-    if len(pairs) < 2 or runs == baseline:
-        return np.nan, np.nan
-    n = len(pairs) - 1
-    t = T95[n - 1] if n <= len(T95) else 1.96 + 2.4 / n  # to 0.03
-    return np.mean(pairs), t * np.std(pairs, ddof=1) / np.sqrt(len(pairs))
+# ---- parts of a group -------------------------------------------------------------
 
 
 def share_won(found, base, better):
@@ -530,10 +511,10 @@ def share_won(found, base, better):
     return (found < base if better == "lower" else found > base).mean()
 
 
-# Verdicts on a claim
-SEEN, PARTLY, NOT_SHOWN = "seen", "in part", "not shown"
-OPPOSITE, UNKNOWN = "the opposite", "cannot be told"
-EMPTY = "says nothing"
+def values_of_classes(methods, key):
+    """Return {method: a number of each class, [seeds, K]}. methods: {method: runs}."""
+    return {method: np.array([analysis_of(run)[key] for run in mine])
+            for method, mine in methods.items()}
 
 
 def by_method(used, pruned, method):
@@ -542,32 +523,8 @@ def by_method(used, pruned, method):
 
 
 def by_seed(runs):
-    """Return {seed: run}, as against() takes it."""
+    """Return {seed: run}, as differences.against takes it."""
     return {run.seed: run for run in runs}
-
-
-def judge_differences(differences):
-    """Return the verdict on "above", and the words for it.
-
-    differences: {where: (mean, half of the 95 % interval), in points}, as against()
-    returns them: NaN where fewer than two seeds are shared.
-    """
-    told = {place: pair for place, pair in differences.items()
-            if not np.isnan(pair[0])}
-    if not told:
-        return UNKNOWN, "one seed, or none in common"
-    where = {"above": [], "below": [], "not told apart": []}
-    for place, (mean, half) in told.items():
-        word = "not told apart"
-        if abs(mean) > half:
-            word = "above" if mean > 0 else "below"
-        where[word].append(f"{place}: {mean:+.1f} ({mean - half:+.1f} to "
-                           f"{mean + half:+.1f})")
-    text = "; ".join(f"{word}, points: {', '.join(places)}"
-                     for word, places in where.items() if places)
-    if where["above"]:
-        return SEEN if len(where["above"]) == len(told) else PARTLY, text
-    return OPPOSITE if len(where["below"]) == len(told) else NOT_SHOWN, text
 
 
 # ---- what a run is, in words -------------------------------------------------------

@@ -99,16 +99,17 @@ def page(path, title, intro, summary, sections):
     """Write an HTML page.
 
     intro: texts. summary: a Table, whose rows end with the name of a section, which
-    becomes a link; None: there is nothing to sum up. sections: a list of Section. A
-    picture that could not be drawn is left out.
+    becomes a link if it is there; None: there is nothing to sum up. sections: a list of
+    Section. A picture that could not be drawn is left out.
     """
+    names = {section.image.stem for section in sections}
     contents = "\n".join(
         f'<li><a href="#{section.image.stem}">{html.escape(section.heading)}</a></li>'
         for section in sections)
     write_whole(path, lambda file: file.write(PAGE.format(
         title=html.escape(title), style=STYLE, contents=contents,
         intro=paragraphs(intro),
-        summary=html_of(summary, "words", linked=True) if summary else "",
+        summary=html_of(summary, "words", names) if summary else "",
         sections="\n".join(map(html_of_section, sections)))))
 
 
@@ -136,11 +137,11 @@ def html_of_section(section):
         commands=html.escape(section.commands))
 
 
-def html_of(table, kind, linked=False):
-    """Return a Table as HTML. linked: its last column names sections."""
+def html_of(table, kind, linked=()):
+    """Return a Table as HTML. linked: names that are links in its last column."""
     def cells(row, tag):
         texts = [html.escape(text) for text in row]
-        if linked and tag == "td":
+        if tag == "td" and texts[-1] in linked:
             texts[-1] = f'<a href="#{texts[-1]}">{texts[-1]}</a>'
         first = "th" if tag == "th" else 'th scope="row"'
         parts = [f"<{first}>{texts[0]}</th>"]
@@ -193,23 +194,6 @@ def table_of(name, layout, rows):
     if has_std:
         caption += "; mean ± deviation of the seeds"
     return Table([""] + [columns[x] for x in shown], lines, f"{caption}.")
-
-
-def summary_of(drawn, claims):
-    """Return the Table of the claims that the figures drawn speak of; None without any.
-
-    drawn: {figure: (the figure, rows of its CSV, runs, texts)}. claims: {figure: [(what
-    is claimed, judge)]}. judge(rows, runs): returns a verdict and what it rests on.
-    """
-    lines = []
-    for name, mine in claims.items():
-        for claim, judge in mine if name in drawn else ():
-            _, rows, used, _ = drawn[name]
-            verdict, here = judge(rows, used)
-            lines.append([claim, verdict, here, name])
-    if not lines:
-        return None
-    return Table(["the paper says", "here", "by", "figure"], lines)
 
 
 def section_of(picture, heading, look_for, table, figure, used, says):

@@ -27,6 +27,7 @@ from harness import plots
 from harness import records
 from harness import report
 from harness import runfolder
+from harness import verdicts
 from helpers import one_line
 from neurons import LIF
 
@@ -952,16 +953,13 @@ def test_the_report_is_one_file_with_all_figures(shop):
     assert text.count("<section") == text.count("</section>") == len(analyze.FIGURES)
     # a verdict a claim, in one table; contents; a table a figure
     page = Page(text)
-    claims = [claim for mine in analyze.CLAIMS.values() for claim, _ in mine]
     summary, *tables = page.tables
-    assert summary[0] == ["the paper says", "here", "by", "figure"]
-    assert [row[0] for row in summary[1:]] == claims and len(tables) == len(analyze.FIGURES)
-    words = {analyze.SEEN, analyze.PARTLY, analyze.NOT_SHOWN, analyze.OPPOSITE, analyze.UNKNOWN,
-             analyze.EMPTY}
-    verdicts = {row[0]: row[1] for row in summary[1:]}
-    assert set(verdicts.values()) <= words
-    for claim in claims[:3]:
-        assert verdicts[claim] == analyze.UNKNOWN  # of one seed
+    assert summary[0] == verdicts.HEAD and len(tables) == len(analyze.FIGURES)
+    claims = {claim.says: claim for claim in verdicts.CLAIMS}
+    assert len(summary) > 8
+    for says, verdict, _, figure in summary[1:]:  # the runs have one seed
+        assert figure == claims[says].figure
+        assert verdict == (verdicts.EMPTY if "had come back" in says else verdicts.UNTOLD), says
     assert page.ids >= {"summary", "contents", *analyze.FIGURES} and page.links <= page.ids
     rates = tables[0]
     assert rates[0] == ["", "0", "0.1", "0.3", "0.5", "0.7"]
@@ -1007,51 +1005,10 @@ class Page(html.parser.HTMLParser):
             self.tables[-1][-1][-1] += data
 
 
-@pytest.mark.parametrize("differences, verdict, says", [
-    ({"a": (math.nan, math.nan)}, "cannot be told", "one seed"),
-    ({"a": (1.0, 0.4), "b": (0.5, 0.2)}, "seen",
-     "above, points: a: +1.0 (+0.6 to +1.4), b: +0.5 (+0.3 to +0.7)"),
-    ({"a": (1.0, 0.4), "b": (0.5, 0.9)}, "in part", "not told apart, points: b: +0.5"),
-    ({"a": (-1.0, 0.4), "b": (0.5, 0.9)}, "not shown", "below, points: a: -1.0 (-1.4 to -0.6)"),
-    ({"a": (-1.0, 0.4), "b": (math.nan, math.nan)}, "the opposite", "below, points: a")])
-def test_verdicts_by_hand(differences, verdict, says):
-    found, text = analyze.judge_differences(differences)
-    assert found == verdict and says in text
-
-
-def test_verdicts_of_runs():
-    """GMP has 80 %; criticality +1, +1.2 at r = 0.2 and -2, -2.1 at 0.5; random is as good."""
-    runs = []
-    for seed, (low, high) in enumerate(((0.81, 0.78), (0.812, 0.779))):
-        runs += [fake("gmp", seed, accuracy=0.8), fake("criticality", seed, 0.2, low),
-                 fake("criticality", seed, 0.5, high), fake("random", seed, 0.2, low)]
-    (_, over_gmp), (_, over_rankings) = analyze.CLAIMS["ratio"]
-    verdict, says = over_gmp([], runs)
-    assert verdict == "not shown" and "r = 0.2, gmp: +1.1 (-0.2 to +2.4)" in says
-    assert "below, points: r = 0.5, gmp: -2.1 (-2.7 to -1.4)" in says
-    verdict, says = over_rankings([], runs)
-    assert verdict == "not shown" and "r = 0.2, random: +0.0" in says and "0.5" not in says
-    ((_, judge),) = analyze.CLAIMS["curves"]
-    assert judge([], runs[:2] + runs[4:6])[0] == "not shown"
-    (_, rescue), (_, back) = analyze.CLAIMS["survival"]
-    rows = [dict(what="pruned in update", share=share) for share in (60, 40, math.nan)]
-    assert rescue(rows, []) == ("in part", "in 1 of 2 updates; 40 to 60 % come back")
-    assert rescue(rows[:1], [])[0] == "seen" and rescue(rows[1:], [])[0] == "not shown"
-    assert back([dict(what="alive weights", share=54.14)], []) == (
-        "says nothing", "54.1 % (weights): equals r about by construction")
-    ((_, judge),) = analyze.CLAIMS["importance"]
-    rows = [dict(normalisation="share of the mean", method=method, importance=value)
-            for method, values in (("criticality", (0.5, 0.9)), ("slimming", (1.2, 0.8)))
-            for value in values]
-    assert judge(rows, [])[0] == "seen"
-    rows[1]["importance"] = 0.4
-    assert judge(rows, [])[0] == "not shown"
-
-
 def test_what_the_report_says_of_the_paper_is_what_the_texts_say():
     texts = " ".join(" ".join((ROOT / name).read_text().split())
                      for name in ("README.md", "docs/results.md"))
-    said = " ".join([*(claim for mine in analyze.CLAIMS.values() for claim, _ in mine),
+    said = " ".join([*(claim.says for claim in verdicts.CLAIMS),
                      *(look_for for _, look_for, _ in analyze.FIGURES.values()),
                      *analyze.INTRO])
     for words in ("stable from r = 0.1 to 0.6", "by up to 1.8 points", "200 + 300 epochs",

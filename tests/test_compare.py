@@ -408,7 +408,7 @@ def test_methods_that_no_table_names_are_rows_and_points_without_an_edit():
 @pytest.mark.parametrize("accuracies, word", [
     ([0.82, 0.83, 0.84], " above"), ([0.79, 0.79, 0.79], " below"), ([0.78, 0.83, 0.80], "")])
 def test_differences_are_paired_by_seed(accuracies, word):
-    """By hand: differences 2, 3, 4 have mean 3, deviation 1: 3 -+ 4.303 / sqrt(3)."""
+    """By hand: differences 2, 3, 4 have mean 3, deviation 1: 3 -+ 4.302653 / sqrt(3)."""
     for seed, accuracy in enumerate(accuracies):
         written(f"g{seed}", seed=seed, accuracy=0.8)
         written(f"r{seed}", "random", seed, accuracy, regen=0.5)
@@ -417,10 +417,10 @@ def test_differences_are_paired_by_seed(accuracies, word):
     tables = groups.tabulate(found)
     row = {row["method"]: row for rows in tables.values() for row in rows}["random"]
     differences = 100 * np.array(accuracies) - 80
-    half = 4.303 * statistics.stdev(differences) / 3 ** 0.5
+    half = 4.302653 * statistics.stdev(differences) / 3 ** 0.5
     assert (row["against"], row["half"]) == pytest.approx((differences.mean(), half))
     if word == " above":
-        assert (row["against"], row["half"]) == pytest.approx((3, 4.303 / 3 ** 0.5))
+        assert (row["against"], row["half"]) == pytest.approx((3, 4.302653 / 3 ** 0.5))
     low, high = row["against"] - half, row["against"] + half
     text = compare.markdown(tables, notes)
     assert f"| {row['against']:+.1f} ({low:+.1f} to {high:+.1f}){word} | 0 1 2 9 |" in text
@@ -476,16 +476,24 @@ def test_one_pair_tells_nothing():
     assert "| random | 90 % sparse | 90.0 | - | 0 |" in compare.markdown(tables, {})
 
 
-def test_students_t_is_that_of_the_tables():
-    """0.975 quantiles, to the three digits of any table; beyond ten degrees to 0.03."""
-    def runs(n):
-        return {seed: SimpleNamespace(summary=dict(test_accuracy=0.01 * (seed % 2)))
-                for seed in range(n)}
+def test_two_differences_of_a_table_need_more_than_one():
+    """Holm: 2, 3, 4 points above have p = 0.035 (t = 5.2 at two degrees of freedom): enough alone,
+    and not in a table with another such row."""
+    for seed, accuracy in enumerate((0.82, 0.83, 0.84)):
+        written(f"g{seed}", seed=seed, accuracy=0.8)
+        written(f"r{seed}", "random", seed, accuracy, regen=0.5)
 
-    for n, t in ((2, 12.706), (3, 4.303), (11, 2.228), (12, 2.201), (31, 2.042)):
-        none = {seed: SimpleNamespace(summary=dict(test_accuracy=0.0)) for seed in range(n)}
-        spread = statistics.stdev([seed % 2 for seed in range(n)]) / n ** 0.5
-        assert records.against(runs(n), none)[1] / spread == pytest.approx(t, abs=0.03)
+    def shown():
+        tables = groups.tabulate(groups.gather(Path("logs"))[0])
+        text = compare.markdown(tables, {})
+        (column,) = {row["p, corrected for the table (Holm)"] for row in compare.csv_rows(tables)
+                     if row["method"] != "gmp"}
+        return text.count("+3.0 (+0.5 to +5.5) above"), column
+
+    assert shown() == (1, pytest.approx(0.0351, abs=1e-4))
+    for seed, accuracy in enumerate((0.82, 0.83, 0.84)):
+        written(f"c{seed}", "criticality", seed, accuracy, regen=0.5)
+    assert shown() == (0, pytest.approx(0.0701, abs=1e-4))
 
 
 def test_how_much_of_an_update_is_rescued():

@@ -1,0 +1,94 @@
+"""Differences between methods at the same seeds: their interval, and how sure they are.
+
+    found = differences.against(ours, theirs)        # of {seed: run} each
+    differences.holm([0.01, 0.04, nan])              # [0.02, 0.04, nan]
+    differences.words(found, 0.02)                   # "+1.2 (+0.3 to +2.1) above"
+"""
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+LEVEL = 0.05
+
+
+class Difference(NamedTuple):
+    """A mean difference in accuracy, in points; half of its 95 % interval; and p, the
+    probability of one as far from 0 if there is none. NaN where it is not known."""
+
+    mean: float
+    half: float
+    p: float
+
+
+UNKNOWN = Difference(np.nan, np.nan, np.nan)
+
+
+def against(runs, baseline):
+    """Return the Difference in accuracy to a baseline at the same seeds, by Student's t
+    for pairs.
+
+    runs, baseline: {seed: run}. It is UNKNOWN where they share fewer than two seeds.
+    """
+    pairs = [100 * (run.summary["test_accuracy"]
+                    - baseline[seed].summary["test_accuracy"])
+             for seed, run in runs.items() if seed in baseline]
+    if len(pairs) < 2 or runs == baseline:
+        return UNKNOWN
+    mean, degrees = float(np.mean(pairs)), len(pairs) - 1
+    error = float(np.std(pairs, ddof=1) / np.sqrt(len(pairs)))
+    if error == 0:  # all pairs differ alike
+        return Difference(mean, 0.0, 1.0 if mean == 0 else 0.0)
+    return Difference(mean, quantile(degrees) * error, p_value(mean / error, degrees))
+
+
+def p_value(t, degrees):
+    """Return the two-sided p of Student's t, which has a closed form for whole degrees
+    of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4)."""
+    angle = math.atan(abs(t) / math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for k in range(odd + 2, degrees + 1, 2):
+        total += term
+        term *= cosine**2 * (k - 1) / k
+    inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return 1 - inside
+
+
+def quantile(degrees):
+    """Return the t whose interval holds 95 %, by bisection."""
+    low, high = 0.0, 13.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        if p_value(middle, degrees) > LEVEL:
+            low = middle
+        else:
+            high = middle
+    return middle
+
+
+def holm(values):
+    """Return p-values corrected for their number (Holm, 1979): below LEVEL, with a
+    probability of 95 % none of those found is due to chance. NaN stays and does not
+    count."""
+    known = sorted((p, i) for i, p in enumerate(values) if not np.isnan(p))
+    corrected, least = [np.nan] * len(values), 0.0
+    for rank, (p, i) in enumerate(known):
+        least = max(least, min(1.0, (len(known) - rank) * p))
+        corrected[i] = least
+    return corrected
+
+
+def sign(mean, p):
+    """Return 1 for above, -1 for below, 0 where it cannot be told. p: corrected."""
+    return int(np.sign(mean)) if p < LEVEL else 0
+
+
+def words(mean, half, p):
+    """Return a difference in words, "+1.2 (+0.3 to +2.1) above", or "-" if it is not
+    known. p: corrected."""
+    if np.isnan(mean):
+        return "-"
+    text = f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
+    return " ".join([text, *{1: ["above"], -1: ["below"]}.get(sign(mean, p), [])])
