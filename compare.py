@@ -1,6 +1,6 @@
 """Every method under one protocol: run them all, then one table and one plot.
 
-    python compare.py --sparsity 0.9 --seeds 3      # fashion-mini: 69 runs
+    python compare.py --sparsity 0.9 --seeds 3      # fashion-mini: 75 runs
     python compare.py --sparsity 0.9 0.95 --jobs 4  # four runs at a time
     python compare.py --epochs-prune 4 --epochs-finetune 2 --train-limit 3000
                                                     # a shorter one
@@ -71,7 +71,8 @@ from harness import processes
 from harness import records
 from harness.files import write_whole
 
-# name: script and flags, beside the sparsity and the epochs, which all share
+# name: script and flags, beside the sparsity and the epochs, which all share; {density}
+# is 1 - sparsity
 WEIGHTS = {
     "dense": "prune_unstructured --sparsity 0",
     "gmp": "prune_unstructured --regen 0",
@@ -90,6 +91,8 @@ WEIGHTS = {
     "upr": "prune_upr --mode matched",
     "upr-neurons": "prune_upr --mode matched --neurons",
     "ndsnn": "prune_ndsnn",
+    "set": "prune_ndsnn --growth random --density {density}",
+    "rigl": "prune_ndsnn --density {density}",
 }
 CHANNELS = {
     "dense": "prune_structured --prune-ratio 0",

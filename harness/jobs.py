@@ -96,7 +96,7 @@ def plan(args, weights, channels, frames=None):
     """Return the Jobs of all runs.
 
     weights, channels: {name of a method: script and flags, beside those that all
-    methods share}. frames: see frames_of.
+    methods share}, in which {density} is 1 - sparsity. frames: see frames_of.
     """
     usual = presets.of(args.dataset)
     shared = {flag: getattr(args, flag) for flag in PASSED_ON}
@@ -113,7 +113,8 @@ def plan(args, weights, channels, frames=None):
         for method, command in weights.items():
             for sparsity in args.sparsity if method != "dense" else [None]:
                 name = method if sparsity is None else f"{method}-{sparsity!r}"
-                commands[f"{name}-seed{seed}"] = method, command.split() + as_words(
+                words = command.format(density=round(1 - (sparsity or 0), 12)).split()
+                commands[f"{name}-seed{seed}"] = method, words + as_words(
                     dict(sparsity=sparsity) | epochs_of_weights(args) | dict(seed=seed))
         for method, command in channels.items():
             target = None

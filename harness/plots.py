@@ -54,6 +54,8 @@ STYLE = {
     "granet": (GREEN, "P"),
     "pq": ("#5CC9A7", "p"),
     "ndsnn": ("#00604A", "X"),
+    "set": ("#5CC9A7", "v"),
+    "rigl": (GREEN, "^"),
     "sca": ("#00604A", "s"),
     # orange: lottery tickets
     "imp": (ORANGE, "o"),

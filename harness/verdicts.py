@@ -90,10 +90,10 @@ def table(runs, drawn):
 
 
 def write(path, table):
-    """Write a table as Markdown."""
+    """Write a table as Markdown, but for the names of the figures."""
     lines = [table.head, ["---"] * len(table.head), *table.rows]
     write_whole(path, lambda file: file.write(
-        "".join(f"| {' | '.join(line)} |\n" for line in lines)))
+        "".join(f"| {' | '.join(line[:-1])} |\n" for line in lines)))
 
 
 # ---- differences in accuracy --------------------------------------------------------
@@ -110,8 +110,9 @@ def settings(runs, pruned, free=()):
             continue
         config = ours[0].config
         reading = published.words(config)
-        if reading in ("", "as published") and all(
-                config.get(flag, usual) == usual for flag, usual in groups.USUAL.items()):
+        usual = all(config.get(flag, value) == value
+                    for flag, value in groups.USUAL.items())
+        if usual and reading in ("", "as published"):
             words = [groups.setting_of(ours[0], *free).partition(": ")[2],
                      "" if free else records.updates_of(ours[:1]), reading]
             yield ", ".join(filter(None, words)), group, ours

@@ -66,7 +66,7 @@ def test_the_commands_are_those_of_the_scripts():
              "--epochs-finetune 2 --sparsity 0.9 0.95 --seeds 2").split()
     args = compare.parse_args(small)
     jobs = [job[:2] for job in compare.plan(args)]
-    assert len({folder for folder, _ in jobs}) == len(jobs) == 2 * (1 + 2 * 16 + 6)
+    assert len({folder for folder, _ in jobs}) == len(jobs) == 2 * (1 + 2 * 18 + 6)
     methods = set()
     for folder, words in jobs:
         script = importlib.import_module(Path(words[1]).stem)
@@ -81,6 +81,8 @@ def test_the_commands_are_those_of_the_scripts():
         else:
             wanted = 0 if "dense" in folder.name else 0.95 if "-0.95-" in folder.name else 0.9
             assert parsed.sparsity == wanted
+            if Path(words[1]).stem == "prune_ndsnn":  # SET and RigL: at a constant density
+                assert script.method_of(parsed) == folder.name.partition("-")[0]
             assert (parsed.epochs_prune, parsed.epochs_finetune) == (4, 2)
         methods.add(folder.name.rsplit("-seed")[0].split("-0.9")[0])
     assert methods == {*compare.WEIGHTS, "channels-dense", *(
@@ -729,7 +731,7 @@ def test_methods_are_told_apart_by_looks():
     assert len(set(looks.values())) == len(looks) >= 19
     assert {*compare.WEIGHTS, *compare.CHANNELS} == {
         *compare.plots.STYLE}
-    for family in ("criticality gradient random", "granet pq ndsnn sca", "imp eb et",
+    for family in ("criticality gradient random", "granet pq ndsnn set rigl sca", "imp eb et",
                    "gradr deepr stds", "sdsnn upr upr-neurons", "greg1 greg2"):
         mine = [looks[name] for name in family.split()]
         hues = [colorsys.rgb_to_hls(*to_rgb(colour)) for colour, _ in mine]
@@ -849,7 +851,7 @@ def test_the_tables_in_the_text_are_those_of_the_logs(monkeypatch):
 def test_the_logs_are_whole_and_report_the_last_epoch():
     """No best epoch; no weights, no path of a machine."""
     folders = records.find_runs(ROOT / "results")
-    assert len(folders) == 269
+    assert len(folders) == 281
     for folder in folders:
         assert folder.parent.parent == ROOT / "results/runs"
         run = records.read_run(folder)

@@ -642,7 +642,7 @@ def test_compare_takes_own_frames_as_they_are(monkeypatch, capsys):
     monkeypatch.setattr(compare.jobs, "run_all", lambda jobs, at_a_time: started.extend(jobs))
     with pytest.raises(SystemExit):  # nothing ran, and there is no table
         compare.main(["--dataset", "frames.npz"])
-    assert len(started) == 69
+    assert len(started) == 75
     for _, words, _ in started:
         assert words[words.index("--encoding") + 1] == "events"
         assert words[words.index("--time-steps") + 1] == "4"

@@ -226,5 +226,5 @@ def test_a_table_as_text(tmp_path):
     table = verdicts.table(seeds("gmp", 0.8, 0.8) + seeds("criticality", 0.9, 0.91, regen=0.5), {})
     verdicts.write(tmp_path / "verdicts.md", table)
     head, line, row = (tmp_path / "verdicts.md").read_text().splitlines()
-    assert head == "| the paper says | verdict | here | figure |"
-    assert line == "| --- | --- | --- | --- |" and row.startswith("| criticality is above GMP at 90")
+    assert head == "| the paper says | verdict | here |"
+    assert line == "| --- | --- | --- |" and row.startswith("| criticality is above GMP at 90")
