@@ -222,6 +222,8 @@ def test_each_pruning_command_in_the_text_runs(script, arguments):
         if name in arguments:  # few frames: this is about the command
             write_frames(name, 2, 11 if name == "dvs-gesture" else 10, each=(3, 1))
             arguments += " --time-steps 2 --batch-size 6"
+    if re.search(r"--dataset (cifar10+|mnist)\b(?!-)", arguments):
+        arguments += " --time-steps 2"  # of up to 20 in a large network
     module = importlib.import_module(script.removesuffix(".py"))
     summary = module.main([*shlex.split(arguments), "--smoke"])
     assert 0 <= summary["test_accuracy"] <= 1 and list(summary) == runfolder.SUMMARY_KEYS
