@@ -30,14 +30,14 @@ INTERPRETATION:
 
 With --density 1 - SPARSITY the density is constant. The run is then SET (Mocanu et al.
 2018, arXiv 1707.04780) under --growth random, and RigL (Evci et al. 2020, arXiv
-1911.11134) under --growth gradient. Both are as NDSNN where their papers differ: the
-share that is dropped (theirs starts at 0.3; --drop-rate 0.3), which falls to the last
-update (SET's is constant), and in SET the weights that grow, which start at 0 here and
-at random values there.
+1911.11134) under --growth gradient. Three things are as in NDSNN here, and other than
+in their papers. The share that is dropped starts at 0.5; theirs starts at 0.3, as under
+--drop-rate 0.3. It falls until the last update; SET's is constant. A weight that grows
+starts at 0; in SET it starts at a random value.
 
 The run folder is that of prune_unstructured.py. In updates.jsonl each row has the drop
-rate too. A layer that grows nothing in an update is named after the last one: there the
-ramp asked for more than the drop rate.
+rate too. After the last update a line names the layers that grew nothing in some
+updates: there the ramp asked for more than the drop rate.
 """
 import math
 from collections import Counter
@@ -77,12 +77,15 @@ def layer_counts(sizes, sparsities, keep):
 
         keep_l = N_l - round(theta_l N_l), at least 1, with `keep` in all
 
-    sizes: N_l. What rounding leaves over or lacks, the layers have that it moved most.
+    sizes: N_l. sparsities: theta_l. Where rounding leaves the sum too small, the layers
+    that lost most by it get what is missing; where it is too large, those that gained
+    most give it back.
     """
     sizes = torch.tensor(sizes)
     dead = torch.tensor(sparsities, dtype=torch.float64) * sizes
     counts = (sizes - dead.round().long()).clamp(min=1)
-    lost = ((sizes - dead - counts) * 2**20).long()  # by rounding, as whole numbers
+    # what rounding took from a layer, in units of 2^-20: apportion takes whole numbers
+    lost = ((sizes - dead - counts) * 2**20).long()
     left = keep - int(counts.sum())
     counts = counts + apportion(max(left, 0), lost.clamp(min=0), sizes - counts)
     counts = counts - apportion(max(-left, 0), (-lost).clamp(min=0), counts - 1)
@@ -139,7 +142,8 @@ def drop_and_grow(masks, keeps, rate, score, generator):
     """Do one update: in each layer drop the alive weights with the smallest |w|, and
     grow dead ones with the highest score, so that keeps[l] are alive. Return an Update.
 
-    keeps: of the layers. rate: the drop rate, 0..1. score: [M].
+    keeps: how many weights of each layer are alive afterwards, a list. rate: the drop
+    rate, 0..1. score: [M], of which the highest grow.
 
     What grows is 0, and so is its momentum. INTERPRETATION: what was just dropped may
     grow at once, as in RigL; it then keeps its value and its momentum. So a layer that
@@ -187,6 +191,7 @@ def method_of(args):
 
 
 def run_name(args):
+    """Return the name of the run's folder."""
     method, usual = method_of(args), presets.of(args.dataset, "ndsnn")
     name = f"{Path(args.dataset).stem}-{args.model}-{method}-{args.sparsity:g}"
     if method == "ndsnn" and args.density != usual["density"]:
@@ -213,6 +218,7 @@ def complete(args, explicit):
 
 
 def parse_args(argv):
+    """Return all flags, a Namespace."""
     parser = flags.make_parser(__doc__)
     add = parser.add_argument_group("drop and grow (NDSNN, SET, RigL)").add_argument
     add("--sparsity", type=flags.number(0, 1, above=True),
@@ -226,7 +232,8 @@ def parse_args(argv):
              "random: a draw, as in SET")
     add("--drop-rate", type=flags.number(0, 1, above=True), metavar="RATE",
         help="share of the alive weights of each layer that an update drops at the "
-             "start, a fraction; it falls by a cosine to 0.005")
+             "start, a fraction of at least 0.005 and below 1; it falls by a cosine to "
+             "0.005")
     add("--densities", choices=DENSITIES,
         help="density of each layer, at the start and in the end. erk: by its shape, "
              "small layers are denser; er: the same for all")
@@ -266,22 +273,25 @@ def say_without_growth(run):
 
 
 def main(argv=None):
+    """Run the script. Return its summary, a dict; None in a process that writes none.
+    """
     args = parse_args(argv)
     if (summary := finished(args)) is not None:
         return summary
     run, num_updates = set_up(args)
     masks, optimizer = run.masks, run.optimizer
-    method, n = method_of(args), num_updates
+    method = method_of(args)
 
     shapes = [weight.shape for weight in masks.weights.values()]
     first = DENSITIES[args.densities](shapes, args.density)
     final = DENSITIES[args.densities](shapes, 1 - args.sparsity)
 
-    with run.under_way(f"{method}: {n} updates from {100 * args.density:g} % dense to "
-                       f"{100 * args.sparsity:g} % sparse, growth by {args.growth}"):
+    plan = (f"{method}: {num_updates} updates from {100 * args.density:g} % dense to "
+            f"{100 * args.sparsity:g} % sparse, growth by {args.growth}")
+    with run.under_way(plan):
         if run.iteration == 0:
             # The weights that any method has at this seed, masked
-            thetas = layer_sparsities(first, final, 0, n)
+            thetas = layer_sparsities(first, final, 0, num_updates)
             keeps = layer_counts(masks.sizes, thetas, masks.keep_at(1 - args.density))
             start_sparse(masks, [keep / size for keep, size in zip(keeps, masks.sizes)],
                          run.generator())
@@ -295,22 +305,22 @@ def main(argv=None):
                 masks.apply(optimizer)  # w <- w * m, and its momentum
 
                 update, rest = divmod(run.iteration, args.interval)
-                if rest == 0 and update <= n:
+                if rest == 0 and update <= num_updates:
                     # How many weights of each layer are alive after this update?
-                    target = training.sparsity_at(update, n, args.sparsity,
-                                                  1 - args.density)
+                    target = training.sparsity_at(update, num_updates, args.sparsity,
+                                                  first=1 - args.density)
                     keep = masks.keep_at(target)
-                    thetas = layer_sparsities(first, final, update, n)
+                    thetas = layer_sparsities(first, final, update, num_updates)
                     keeps = layer_counts(masks.sizes, thetas, keep)
 
-                    # Drop the smallest |w|, grow the largest |dL/dw|
-                    rate = drop_rate(args.drop_rate, update, n)
+                    # Drop the smallest |w|, grow the highest score
+                    rate = drop_rate(args.drop_rate, update, num_updates)
                     generator = run.generator()
                     score = GROWTH[args.growth](masks, generator)
                     change = drop_and_grow(masks, keeps, rate, score, generator)
                     masks.apply(optimizer)
                     run.log_update(target, change, keep, drop_rate=rate)
-                    if update == n:
+                    if update == num_updates:
                         say_without_growth(run)
             run.end_epoch()
 

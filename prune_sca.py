@@ -11,7 +11,7 @@ physically, and the small network is fine-tuned.
     python prune_sca.py                              # the whole job on embedded data
     python prune_sca.py --prune-ratio 0.7            # 70 % of the channels go
     python prune_sca.py --target-macs 0.7            # 70 % of the MACs go
-    python prune_sca.py --regen 0                    # by activity alone, none grow back
+    python prune_sca.py --regen 0                    # by activity alone
     python prune_sca.py --potential pre              # activity before the reset
     torchrun --nproc-per-node=2 prune_sca.py         # two processes, a GPU each
 
@@ -25,7 +25,8 @@ regeneration rate:
     3  a layer without a live channel keeps its largest |gamma|
 
 A dead channel computes with gamma = beta = 0: its spikes are exactly 0. Its filter, its
-gamma and its beta are stored and do not move, and it returns with them.
+gamma and its beta are stored and do not move, and it returns with them. Channels that
+can die are all of a VGG, and the inner ones of ResNet-19's blocks.
 
 A fair rival, no replication: the authors have published no code, and the paper gives no
 optimiser, learning rate, interval or ratios. How sure each part is:
@@ -43,7 +44,7 @@ without a mask: its beta drifts, and its gamma has no gradient by which it could
 Of equal scores at the edge all go. A layer may lose all channels. Nothing is
 fine-tuned, and the best test epoch is saved.
 
-Its run folder is that of prune_structured.py, with updates.jsonl, a line an update. A
+Its run folder is that of prune_structured.py, and updates.jsonl, a line an update. A
 line's `silent` counts the channels that stayed by their activity and had no spike in
 the batch: neurons that are strongly inhibited are far from rest too.
 """
@@ -117,7 +118,8 @@ def cut_and_regrow(live, ratio, regen, activity, growth, gamma, sizes,
     n_temp = round(prune_further(ratio, regen) * total)
     order = -torch.arange(total).double()  # of equal ones the earlier channel
 
-    # 1. By activity, over all layers. Fewer live where the last update has left fewer
+    # 1. By activity, over all layers. Where fewer live than could stay, all of them do,
+    # and more return: under --target-macs p_q may be lower than at the last update
     n_stay = min(total - n_temp, count(live))
     stays = select(live, n_stay, [activity, gamma, order], None)
 
@@ -144,11 +146,31 @@ def ratio_at(run, update, num_updates, choose):
     return channels.ratio_for(run.net, removed, lambda ratio: choose(ratio)[0])
 
 
+def do_update(run, living, scores, update, num_updates):
+    """Do an update after a step: choose the channels that live from now on, and log it.
+
+    living: the Living of the network. scores: those of the step's batch. update: q,
+    1..n.
+    """
+    net, before, gamma = run.net, living.live, channels.gammas(run.net)
+    may_be_empty = channels.may_be_empty(net)
+
+    def choose(ratio):
+        return cut_and_regrow(before, ratio, run.args.regen, scores.activity,
+                              scores.growth, gamma, living.sizes, may_be_empty)
+
+    target = ratio_at(run, update, num_updates, choose)
+    choice, stays = choose(target)
+    living.take(choice, scores, run.optimizer)
+    removal.log_update(run, target, before, before & ~stays, choice,
+                       silent=count(stays & ~scores.fired))
+
+
 # ---- dead channels -------------------------------------------------------------------
 
 
 class Living:
-    """Which channels of a network live, and what keeps the dead ones as they are.
+    """The channels of a network that live, and the values that the dead ones keep.
 
     net: with all channels. state: what a checkpoint holds, a dict of rows over the M
     channels, on the CPU:
@@ -170,9 +192,10 @@ class Living:
         self.sizes = channels.layers(net)[1]
         own = dict(net.named_parameters())
         groups = models.removable(net).values()
-        # of each layer: all that a dead channel keeps, and of it what computes as 0
+        # of each layer: the parameters that a dead channel keeps
         self.rows = [[own[name] for name in group.rows if name in own]
                      for group in groups]
+        # and those of them that compute as 0: gamma and beta
         self.norms = [(own[f"{group.bn}.weight"], own[f"{group.bn}.bias"])
                       for group in groups]
         self._hold()
@@ -185,9 +208,9 @@ class Living:
     def _hold(self):
         """Take note of the values of the dead channels, as they are."""
         self.dead, self.factors = [], []
-        for live, rows, (gamma, _) in zip(self.live.split(self.sizes), self.rows,
-                                          self.norms):
-            self.factors.append(live.to(gamma))
+        parts = self.live.split(self.sizes)
+        for live, rows, (gamma, _) in zip(parts, self.rows, self.norms):
+            self.factors.append(live.to(gamma))  # m
             index = (~live).nonzero().squeeze(1).to(gamma.device)
             for parameter in rows:
                 stored = parameter.detach().index_select(0, index)
@@ -195,10 +218,10 @@ class Living:
 
     def computing(self):
         """Return the context in which the network computes with gamma m and beta m."""
-        parameters = [parameter for pair in self.norms for parameter in pair]
-        values = [parameter.detach() * factor
-                  for pair, factor in zip(self.norms, self.factors)
-                  for parameter in pair]
+        parameters, values = [], []
+        for (gamma, beta), factor in zip(self.norms, self.factors):
+            parameters += [gamma, beta]
+            values += [gamma.detach() * factor, beta.detach() * factor]
         return computing_with(parameters, values)
 
     @torch.no_grad()
@@ -259,17 +282,19 @@ def parse_args(argv):
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     either("--prune-ratio", type=flags.number(0, 1, above=True), metavar="P",
            help="share of the prunable channels, of all layers together, that is gone "
-           "in the end, a fraction above 0 and below 1 (default: that of "
-           "prune_structured.py, vgg16: 0.4522, resnet19: 0.512; others: 0.5)")
+                "in the end, a fraction above 0 and below 1 (default: that of "
+                "prune_structured.py, vgg16: 0.4522, resnet19: 0.512; others: 0.5)")
     either("--target-macs", type=flags.number(0, 1, above=True), metavar="SHARE",
-           help="remove this share of the MACs: each update bisects the share of the "
-           "channels that takes it up the ramp")
-    add("--regen", type=flags.number(0, 1), help="regeneration rate r, a fraction in "
-        "[0, 1): the share of the live channels that have returned in an update; 0: "
-        "channels are cut by activity, and none return")
-    add("--potential", choices=("post", "pre"), help="the activity of a channel. post: "
-        "a spike counts the threshold, and the potential after the reset counts as it "
-        "is; pre: the potential before the reset")
+           help="remove this share of the MACs, a fraction above 0 and below 1: each "
+                "update bisects the share of the channels that takes it up the ramp")
+    add("--regen", type=flags.number(0, 1),
+        help="regeneration rate r, a fraction in [0, 1): the share of the live "
+             "channels that have returned in an update; 0: channels are cut by "
+             "activity alone")
+    add("--potential", choices=("post", "pre"),
+        help="the activity of a channel. post: a spike counts the threshold, and the "
+             "potential after the reset counts as it is; pre: the potential before the "
+             "reset")
     add("--interval", type=flags.whole(1), metavar="STEPS",
         help="iterations between two updates (default: those of an epoch)")
     add("--epochs-prune", type=flags.whole(1), metavar="N",
@@ -279,18 +304,22 @@ def parse_args(argv):
     return flags.parse(parser, argv, "sca", complete, run_name)
 
 
+def set_interval(args, stages):
+    """Set the default of --interval. Raise ValueError if no update would ever run.
+
+    INTERPRETATION: an update at the end of each epoch, as in the third-party code.
+    """
+    if args.interval is None:
+        args.interval = stages.steps_per_epoch
+    setup.num_updates(args, stages)
+
+
 def set_up(args):
     """Return (the run, a network of the dense widths, the number of updates). Flags
     that cannot work end the script with exit code 2, before anything is written."""
-    def num_updates(stages):
-        # INTERPRETATION: an update at the end of each epoch, as in the third-party code
-        if args.interval is None:
-            args.interval = stages.steps_per_epoch
-        return setup.num_updates(args, stages)
-
-    run, dense = removal.set_up(args, check=num_updates, prune=args.epochs_prune,
-                                finetune=args.epochs_finetune)
-    return run, dense, num_updates(run.stages)
+    run, dense = removal.set_up(args, check=lambda stages: set_interval(args, stages),
+                                prune=args.epochs_prune, finetune=args.epochs_finetune)
+    return run, dense, setup.num_updates(args, run.stages)
 
 
 def main(argv=None):
@@ -303,10 +332,9 @@ def main(argv=None):
 
     with run.under_way(plan):
         if not removal.is_done(run):
-            net, optimizer = run.net, run.optimizer
-            living = Living(net, run.notes.setdefault("sca", all_live(net)))
-            run.computes = living.computing
-            may_be_empty = channels.may_be_empty(net)
+            optimizer = run.optimizer
+            living = Living(run.net, run.notes.setdefault("sca", all_live(run.net)))
+            run.computes = living.computing  # evaluations are without what is dead
 
             for epoch in run.epochs("prune"):
                 for x, y in run.batches(epoch):
@@ -322,18 +350,7 @@ def main(argv=None):
                     living.put_back(optimizer)  # what is dead does not move
 
                     if is_update:
-                        before, gamma = living.live, channels.gammas(net)
-
-                        def choose(ratio):
-                            return cut_and_regrow(
-                                before, ratio, args.regen, scores.activity,
-                                scores.growth, gamma, living.sizes, may_be_empty)
-
-                        target = ratio_at(run, update, num_updates, choose)
-                        choice, stays = choose(target)
-                        living.take(choice, scores, optimizer)
-                        removal.log_update(run, target, before, before & ~stays, choice,
-                                           silent=count(stays & ~scores.fired))
+                        do_update(run, living, scores, update, num_updates)
                 removal.end_epoch(run)
 
             state = run.notes.pop("sca")

@@ -23,25 +23,27 @@ So alpha rises where the first-order gain of the weight, -g w, exceeds its price
 
 With --neurons each neuron, one place of the map of one channel, has such a mask as
 well: its spikes are multiplied by it, graded while the masks are soft, and 0 or 1 in
-the end. A run then also reports connections: how many alive inputs the alive neurons
-have under alive weights, exact at borders. The masks of neurons are buffers of the
-LIFs in model.pt, and models.load puts them back; what cannot keep them (--init,
-compact.py, export.py) refuses the file or leaves it as it is.
+the end. The masks of neurons are buffers of the LIFs in model.pt, and models.load puts
+them back; what cannot keep them (--init, compact.py, export.py) refuses the file or
+leaves it as it is.
 
-The default of --price is tuned on the embedded data, and depends on loss, optimizer,
+A run counts connections, with --neurons or without: how many alive inputs the alive
+neurons have under alive weights, exact at borders. updates.jsonl holds them.
+
+The default of --price is tuned on the embedded data, and depends on loss, optimiser,
 batch and network. To find one for another network, bisect in runs with
 --epochs-finetune 0 and another --seed: each run says how many masks it found above 0.
 
 How sure the parts are: the rule, the prices, beta and the threshold are from the
 authors' code (github xyshi2000/Unstructured-Pruning); the paper's text could not be
-read, only its abstract. The published settings are other ones: on CIFAR-10
+read, only its abstract. The published settings are other ones. On CIFAR-10
 
     python prune_upr.py --dataset cifar10 --model gradr-conv --time-steps 8 \\
         --batch-size 16 --as-published --neurons --price 1e-11 \\
         --epochs-prune 800 --epochs-finetune 200
 
-is nearest to them. A price of 1e-11 acts through the epsilon of Adam, and moves nothing
-under another setting.
+is nearest to them. A price of 1e-11 acts through the epsilon of Adam, 1e-8, and moves
+nothing under another setting.
 
 Differences from the published code: the last epoch is reported, and not the best test
 epoch; dead weights stay 0 and have no momentum, where there they drift behind the mask;
@@ -63,13 +65,13 @@ from torch import nn
 import metrics
 import models
 import training
-from harness import flags, published, setup
+from harness import flags, presets, published, setup
 from harness.runfolder import Run, finished
 from masks import Masks, TooFew, Update, count, select
-from neurons import widest
 
 FIRST_SLOPE, LAST_SLOPE = 5, 1000  # beta at the start and the end, as published
-SOFT = 5 / LAST_SLOPE  # |alpha| below it: sigma(beta alpha) is not 0 or 1 yet
+# where |alpha| is smaller in the end, sigma(beta alpha) is not 0 or 1 yet
+SOFT = 5 / LAST_SLOPE
 
 
 # ---- the prices ----------------------------------------------------------------------
@@ -100,22 +102,23 @@ def prices(net):
 
     def read(name, x):
         weight = layers[name].weight
-        area, reached = 1, len(weight)
+        operations, reached = 1, len(weight)
         if weight.dim() == 4:
-            stride = layers[name].stride[0] ** 2
-            area = x.shape[2] * x.shape[3] / stride  # c
-            reached = len(weight) * weight[0, 0].numel() / stride
-        of_weights[f"{name}.weight"] = area
-        # it reads the LIF that was the last one to fire
+            stride = layers[name].stride[0]
+            operations = x.shape[2] * x.shape[3] / stride**2
+            reached = len(weight) * weight[0, 0].numel() / stride**2
+        of_weights[f"{name}.weight"] = operations  # c
+        # it reads the LIF that was the last one to fire: also ResNet-19's shortcut,
+        # which is computed first in its block. One without BN reads the stream
         if shapes and not name.endswith(".shortcut"):
             of_neurons[list(shapes)[-1]] += reached  # cn
 
-    with metrics.hooks(layers, before=read), metrics.hooks(models.lifs(twin),
-                                                           after=fire):
+    with (metrics.hooks(layers, before=read),
+          metrics.hooks(models.lifs(twin), after=fire)):
         twin(image)
-    _, *masked = [name for name, shape in shapes.items() if len(shape) == 3] or [None]
+    with_map = [name for name, shape in shapes.items() if len(shape) == 3]
     return ({name: of_weights[name] for name in models.scored_by(net)},
-            {name: (of_neurons[name], shapes[name]) for name in masked})
+            {name: (of_neurons[name], shapes[name]) for name in with_map[1:]})
 
 
 # ---- soft masks ----------------------------------------------------------------------
@@ -135,25 +138,24 @@ class SoftMasks:
     beta: the slope. w: [M], the weights themselves: between two steps the network holds
     w * sigma(beta alpha), by which it computes.
     neurons: {name of a LIF: the LIF}, with its mask [C, H, W], a buffer of the network.
+    sizes: how many of the M belong to each weight. lengths: the same of all M + N, of
+    weights and then of LIFs.
     """
 
     def __init__(self, net, masks, with_neurons=False):
         self.weights, self.sizes = list(masks.weights.values()), masks.sizes
-        device = masks.device
         c, cn = prices(net)
-        lengths, costs = list(self.sizes), [c[name] for name in masks.weights]
-        self.neurons, self.shapes = {}, []
+        self.lengths, costs = list(self.sizes), [c[name] for name in masks.weights]
+        self.neurons = {}
         if with_neurons:
             models.mask_neurons(net, {name: torch.ones(shape)
                                       for name, (_, shape) in cn.items()})
             for name, (cost, shape) in cn.items():
                 self.neurons[name] = net.get_submodule(name)
-                self.shapes.append(shape)
-                lengths.append(torch.Size(shape).numel())
+                self.lengths.append(torch.Size(shape).numel())
                 costs.append(cost)
-        self.lengths = lengths
-        self.cost = torch.cat([torch.full((length,), float(cost), device=device)
-                               for length, cost in zip(lengths, costs)])
+        self.cost = torch.cat([torch.full((length,), float(cost), device=masks.device)
+                               for length, cost in zip(self.lengths, costs)])
         self.alpha = nn.Parameter(torch.zeros_like(self.cost))
         self.beta = float(FIRST_SLOPE)
         self.w = torch.cat([weight.detach().reshape(-1) for weight in self.weights])
@@ -168,14 +170,17 @@ class SoftMasks:
         """alpha of the weights, [M]."""
         return self.alpha.detach()[:len(self.w)]
 
+    def by_lif(self, flat):
+        """Return the parts of an [M + N] tensor that belong to the LIFs, a list."""
+        return flat.split(self.lengths)[len(self.sizes):]
+
     @torch.no_grad()
     def write(self):
         """Let the network compute with the soft masks: w * sigma for each weight, and
         spikes times sigma."""
         sigma = self.sigma
         self._write_weights(self.w * sigma[:len(self.w)])
-        parts = sigma.split(self.lengths)[len(self.sizes):]
-        for lif, part in zip(self.neurons.values(), parts):
+        for lif, part in zip(self.neurons.values(), self.by_lif(sigma)):
             lif.mask.copy_(part.view(lif.mask.shape))
             lif.mask.requires_grad_()  # the next backward pass gives dL/dsigma
 
@@ -216,8 +221,8 @@ class SoftMasks:
         """Let a neuron be alive where its alpha > 0, for good. Return the names of LIFs
         that would have none: the one with the largest alpha stays."""
         rescued = []
-        parts = self.alpha.split(self.lengths)[len(self.sizes):]
-        for (name, lif), part in zip(self.neurons.items(), parts):
+        parts = zip(self.neurons.items(), self.by_lif(self.alpha))
+        for (name, lif), part in parts:
             alive = part > 0  # strict: a mask that never moved is dead
             if not alive.any():
                 rescued.append(name)
@@ -267,10 +272,14 @@ def connections(net, alive):
     alive: {name of a weight: bool tensor, True = alive}. All inputs of the network are
     alive. A neuron is alive where its mask is 1 and it has a connection, and a pooled
     place where one of its inputs is. So nothing behind a dead place is counted.
+
+    A copy of the network counts, with weights of 0 and 1: in float64 and on the CPU,
+    since the fast convolutions of a GPU would return whole numbers only nearly.
     """
-    twin = deepcopy(net).eval()
+    twin = deepcopy(net).to("cpu", torch.float64).eval()
     twin.time_steps, twin.checks_values = 1, False
     layers, total = metrics.prunable_layers(twin), []
+    scored, masked = models.scored_by(twin), models.neuron_masks(twin)
     for name, layer in layers.items():
         layer.weight.copy_(alive[f"{name}.weight"])
         if layer.bias is not None:
@@ -284,10 +293,10 @@ def connections(net, alive):
         return torch.ones_like(x) if is_first else (x > 0).to(x.dtype)
 
     def meet(name, met):  # met: [1, C, ...], alive inputs under alive weights
-        lif, dim, _ = models.scored_by(twin)[f"{name}.weight"]
-        if dim == 0:
-            met = met * getattr(twin.get_submodule(lif), "mask", 1)
-        total.append(met.sum(dtype=widest(met.device)))
+        lif, dim, _ = scored[f"{name}.weight"]
+        if dim == 0:  # it feeds these neurons
+            met = met * masked.get(lif, 1)
+        total.append(int(met.sum()))
 
     def fire(lif, inputs, _):  # instead of its spikes: 1 where a neuron is alive
         return (inputs[0] > 0).to(inputs[0].dtype) * getattr(lif, "mask", 1)
@@ -297,22 +306,22 @@ def connections(net, alive):
     sides = [net.config["image_size"]] * 2
     steps = [1] if net.encoding == "events" else []
     with metrics.hooks(layers, before=places, after=meet):
-        twin(torch.ones(*steps, 1, net.config["in_channels"], *sides,
-                        device=net.mean.device))
-    return round(float(sum(total)))
+        twin(torch.ones(*steps, 1, net.config["in_channels"], *sides).double())
+    return sum(total)
 
 
 def counts_of(net, masks, soft):
     """Return the connections and neurons of a network that is cut, and of the dense
     one, a dict for updates.jsonl."""
-    alive = sum(count(lif.mask) for lif in soft.neurons.values())
-    found = connections(net, masks.alive)
     dense = deepcopy(net)
-    for name in soft.neurons:
-        dense.get_submodule(name).mask.fill_(1)
+    for mask in models.neuron_masks(dense).values():
+        mask.fill_(1)
     everything = {name: torch.ones_like(mask) for name, mask in masks.alive.items()}
-    return dict(connections=found, connections_dense=connections(dense, everything),
-                neurons_alive=alive, neurons=sum(soft.lengths[len(soft.sizes):]))
+    masked = [lif.mask for lif in soft.neurons.values()]
+    return dict(connections=connections(net, masks.alive),
+                connections_dense=connections(dense, everything),
+                neurons_alive=sum(map(count, masked)),
+                neurons=sum(mask.numel() for mask in masked))
 
 
 # ---- the defaults of the masks' rate and of the price --------------------------------
@@ -327,9 +336,9 @@ MEAN_RATE = {"cosine": 1 / 2, "step": 1 / 2 + 0.1 / 4 + 0.01 / 4, "constant": 1}
 def default_mask_lr(args, steps):
     """Return the rate under which Adam can move an alpha by REACH in a search.
 
-    INTERPRETATION: as far as in the published search, in however many steps. At 1e-3, a
-    search of 752 steps keeps its masks soft until beta is large. BN hides how small the
-    weights of a layer have become, and the cut then empties the layer.
+    INTERPRETATION: as far as in the published search, in however many steps. At its
+    1e-3 a search of 752 steps keeps its masks soft until beta is large. BN hides how
+    small the weights of a layer have become, and the cut then empties the layer.
     """
     return REACH / (steps * MEAN_RATE[args.schedule])
 
@@ -354,9 +363,14 @@ def default_price(args):
 # ---- the script ----------------------------------------------------------------------
 
 
+def method_of(args):
+    """Return the method's name, for the summary."""
+    return "upr-neurons" if args.neurons else "upr"
+
+
 def run_name(args):
-    method = "upr-neurons" if args.neurons else "upr"
-    name = f"{Path(args.dataset).stem}-{args.model}-{method}-{args.sparsity:g}"
+    """Return the name of the run's folder."""
+    name = f"{Path(args.dataset).stem}-{args.model}-{method_of(args)}-{args.sparsity:g}"
     if args.mode == "paper":
         name += "-paper"
     if args.price is not None:
@@ -372,20 +386,22 @@ def complete(args, explicit):
 
 
 def parse_args(argv):
+    """Return all flags, a Namespace."""
     parser = flags.make_parser(__doc__)
     add = parser.add_argument_group("pruning (UPR)").add_argument
-    add("--sparsity", type=flags.number(0, 1, above=True), help="share of the prunable "
-        "weights that is dead in the end, by a top-K of alpha after the search; with "
-        "--mode paper it only chooses the default price")
-    add("--neurons", action="store_true", help="single neurons have masks too, those "
-        "of all maps but the first; one is alive where its alpha is above 0, however "
-        "many these are")
-    add("--mode", choices=("matched", "paper"), help="matched: exactly --sparsity in "
-        "the end; paper: weights are alive where alpha > 0, and their number is the "
-        "result")
-    add("--price", type=flags.number(0), metavar="LAMBDA", help="what a synaptic "
-        "operation of a mask costs, in units of the loss, 0: nothing (default: tuned "
-        "to --sparsity on the embedded data)")
+    add("--sparsity", type=flags.number(0, 1, above=True),
+        help="share of the prunable weights that is dead in the end, a fraction above "
+             "0 and below 1, by a top-K of alpha after the search; with --mode paper "
+             "it only chooses the default price")
+    add("--neurons", action="store_true",
+        help="single neurons have masks too, those of all maps but the first; one is "
+             "alive where its alpha is above 0, however many these are")
+    add("--mode", choices=("matched", "paper"),
+        help="matched: exactly --sparsity in the end; paper: weights are alive where "
+             "alpha > 0, and their number is the result")
+    add("--price", type=flags.number(0), metavar="LAMBDA",
+        help="what a synaptic operation costs, in units of the loss; 0: nothing "
+             "(default: tuned to --sparsity on the embedded data)")
     add("--mask-lr", type=flags.number(0, above=True), metavar="LR",
         help="learning rate of the masks, which Adam moves; it follows --schedule "
         "(default: such that it can move a mask as far as in the published search)")
@@ -438,17 +454,22 @@ def set_up(args):
 
 
 def ending(args, masks, soft):
-    """Say in a line what the search has found. Raise TooFew if that is too little."""
-    found, keep = count(soft.of_weights > 0), masks.keep_at(args.sparsity)
-    share = count(soft.of_weights.abs() < SOFT) / masks.total
-    text = (f"  the search ended with {found:,} masks of weights above 0, {keep:,} are "
-            f"asked for; {100 * share:.1f} % of all are still soft, |alpha| < {SOFT:g}")
-    if abs(found - keep) > 0.2 * keep:
-        text += ": more than 20 % off. --price moves it"
-    if args.mode == "paper" and found < len(masks.sizes):
+    """Say in a line what the search has found. Raise TooFew if these masks are the
+    result, and too few."""
+    found, n_layers = count(soft.of_weights > 0), len(masks.sizes)
+    if args.mode == "paper" and found < n_layers:
         raise TooFew(f"the search ended with {found} masks of weights above 0, "
-                     f"expected at least one for each of the {len(masks.sizes)} "
-                     f"layers. Start again with a lower --price")
+                     f"expected at least one for each of the {n_layers} layers. Start "
+                     f"again with a lower --price")
+    keep = masks.keep_at(args.sparsity)
+    text = f"  the search ended with {found:,} masks of weights above 0"
+    if args.mode == "matched":
+        text += f", {keep:,} are asked for"
+    n_soft = count(soft.of_weights.abs() < SOFT)
+    text += (f"; {100 * n_soft / masks.total:.1f} % of all are still soft, |alpha| < "
+             f"{SOFT:g}")
+    if args.mode == "matched" and abs(found - keep) > 0.2 * keep:
+        text += ": more than 20 % off. --price moves it"
     return text
 
 
@@ -463,41 +484,51 @@ def said_of(counts):
 
 
 def main(argv=None):
+    """Run the script. Return its summary, a dict."""
     args = parse_args(argv)
     if (summary := finished(args)) is not None:
         return summary
+    is_default = args.price is None
     run = set_up(args)
-    net, masks, soft = run.net, run.masks, run.parts["soft"]
+    net, masks, optimizer = run.net, run.masks, run.optimizer
+    soft, mask_optimizer = run.parts["soft"], run.parts["mask_optimizer"]
     last = run.stages.steps("prune")
     target, keep = args.sparsity, masks.keep_at(args.sparsity)
-    if args.mode == "paper":  # an outcome
+    if args.mode == "paper":  # outcomes
         target = keep = None
 
     with run.under_way(f"UPR, price {args.price:.4g}, lr of the masks "
                        f"{args.mask_lr:.3g}, beta {FIRST_SLOPE} to {LAST_SLOPE}"):
+        if is_default and args.dataset != presets.of("default")["dataset"]:
+            run.say(f"note: the price {args.price:.4g} is that of short runs on the "
+                    f"embedded data. It depends on loss, optimiser, batch and network: "
+                    f"try it in a shorter run first, and give --price")
         if run.iteration < last:
             soft.write()  # w * sigma(beta alpha)
 
         for epoch in run.epochs("prune"):
             for x, y in run.batches(epoch):
+                # INTERPRETATION: one schedule a stage for both, as in all scripts
+                lr = training.rate(args.schedule, args.lr, *run.position)
+                mask_lr = training.rate(args.schedule, args.mask_lr, *run.position)
                 training.backward(run, x, y)  # 1 forward with soft masks, 2 backward
                 soft.gradients(args.price)  # dJ/dw and dJ/dalpha
-                # INTERPRETATION: a schedule a stage for both, as in all scripts
-                lr, mask_lr = (training.rate(args.schedule, start, *run.position)
-                               for start in (args.lr, args.mask_lr))
-                training.descend(run.parts["mask_optimizer"], mask_lr)  # 3 the masks
+                training.descend(mask_optimizer, mask_lr)  # 3 the masks
                 soft.put_weights()
-                training.descend(run.optimizer, lr)  # 4 w, BN and biases
+                training.descend(optimizer, lr)  # 4 w, BN and biases
                 soft.take_weights()
-                soft.beta = slope(run.iteration, last)  # 6, where the published has 5:
-                soft.write()                            # clear the gradients
+                # 5: the next backward pass clears the gradients
+                soft.beta = slope(run.iteration, last)  # 6
+                soft.write()
 
             if run.iteration == last:
                 run.say(ending(args, masks, soft))
                 change = fix_masks(keep, masks, soft, run.generator())
-                change.rescued.extend(soft.fix_neurons())
+                for name in soft.fix_neurons():
+                    run.say(f"  note: {name} would have lost all neurons; the one with "
+                            f"the largest alpha is kept")
                 soft.put_weights()  # w itself, and not w * sigma
-                masks.apply(run.optimizer)  # w <- w * m, and its momentum
+                masks.apply(optimizer)  # w <- w * m, and its momentum
                 counts = counts_of(net, masks, soft)
                 run.log_update(target, change, keep, **counts)
                 run.say(said_of(counts))
@@ -507,10 +538,10 @@ def main(argv=None):
             for x, y in run.batches(epoch):
                 lr = training.rate(args.schedule, args.lr, *run.position)
                 training.step(run, x, y, lr)
-                masks.apply(run.optimizer)  # w <- w * m, and its momentum
+                masks.apply(optimizer)  # w <- w * m, and its momentum
             run.end_epoch()
 
-        return run.finish("prune_upr", "upr-neurons" if args.neurons else "upr",
+        return run.finish("prune_upr", method_of(args),
                           pruned_accuracy=run.last_accuracy("prune"))
 
 

@@ -280,16 +280,16 @@ def start_from(net, path, takes_masks=False, may_be_new=True):
     """
     packed = models.read(path)
     source = models.unpack(packed, path)
-    is_pruned = not all(mask.all() for mask in source.masks.values())
-    if is_pruned and not takes_masks:
-        raise ValueError(f"{path} is a pruned network, expected a dense one: this "
-                         f"method starts from all weights. Train one by "
-                         f"prune_unstructured.py --sparsity 0, or go on from it by "
-                         f"prune_unstructured.py or prune_granet.py")
     if models.neuron_masks(source):
         raise ValueError(f"{path} has neurons that are masked one by one, which no "
                          f"method goes on from, expected a network without. Give "
                          f"another file")
+    is_pruned = not all(mask.all() for mask in source.masks.values())
+    if is_pruned and not takes_masks:
+        raise ValueError(f"{path} is a pruned network, expected a dense one: this "
+                         f"method makes its own masks. Train one by "
+                         f"prune_unstructured.py --sparsity 0, or go on from it by "
+                         f"prune_unstructured.py or prune_granet.py")
     for key in ("name", "in_channels", "image_size", "widths", "encoding", "neuron"):
         if source.config[key] != net.config[key]:
             remedy = "Give the flags that it was made with, or another file"

@@ -58,6 +58,14 @@ def one_line(capsys):
     return error
 
 
+def refused(capsys, call, *given, code=2):
+    """Return the one line on stderr of call(*given), which must end with this exit code."""
+    with pytest.raises(SystemExit) as stop:
+        call(*given)
+    assert stop.value.code == code
+    return one_line(capsys)
+
+
 def stop_after(iteration, monkeypatch, run, *given):
     """Run until an iteration, and get SIGTERM there."""
     add = Meter.add
@@ -144,8 +152,34 @@ def let_fire(net):
             module.bias.fill_(0.8)
 
 
+class LinearNet(torch.nn.Module):
+    """Linear layers with given weights, {name: rows}, and no network around them: for examples by
+    hand."""
+
+    def __init__(self, **layers):
+        super().__init__()
+        for name, rows in layers.items():
+            layer = torch.nn.Linear(len(rows[0]), len(rows), bias=False)
+            layer.weight.data = torch.tensor(rows)
+            self.add_module(name, layer)
+
+    def scored_by(self):
+        return {f"{name}.weight": models.Scored(f"lif_{name}", 0)
+                for name, _ in self.named_children()}
+
+
 def real_images(count=16, offset=0):
     return data.load("fashion-mini").x_test[offset:offset + count]
+
+
+def save_half_images(path="mine.npz"):
+    """Write 160 training and 40 test images of fashion-mini, at half of the resolution."""
+    arrays = {}
+    with np.load(Path(data.__file__).parent / "assets/fashion_mini.npz") as images:
+        for split, size in (("train", 160), ("test", 40)):
+            arrays[f"x_{split}"] = images[f"x_{split}"][:size, ::2, ::2]
+            arrays[f"y_{split}"] = images[f"y_{split}"][:size]
+    np.savez(path, **arrays)
 
 
 _read = data._read

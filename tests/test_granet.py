@@ -6,15 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 import models
 import prune_granet
 import training
 from harness import runfolder
-from helpers import assert_same_run, lines, one_line, stop_after
+from helpers import LinearNet, assert_same_run, lines, refused, stop_after
 from masks import Masks, seeded
-from models import Scored
 from prune_granet import death_rate, prune_and_swap, swap
 
 SHORT = ["--train-limit", "400", "--epochs-prune", "2", "--epochs-finetune", "1", "--interval", "6",
@@ -31,30 +29,8 @@ def run(*given, short=True):
     return prune_granet.main([*(SHORT if short else []), *map(str, given)])
 
 
-def wrong(capsys, *given, code=2):
-    """Run a command that must fail; return its one line on stderr."""
-    with pytest.raises(SystemExit) as stop:
-        run(*given)
-    assert stop.value.code == code
-    return one_line(capsys)
-
-
 def generator(seed=0):
     return seeded(seed)
-
-
-class TwoLayers(nn.Module):
-    """Weights of two linear layers, without a network around them."""
-
-    def __init__(self, a, b):
-        super().__init__()
-        for name, weights in (("a", a), ("b", b)):
-            layer = nn.Linear(len(weights[0]), len(weights), bias=False)
-            layer.weight.data = torch.tensor(weights)
-            self.add_module(name, layer)
-
-    def scored_by(self):
-        return {f"{name}.weight": Scored(f"lif_{name}", 0) for name in "ab"}
 
 
 def flat_indices(mask):
@@ -76,7 +52,7 @@ def small_net(seed=0, equal=False):
 def test_rate_and_swap_by_hand():
     rates = [death_rate(0.5, step, 100) for step in (0, 25, 50, 75, 100)]
     assert rates == pytest.approx([0.5, 0.4275089, 0.2525, 0.0774911, 0.005], abs=1e-6)
-    net = TwoLayers([[0.9, -0.5, 0.3, 0.2, 0.0, 0.0]], [[1.0]])
+    net = LinearNet(a=[[0.9, -0.5, 0.3, 0.2, 0.0, 0.0]], b=[[1.0]])
     masks = Masks(net)
     masks.flat[4:6] = False
     gradients = torch.tensor([0.1, 0.1, 0.05, 0.7, 0.6, -0.8, 0.0]).abs()
@@ -90,7 +66,7 @@ def test_rate_and_swap_by_hand():
 def test_the_global_cut_is_zeroed_before_the_layers_regrow():
     """A weight cut by the global step returns at 0;
     one that its layer's death step cut keeps its value."""
-    net = TwoLayers([[0.9, 0.5, 0.4, 0.1]], [[1.0, 0.8]])
+    net = LinearNet(a=[[0.9, 0.5, 0.4, 0.1]], b=[[1.0, 0.8]])
     net.a.weight.grad = torch.tensor([[0.0, 0.0, 0.5, 9.0]])  # the one that the global step cuts
     net.b.weight.grad = torch.zeros(1, 2)
     masks = Masks(net)
@@ -104,7 +80,7 @@ def test_the_global_cut_is_zeroed_before_the_layers_regrow():
 
 
 def test_the_largest_weight_of_a_layer_that_the_global_cut_would_empty_stays():
-    net = TwoLayers([[0.01, -0.03, 0.02]], [[0.5, 0.6], [0.7, 0.8]])
+    net = LinearNet(a=[[0.01, -0.03, 0.02]], b=[[0.5, 0.6], [0.7, 0.8]])
     for weight in (net.a.weight, net.b.weight):
         weight.grad = torch.zeros_like(weight)
     masks, optimizer = Masks(net), torch.optim.SGD(net.parameters(), 0.1)
@@ -259,7 +235,7 @@ def test_resume_with_a_smaller_last_batch_and_other_flags(monkeypatch):
     ("--epochs-prune 0", "--epochs-prune is 0"), ("--train-limit 5", "--train-limit is 5"),
 ])
 def test_wrong_commands(given, words, capsys):
-    assert words in wrong(capsys, *given.split())
+    assert words in refused(capsys, run, *given.split())
     assert not list(Path().iterdir())  # nothing was written
 
 

@@ -14,7 +14,7 @@ import data
 import models
 import prune_ndsnn
 from harness import runfolder
-from helpers import TIMES, assert_same_run, lines, one_line, stop_after
+from helpers import TIMES, LinearNet, assert_same_run, lines, refused, stop_after
 from masks import DENSITIES, Masks, count, seeded, start_sparse
 from prune_ndsnn import (drop_and_grow, drop_rate, layer_counts, layer_sparsities, method_of,
                          turnover, without_growth)
@@ -42,27 +42,9 @@ def run(*given, short=True):
     return prune_ndsnn.main([*(SHORT if short else []), *map(str, given)])
 
 
-def wrong(capsys, *given, code=2):
-    with pytest.raises(SystemExit) as stop:
-        run(*given)
-    assert stop.value.code == code
-    return one_line(capsys)
-
-
 def net_of(*layers):
     """Masks over linear layers with given weights, and SGD with momentum of ones."""
-    class Net(nn.Module):
-        def __init__(self):
-            super().__init__()
-            for i, values in enumerate(layers):
-                linear = nn.Linear(len(values[0]), len(values), bias=False)
-                linear.weight.data = torch.tensor(values)
-                self.add_module(f"l{i}", linear)
-
-        def scored_by(self):
-            return {f"l{i}.weight": models.Scored("", 0) for i in range(len(layers))}
-
-    net = Net()
+    net = LinearNet(**{f"l{i}": rows for i, rows in enumerate(layers)})
     sgd = torch.optim.SGD(net.parameters(), 0.1, 0.9)
     for weight in net.parameters():
         sgd.state[weight]["momentum_buffer"] = torch.ones_like(weight)
@@ -532,14 +514,14 @@ def test_defaults():
     ("--interval 0", "--interval is 0"), ("--epochs-prune 0", "--epochs-prune is 0"),
     ("--regen 0.5", "unrecognized arguments"), ("--init absent.pt", "absent.pt")])
 def test_wrong_commands(given, words, capsys):
-    assert words in wrong(capsys, *given.split())
+    assert words in refused(capsys, run, *given.split())
     assert [path.name for path in Path().rglob("*")] == ["tiny.npz"]  # nothing was written
 
 
 def test_a_score_that_is_not_finite_ends_the_run(monkeypatch, capsys):
     monkeypatch.setitem(prune_ndsnn.GROWTH, "gradient",
                         lambda masks, generator: masks.gradients() * math.nan)
-    assert "not finite" in wrong(capsys, "--run-dir", "r", code=1)
+    assert "not finite" in refused(capsys, run, "--run-dir", "r", code=1)
     assert not Path("r/summary.json").exists()
 
 
@@ -548,7 +530,7 @@ def test_a_finished_run_is_left_alone(capsys):
     capsys.readouterr()
     assert run("--run-dir", "r", "--resume", short=False) == summary
     assert "r is finished" in capsys.readouterr().out
-    assert "--resume, replace it by --overwrite" in wrong(capsys, "--run-dir", "r")
+    assert "--resume, replace it by --overwrite" in refused(capsys, run, "--run-dir", "r")
     again = run("--run-dir", "r", "--overwrite", "--epochs-finetune", 0)
     assert {k: v for k, v in again.items() if k not in TIMES} == {
         k: v for k, v in summary.items() if k not in TIMES}

@@ -32,6 +32,7 @@ import prune_granet
 import prune_greg
 import prune_lottery
 import prune_ndsnn
+import prune_sca
 import prune_structured
 import prune_unstructured
 import training
@@ -233,6 +234,7 @@ def exercises():
     prune_greg.main([*SLIM, "--run-dir", "greg", "--smoke"])
     prune_granet.main([*SHORT, "--run-dir", "granet"])
     prune_ndsnn.main([*SHORT, "--run-dir", "ndsnn", "--growth", "random"])
+    prune_sca.main([*SHORT, "--run-dir", "sca"])
 
     found["other data"] = with_other_data()
     update = prune_unstructured.prune_and_regenerate
@@ -451,6 +453,19 @@ def test_methods_that_grow_over_two_ranks(method, two):
     for row in updates:
         assert sum(layer["alive"] for layer in row["layers"]) == (
             total - round(row["target"] * total))
+
+
+def test_channels_that_are_cut_and_return_over_two_ranks(two):
+    """An update is of a batch of one image too, of which a rank has none."""
+    folder, _, _ = two
+    updates = helpers.lines(folder / "sca", "updates")
+    assert [row["iteration"] for row in updates] == [3, 6, 9, 12, 15, 18]
+    for q, row in enumerate(updates, 1):
+        assert sum(layer["alive"] for layer in row["layers"]) >= 44 - round(
+            0.5 * (1 - (1 - q / 6) ** 3) * 44)
+        assert row["regenerated"] > 0
+    summary = json.loads((folder / "sca/summary.json").read_text())
+    assert summary["widths"] == [layer["alive"] for layer in updates[-1]["layers"]]
 
 
 # ---- ranks that die ------------------------------------------------------------------------------

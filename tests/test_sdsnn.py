@@ -17,7 +17,7 @@ import models
 import prune_sdsnn
 from harness import runfolder
 import training
-from helpers import assert_same_run, lines, one_line, stop_after
+from helpers import assert_same_run, lines, refused, stop_after
 from masks import Masks, computing_with, seeded
 from harness.presets import CIFAR_RULES, MNIST_RULES
 from prune_sdsnn import (advance, develop, make_schedule, masked, mute_dead_neurons, n_left,
@@ -1004,10 +1004,8 @@ def test_init_from_a_dense_network(mine):
     ("--dataset no/such.npz", "no/such.npz"), ("--init absent.pt", "absent.pt"),
     ("--resume --overwrite", "exclude each other")])
 def test_wrong_commands(given, words, mine, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(*given.split())
-    error = one_line(capsys)
-    assert stop.value.code == 2 and words in error and error.startswith("prune_sdsnn.py: error: ")
+    error = refused(capsys, run, *given.split())
+    assert words in error and error.startswith("prune_sdsnn.py: error: ")
     assert [path.name for path in Path().iterdir()] == ["mine.npz"]  # nothing was written
 
 
@@ -1015,9 +1013,7 @@ def test_an_existing_run_is_never_replaced_silently(mine, capsys):
     run("--run-dir", "r")
     for given, words in (([], "--resume, replace it by --overwrite"),
                          (["--resume", "--sparsity", 0.5], "was made with --sparsity 0.9")):
-        with pytest.raises(SystemExit) as stop:
-            run("--run-dir", "r", *given)
-        assert stop.value.code == 2 and words in one_line(capsys)
+        assert words in refused(capsys, run, "--run-dir", "r", *given)
     run("--run-dir", "r", "--overwrite", "--seed", 3)
     assert json.loads(Path("r/summary.json").read_text())["seed"] == 3
 
@@ -1033,9 +1029,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(iteration, done, mine, capsys, 
 
     monkeypatch.setattr(training, "loss_over_time", explode)
     monkeypatch.setattr(runfolder, "SAVING_RATIO", 0)  # each epoch is saved, however short
-    with pytest.raises(SystemExit) as stop:
-        run("--run-dir", "r")
-    error = one_line(capsys)
-    assert stop.value.code == 1 and f"iteration {iteration}" in error and "not finite" in error
+    error = refused(capsys, run, "--run-dir", "r", code=1)
+    assert f"iteration {iteration}" in error and "not finite" in error
     state = torch.load("r/checkpoint.pt", weights_only=True)
     assert state["position"] == [done, 0, 4 * done]

@@ -17,12 +17,11 @@ import prune_stds
 import prune_unstructured
 import training
 from harness import runfolder
-from helpers import assert_same_run, lines, one_line, stop_after
+from helpers import assert_same_run, lines, refused, save_half_images, stop_after
 from masks import Masks, computing_with, seeded
 from prune_stds import (DEAD_ZONE, dead_zone_after, decay_synapses, default_dead_zone, ending,
                         fix_mask, follow, share_alive, sum_of_rates, synapses)
 
-ROOT = Path(prune_stds.__file__).parent
 SHORT = ["--dataset", "mine.npz", "--epochs-prune", "2", "--epochs-finetune", "1", "--interval",
          "6", "--width", "0.25", "--time-steps", "2", "--batch-size", "10",  # 16 steps an epoch
          "--threshold", "0.3"]  # so that all layers fire
@@ -31,22 +30,11 @@ SHORT = ["--dataset", "mine.npz", "--epochs-prune", "2", "--epochs-finetune", "1
 @pytest.fixture(autouse=True)
 def the_script_and_its_images(monkeypatch, in_a_folder_of_its_own):
     monkeypatch.setattr(sys, "argv", ["prune_stds.py"])
-    images = np.load(ROOT / "assets/fashion_mini.npz")  # at half of the resolution
-    np.savez("mine.npz", **{
-        f"{part}_{split}": images[f"{part}_{split}"][:size, ::2, ::2] if part == "x"
-        else images[f"{part}_{split}"][:size]
-        for part in "xy" for split, size in (("train", 160), ("test", 40))})
+    save_half_images()
 
 
 def run(*given, short=True):
     return prune_stds.main([*(SHORT if short else []), *map(str, given)])
-
-
-def wrong(capsys, *given):
-    with pytest.raises(SystemExit) as stop:
-        run(*given)
-    assert stop.value.code == 2
-    return one_line(capsys)
 
 
 def settings(**changed):
@@ -213,7 +201,8 @@ def test_exactly_the_k_largest_sizes_stay(zone):
     before, found = masks.flat.clone(), masks.n_alive
     assert torch.equal(before, theta.abs() > zone) and found == round(
         share_alive(masks, zone) * masks.total)
-    assert "20 % off" in ending(found, keep)
+    said = ending(settings(), masks)
+    assert f"leaves {found:,} weights, {keep:,} are asked for: more than 20 % off" in said
     expected = torch.zeros(masks.total, dtype=torch.bool)
     expected[theta.abs().argsort(descending=True)[:keep]] = True
     change = fix_mask(keep, zone, masks, optimizer, seeded(0))
@@ -409,12 +398,12 @@ def test_mode_paper_ends_with_what_the_dead_zone_leaves(capsys):
     updates, rows = lines("r", "updates"), lines("r", "metrics")
     assert [row["iteration"] for row in updates] == [6, 12, 18, 24, 30, 32, 32]
     assert updates[-1]["pruned"] == updates[-1]["regenerated"] == 0
+    out = capsys.readouterr().out
+    assert "the dead zone leaves" in out and "asked for" not in out and "note: D" not in out
     assert summary["sparsity"] == updates[-2]["sparsity"] == rows[-1]["sparsity"] > 0.1
     assert json.loads(Path("r/config.json").read_text())["sparsity"] is None
-    with pytest.raises(SystemExit) as stop:
-        run("--mode", "paper", "--run-dir", "s", "--dead-zone", 9)
-    assert stop.value.code == 1
-    error = one_line(capsys)
+    given = ["--mode", "paper", "--run-dir", "s", "--dead-zone", 9]
+    error = refused(capsys, run, *given, code=1)
     assert "leaves 0 weights, expected at least one for each of the 5 layers. Start again" in error
 
 
@@ -426,10 +415,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(capsys, monkeypatch):
         return loss_over_time(logits, labels, kind) * (math.nan if len(seen) == 6 else 1)
 
     monkeypatch.setattr(training, "loss_over_time", explode)
-    with pytest.raises(SystemExit) as stop:
-        run("--run-dir", "r")
-    error = one_line(capsys)
-    assert stop.value.code == 1 and "iteration 6" in error and "not finite" in error
+    error = refused(capsys, run, "--run-dir", "r", code=1)
+    assert "iteration 6" in error and "not finite" in error
 
 
 def test_smoke_and_the_paper_s_setting():
@@ -448,6 +435,19 @@ def test_smoke_and_the_paper_s_setting():
     assert default_dead_zone(args, 2048) == pytest.approx(1 / 3125)  # a shorter run
     assert (args.schedule, args.epochs_prune, args.epochs_finetune, args.batch_size) == (
         "constant", 2048, 0, 16)
+
+
+def test_a_default_that_is_scaled_to_other_data_is_said_once(capsys, monkeypatch):
+    words = "is scaled from short runs on the embedded data"
+    stop_after(9, monkeypatch, run, "--run-dir", "r")
+    out = capsys.readouterr().out
+    width = json.loads(Path("r/config.json").read_text())["dead_zone"]
+    assert out.count(words) == 1 and f"note: D = {width:.4g} {words}" in out
+    run("--run-dir", "r", "--resume", short=False)
+    run("--run-dir", "s", "--dead-zone", 0.1, "--epochs-finetune", 0)
+    run("--smoke", short=False)  # on the embedded data
+    run("--run-dir", "t", "--sparsity", 0, "--epochs-finetune", 0)
+    assert words not in capsys.readouterr().out
 
 
 def test_defaults_and_names(capsys):
@@ -478,7 +478,7 @@ def test_wrong_commands(given, words, capsys):
     Path("full").mkdir()
     Path("full/thesis.txt").write_text("text")
     before = sorted(Path().rglob("*"))
-    assert words in wrong(capsys, *given.split())
+    assert words in refused(capsys, run, *given.split())
     assert sorted(Path().rglob("*")) == before
 
 
@@ -492,7 +492,5 @@ def test_as_published(capsys):
     assert (args.mode, args.loss, args.optimizer) == ("matched", "mse", "sgd")
     assert "published-loss" in args.run_dir
     assert prune_stds.parse_args([]).as_published == []
-    with pytest.raises(SystemExit) as stop:
-        prune_stds.parse_args(["--as-published", "loss", "--loss", "ce"])
-    assert stop.value.code == 2
-    assert "--loss is ce, but --as-published loss sets it to mse" in one_line(capsys)
+    error = refused(capsys, run, "--as-published", "loss", "--loss", "ce")
+    assert "--loss is ce, but --as-published loss sets it to mse" in error

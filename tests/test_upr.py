@@ -22,35 +22,23 @@ import prune_unstructured
 import prune_upr
 import training
 from harness import runfolder
-from helpers import assert_same_run, lines, one_line, random_net, stop_after
+from helpers import assert_same_run, lines, random_net, refused, save_half_images, stop_after
 from masks import Masks, seeded
 from prune_upr import SoftMasks, connections, default_price, fix_masks, prices, slope
 
-ROOT = Path(prune_upr.__file__).parent
-SHORT = ["--dataset", "mine.npz", "--epochs-prune", "2", "--epochs-finetune", "1", "--width", "0.25",
-         "--time-steps", "2", "--batch-size", "10"]  # 16 steps an epoch
+SHORT = ["--dataset", "mine.npz", "--epochs-prune", "2", "--epochs-finetune", "1",
+         "--width", "0.25", "--time-steps", "2", "--batch-size", "10"]  # 16 steps an epoch
 FAST = ["--mask-lr", "0.05", "--price", "1e-6"]  # masks that become 0 or 1 within 32 steps
 
 
 @pytest.fixture(autouse=True)
 def the_script_and_its_images(monkeypatch, in_a_folder_of_its_own):
     monkeypatch.setattr(sys, "argv", ["prune_upr.py"])
-    images = np.load(ROOT / "assets/fashion_mini.npz")  # at half of the resolution
-    np.savez("mine.npz", **{
-        f"{part}_{split}": images[f"{part}_{split}"][:size, ::2, ::2] if part == "x"
-        else images[f"{part}_{split}"][:size]
-        for part in "xy" for split, size in (("train", 160), ("test", 40))})
+    save_half_images()
 
 
 def run(*given, short=True):
     return prune_upr.main([*(SHORT if short else []), *map(str, given)])
-
-
-def wrong(capsys, *given, call=run):
-    with pytest.raises(SystemExit) as stop:
-        call(*given)
-    assert stop.value.code == 2
-    return one_line(capsys)
 
 
 def soft_of(monkeypatch, w, cost=1.0):
@@ -170,7 +158,7 @@ def test_prices_of_the_networks():
 
 def test_prices_of_networks_with_shortcuts():
     _, _, cn, net = of("resnet19", 32)
-    assert cn["blocks.2.lif2"] == ((256 * 9 + 256) / 4, (128, 16, 16))  # conv1 and the shortcut: 640
+    assert cn["blocks.2.lif2"] == ((256 * 9 + 256) / 4, (128, 16, 16))  # conv1, shortcut: 640
     assert cn["blocks.0.lif1"][0] == cn["blocks.0.lif2"][0] == 128 * 9  # the identity is free
     assert cn["blocks.7.lif2"][0] == 256  # by the average, fc1
     assert "lif" not in cn and "lif_fc" not in cn and len(cn) == 16
@@ -290,7 +278,8 @@ def test_connections_equal_a_plain_loop(name):
     torch.manual_seed(3)
     net = models.build(name, 3, 1, 11, 2, [2, 3, 3, 3])
     alive = {name: torch.rand(mask.shape) < 0.15 for name, mask in everything(net).items()}
-    neurons = {name: (torch.rand(shape) < 0.7).float() for name, (_, shape) in prices(net)[1].items()}
+    neurons = {name: (torch.rand(shape) < 0.7).float()
+               for name, (_, shape) in prices(net)[1].items()}
     without = connections(net, alive)
     assert without == by_hand(net, alive, {}, 11)
     models.mask_neurons(net, neurons)
@@ -320,7 +309,8 @@ def test_connections_of_residual_networks():
 def masked_net():
     net = random_net("small", 0.5)
     torch.manual_seed(1)
-    masks = {name: (torch.rand(shape) < 0.6).double() for name, (_, shape) in prices(net)[1].items()}
+    masks = {name: (torch.rand(shape) < 0.6).double()
+             for name, (_, shape) in prices(net)[1].items()}
     models.mask_neurons(net, masks)
     return net, masks
 
@@ -368,11 +358,17 @@ def test_what_cannot_keep_them_says_so(capsys, monkeypatch):
     small, _, why = compact.make(net, everything(net))
     assert small is None and "masked one by one" in why
     torch.save(models.pack(net), "m.pt")
-    error = wrong(capsys, "m.pt", call=lambda *given: export.main([*given]))
+    error = refused(capsys, export.main, ["m.pt"])
     assert "m.pt has neurons that are masked one by one" in error
-    error = wrong(capsys, "--init", "m.pt", "--width", "0.5", "--dataset", "fashion-mini",
-                  call=lambda *given: prune_unstructured.main([*given]))
+    given = ["--init", "m.pt", "--width", "0.5", "--dataset", "fashion-mini"]
+    error = refused(capsys, prune_unstructured.main, given)
     assert "masked one by one" in error and not Path("runs").exists()
+    masks = everything(net)
+    masks["fc.weight"][0] = False  # pruned too: no other script goes on from it either
+    with torch.no_grad():
+        net.fc.weight[0] = 0
+    torch.save(models.pack(net, masks), "m.pt")
+    assert "masked one by one" in refused(capsys, run, *given)
 
 
 # ---- the script ----------------------------------------------------------------------------------
@@ -394,7 +390,7 @@ def test_a_run_and_its_folder(capsys):
     assert [row["sparsity"] for row in rows] == [0, 1 - keep / total, 1 - keep / total]
     assert (update["iteration"], update["target"], update["neurons"]) == (32, 0.8, 0)
     assert update["pruned"] == total - keep and update["regenerated"] == 0
-    assert summary["training_cost"] == pytest.approx((2 + keep / total) / 3)  # dense while searching
+    assert summary["training_cost"] == pytest.approx((2 + keep / total) / 3)  # the search is dense
     net, masks = models.load("r/model.pt"), models.read("r/model.pt")["masks"]
     assert all(net.get_parameter(name)[~mask].count_nonzero() == 0 for name, mask in masks.items())
     assert connections(net, masks) == update["connections"] < update["connections_dense"]
@@ -409,7 +405,8 @@ def test_a_run_and_its_folder(capsys):
 
 def test_a_run_with_masks_of_neurons(capsys):
     summary = run("--run-dir", "r", "--neurons", "--sparsity", 0.7, *FAST)
-    assert summary["method"] == "upr-neurons" and summary["sparsity"] == pytest.approx(0.7, abs=1e-3)
+    assert summary["method"] == "upr-neurons"
+    assert summary["sparsity"] == pytest.approx(0.7, abs=1e-3)
     (update,) = lines("r", "updates")
     net = models.load("r/model.pt")
     found = models.neuron_masks(net)
@@ -427,7 +424,7 @@ def test_a_run_with_masks_of_neurons(capsys):
     assert not Path("r/compact.pt").exists()
 
 
-def test_the_published_threshold():
+def test_the_published_threshold(capsys):
     given = ("--mode", "paper", "--neurons", "--epochs-finetune", 0, *FAST)
     run("--run-dir", "a", *given)
     run("--run-dir", "b", "--sparsity", 0.6, *given)  # it chooses a price, and one is given
@@ -435,7 +432,34 @@ def test_the_published_threshold():
     masks = models.read("a/model.pt")["masks"]
     flat = torch.cat([mask.flatten() for mask in masks.values()])
     assert torch.equal(flat, soft["alpha"][:len(flat)] > 0)
-    assert lines("a", "updates") == lines("b", "updates") and lines("a", "updates")[0]["target"] is None
+    (update,) = lines("a", "updates")
+    assert [update] == lines("b", "updates") and update["target"] is None
+    found = sum(layer["alive"] for layer in update["layers"])
+    out = capsys.readouterr().out
+    assert f"the search ended with {found:,} masks of weights above 0; " in out
+    assert "asked for" not in out and "note: the price" not in out  # one is given
+
+
+def test_a_default_price_on_other_data_is_said_once(monkeypatch, capsys):
+    words = "is that of short runs on the embedded data"
+    stop_after(9, monkeypatch, run, "--run-dir", "r")
+    assert capsys.readouterr().out.count(words) == 1
+    run("--run-dir", "r", "--resume", short=False)
+    run("--smoke", short=False)  # on the embedded data
+    assert words not in capsys.readouterr().out
+
+
+def test_a_map_that_would_lose_all_neurons_is_said_to(monkeypatch, capsys):
+    """Their masks fall, whatever the price: only neurons of the map of lifs.2 cost anything."""
+    monkeypatch.setattr(prune_upr, "prices", lambda net, real=prices: (
+        real(net)[0], {name: (1e9 * (name == "lifs.2"), shape)
+                       for name, (_, shape) in real(net)[1].items()}))
+    run("--run-dir", "r", "--neurons", "--epochs-finetune", 0, *FAST)
+    out = capsys.readouterr().out
+    assert "note: lifs.2 would have lost all neurons; the one with the largest alpha is kept" in out
+    assert "lifs.2 would have lost all weights" not in out
+    masks = models.neuron_masks(models.load("r/model.pt"))
+    assert masks["lifs.2"].sum() == 1 and masks["lifs.1"].sum() > 1
 
 
 @pytest.mark.parametrize("with_neurons", [False, True])
@@ -511,8 +535,9 @@ def test_a_run_written_separately(with_neurons):
     for name, tensor in net.state_dict().items():  # a vector and parts of it round differently
         assert torch.allclose(packed["state_dict"][name], tensor, rtol=1e-3, atol=1e-4), name
     soft = torch.load("r/checkpoint.pt", weights_only=True)["parts"]["soft"]
-    assert torch.allclose(soft["alpha"], torch.cat([a.flatten() for a in alpha.values()]), atol=1e-5)
-    assert torch.allclose(soft["w"], torch.cat([part.flatten() for part in w.values()]), atol=1e-5)
+    for key, parts in (("alpha", alpha), ("w", w)):
+        whole = torch.cat([part.flatten() for part in parts.values()])
+        assert torch.allclose(soft[key], whole, atol=1e-5)
 
 
 def test_without_price_and_with_hard_masks_it_is_plain_training(monkeypatch):
@@ -606,15 +631,13 @@ def test_wrong_commands(given, words, capsys):
     Path("full").mkdir()
     Path("full/thesis.txt").write_text("text")
     before = sorted(Path().rglob("*"))
-    assert words in wrong(capsys, *given.split())
+    assert words in refused(capsys, run, *given.split())
     assert sorted(Path().rglob("*")) == before
 
 
 def test_a_price_that_leaves_fewer_masks_than_layers(capsys):
-    with pytest.raises(SystemExit) as stop:
-        run("--mode", "paper", "--price", 1, "--mask-lr", 0.05)
-    error = one_line(capsys)
-    assert stop.value.code == 1 and "Start again with a lower --price" in error
+    given = ["--mode", "paper", "--price", 1, "--mask-lr", 0.05]
+    assert "Start again with a lower --price" in refused(capsys, run, *given, code=1)
 
 
 def test_as_published(capsys):
@@ -627,7 +650,5 @@ def test_as_published(capsys):
     assert (args.mode, args.loss, args.optimizer) == ("matched", "mse", "sgd")
     assert "published-loss" in args.run_dir
     assert prune_upr.parse_args([]).as_published == []
-    with pytest.raises(SystemExit) as stop:
-        prune_upr.parse_args(["--as-published", "loss", "--loss", "ce"])
-    assert stop.value.code == 2
-    assert "--loss is ce, but --as-published loss sets it to mse" in one_line(capsys)
+    error = refused(capsys, run, "--as-published", "loss", "--loss", "ce")
+    assert "--loss is ce, but --as-published loss sets it to mse" in error
