@@ -1090,7 +1090,7 @@ def test_the_commands_hold_what_differs_from_the_defaults(tmp_path):
     assert "--lr" not in records.command_of(run)
 
 
-STUDIES = "methods readings regen-rate fashion-mnist cifar100 demo".split()
+STUDIES = "methods readings regen-rate fashion-mnist cifar100 items demo".split()
 
 
 def test_the_figures_in_the_readme_are_those_of_the_logs():
