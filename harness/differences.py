@@ -14,7 +14,8 @@ LEVEL = 0.05
 
 class Difference(NamedTuple):
     """A mean difference in accuracy, in points; half of its 95 % interval; and p, the
-    probability of one as far from 0 if there is none. NaN where it is not known."""
+    probability of a mean as far from 0 if there is no difference. NaN where it is not
+    known."""
 
     mean: float
     half: float
@@ -29,6 +30,9 @@ def against(runs, baseline):
     for pairs.
 
     runs, baseline: {seed: run}. It is UNKNOWN where they share fewer than two seeds.
+    Where all pairs differ alike, only the mean is known: accuracies are counts of
+    images, so that two seeds are equal by chance at times, and t has no spread to rest
+    on.
     """
     pairs = [100 * (run.summary["test_accuracy"]
                     - baseline[seed].summary["test_accuracy"])
@@ -37,8 +41,8 @@ def against(runs, baseline):
         return UNKNOWN
     mean, degrees = float(np.mean(pairs)), len(pairs) - 1
     error = float(np.std(pairs, ddof=1) / np.sqrt(len(pairs)))
-    if error == 0:  # all pairs differ alike
-        return Difference(mean, 0.0, 1.0 if mean == 0 else 0.0)
+    if error < 1e-9:  # alike up to rounding
+        return Difference(mean, np.nan, np.nan)
     return Difference(mean, quantile(degrees) * error, p_value(mean / error, degrees))
 
 
@@ -53,12 +57,12 @@ def p_value(t, degrees):
         total += term
         term *= cosine**2 * (k - 1) / k
     inside = 2 / math.pi * (angle + sine * total) if odd else sine * total
-    return 1 - inside
+    return max(0.0, 1 - inside)  # rounding may leave less than 0
 
 
 def quantile(degrees):
     """Return the t whose interval holds 95 %, by bisection."""
-    low, high = 0.0, 13.0
+    low, high = 0.0, 13.0  # it is 12.7 at one degree of freedom, and less at more
     for _ in range(50):
         middle = (low + high) / 2
         if p_value(middle, degrees) > LEVEL:
@@ -69,9 +73,9 @@ def quantile(degrees):
 
 
 def holm(values):
-    """Return p-values corrected for their number (Holm, 1979): below LEVEL, with a
-    probability of 95 % none of those found is due to chance. NaN stays and does not
-    count."""
+    """Return p-values corrected for their number (Holm, 1979). If those below LEVEL are
+    taken as found, chance alone brings one or more of them with a probability of 5 % at
+    most. NaN stays and does not count."""
     known = sorted((p, i) for i, p in enumerate(values) if not np.isnan(p))
     corrected, least = [np.nan] * len(values), 0.0
     for rank, (p, i) in enumerate(known):
@@ -86,9 +90,12 @@ def sign(mean, p):
 
 
 def words(mean, half, p):
-    """Return a difference in words, "+1.2 (+0.3 to +2.1) above", or "-" if it is not
-    known. p: corrected."""
+    """Return a difference in words, "+1.2 (+0.3 to +2.1) above"; "+1.2" where only the
+    mean is known, "-" where nothing is. The interval is that of this difference alone;
+    p is corrected."""
     if np.isnan(mean):
         return "-"
-    text = f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f})"
-    return " ".join([text, *{1: ["above"], -1: ["below"]}.get(sign(mean, p), [])])
+    if np.isnan(half):
+        return f"{mean:+.1f}"
+    word = {1: " above", -1: " below", 0: ""}[sign(mean, p)]
+    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f}){word}"

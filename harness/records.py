@@ -63,12 +63,15 @@ SHARED = ("dataset", "event_split", "model", "init", "width", "encoding", "tau",
           "threshold", "surrogate", "alpha", "reset", "detach_reset", "decay_input",
           "strict", "loss", "train_limit", "time_steps", "batch_size", "lr", "smoke",
           "epochs_finetune", "optimizer")
+# Those beside, which compare.py has words for in the names of its rows
+TRAINING = ("crop", "flip", "cutout", "rotate", "precision", "momentum", "weight_decay",
+            "schedule", "as_published")
 # Runs with equal items of --as-published have equal flags that these imply
 SAME = {
-    WEIGHTS: (*SHARED, "schedule", "as_published", "epochs_prune", "sparsity",
-              "interval", "aggregate", "candidates"),
-    CHANNELS: (*SHARED, "schedule", "as_published", "epochs_pretrain", "prune_ratio",
-               "target_macs", "regen_base", "l1", "finetune_l1"),
+    WEIGHTS: (*SHARED, *TRAINING, "epochs_prune", "sparsity", "interval", "aggregate",
+              "candidates"),
+    CHANNELS: (*SHARED, *TRAINING, "epochs_pretrain", "prune_ratio", "target_macs",
+               "regen_base", "l1", "finetune_l1"),
 }
 # Of these, the flags that mean nothing to a method
 MEANINGLESS = {
@@ -170,8 +173,10 @@ def read(run, name):
                 with np.load(path) as file:
                     run.files[name] = dict(file)
             elif path.suffix == ".jsonl":
-                rows = path.read_text().splitlines()
-                run.files[name] = [json.loads(row) for row in rows]
+                rows = [json.loads(row) for row in path.read_text().splitlines()]
+                if not all(isinstance(row, dict) for row in rows):
+                    raise ValueError
+                run.files[name] = rows
             else:
                 run.files[name] = json.loads(path.read_text())
         except FileNotFoundError:
@@ -365,11 +370,13 @@ def rankings(runs):
 
 
 def meaningless_to(run):
-    """Return the flags of SAME that mean nothing to a run: those listed for its method,
-    and for a script other than the two algorithms those that it does not have."""
+    """Return the flags of SAME that mean nothing to a run: those listed for its method;
+    for a script other than the two algorithms those that it does not have, and the
+    weight decay, which is its own."""
     found = set(MEANINGLESS.get(run.method, ()))
     if run.script not in ALGORITHMS:
         found |= {flag for flag in SAME[run.pruned] if flag not in run.config}
+        found.add("weight_decay")
     return found
 
 

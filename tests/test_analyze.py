@@ -871,6 +871,8 @@ def test_what_is_no_run_is_named_and_skipped(there, capsys):
 
 @pytest.mark.parametrize("figure, name, damage, says", [
     ("survival", "updates.jsonl", None, "it has no updates.jsonl"),
+    ("survival", "updates.jsonl", "5\n", "updates.jsonl is damaged"),
+    ("survival", "updates.jsonl", '{"layers": []}\n', "a row of updates.jsonl has no survived"),
     ("curves", "metrics.jsonl", "{", "metrics.jsonl is damaged"),
     ("variance", "analysis.npz", "PK", "analysis.npz is damaged")])  # and model.pt is gone
 def test_a_run_with_a_bad_file_is_named_and_left_out(there, capsys, figure, name, damage, says):
@@ -881,6 +883,40 @@ def test_a_run_with_a_bad_file_is_named_and_left_out(there, capsys, figure, name
     assert f"{figure:<12}without runs/demo/epochs4-r0.5: {says}\n" in capsys.readouterr().out
     used = {run.folder.name for run in drawn[figure][2]}
     assert "epochs4-r0.5" not in used and used & {"criticality-r0.3", "criticality-r0.7"}
+
+
+def test_a_log_of_updates_that_is_cut_off_is_not_averaged_with_a_whole_one():
+    runs = [fake("criticality", seed, 0.5, as_published=[]) for seed in range(3)]
+    row = dict(layers=[dict(alive=10)], survived=0.5, survived_plain=0.4, regenerated=5)
+    for run, count in zip(runs, (4, 3, 4)):
+        run.files["updates.jsonl"] = [row] * count
+    _, ((axis,),) = plots.canvas(1)
+    with pytest.raises(records.Unfit, match="has 3 updates, another run's 4") as short:
+        analyze.survival_of_updates(axis, runs)
+    assert short.value.args[0] is runs[1]
+    rows, _ = analyze.survival_of_updates(axis, runs[::2])
+    assert [row["share"] for row in rows] == [50] * 4 + [40] * 4 + [50] * 4
+
+
+def test_verdicts_are_written_and_printed(capsys):
+    for seed, accuracy in enumerate((0.85, 0.851)):
+        saved(f"runs/g{seed}", "gmp", regen=0.0, seed=seed, accuracy=0.84)
+        for rate in (0.1, 0.5):
+            saved(f"runs/c{rate}{seed}", "criticality", regen=rate, seed=seed, accuracy=accuracy)
+    analyze.main(["verdicts"])
+    text, printed = Path("figures/verdicts.md").read_text(), capsys.readouterr().out
+    assert text.startswith("| the paper says | verdict | here |\n")
+    assert text.count("\n") == 4 and printed.endswith("verdicts    figures/verdicts.md\n")
+    for line in text.splitlines()[2:]:
+        claim, verdict, here = line.strip("| ").split(" | ")
+        assert f"\n{claim}: {verdict}. {here}\n" in printed
+    for folder in Path("runs").glob("c*"):
+        shutil.rmtree(folder)
+    for seed in (0, 1):  # a figure can be drawn of these, and no verdict can be given
+        saved(f"runs/r{seed}", "random", regen=0.5, seed=seed)
+    with pytest.raises(SystemExit) as stopped:
+        analyze.main(["verdicts"])
+    assert stopped.value.code == 2 and "say nothing of a claim of the paper" in one_line(capsys)
 
 
 def test_a_run_without_weights_and_analysis_is_named(there, capsys):
@@ -1026,16 +1062,16 @@ def test_one_failed_seed_does_not_flatten_a_figure():
             saved(f"runs/c{rate}{seed}", "criticality", regen=rate, seed=seed,
                   accuracy=accuracy)
     drawn = analyze.main(["ratio"])
-    figure, rows, _, _ = drawn["ratio"]
+    figure, rows, used, _ = drawn["ratio"]
     low, high = figure.axes[0].get_ylim()
     assert (low, high) == pytest.approx((80, 85.2))
     assert [text.get_text() for text in figure.axes[0].texts] == ["64"]
     note = plots.note_of(figure)
     assert "bars: their standard deviation" in note and "a mean below the panel" in note
-    analyze.write_report(Path("figures/report.html"), drawn)
+    analyze.write_report(Path("figures/report.html"), used, drawn)
     assert "a mean below the panel" not in Path("figures/report.html").read_text()
     Path("figures/ratio.png").unlink()  # it could not be drawn: the page says what it would
-    analyze.write_report(Path("figures/report.html"), drawn)
+    analyze.write_report(Path("figures/report.html"), used, drawn)
     assert "a mean below the panel" in Path("figures/report.html").read_text()
 
 
