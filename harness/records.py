@@ -63,7 +63,7 @@ SHARED = ("dataset", "event_split", "model", "init", "width", "encoding", "tau",
           "threshold", "surrogate", "alpha", "reset", "detach_reset", "decay_input",
           "strict", "loss", "train_limit", "time_steps", "batch_size", "lr", "smoke",
           "epochs_finetune", "optimizer")
-# Those beside, which compare.py has words for in the names of its rows
+# More of them, by which compare.py tells rows apart, or tables (precision)
 TRAINING = ("crop", "flip", "cutout", "rotate", "precision", "momentum", "weight_decay",
             "schedule", "as_published")
 # Runs with equal items of --as-published have equal flags that these imply
