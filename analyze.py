@@ -437,14 +437,17 @@ def curves_of(axes, runs, method):
         logs.append(log)
     rows = []
     for part, line in (("train", "--"), ("test", "-")):
+        # of the epochs that all runs were evaluated in
+        epochs = [i for i, of_epoch in enumerate(zip(*logs))
+                  if all(row[f"{part}_accuracy"] is not None for row in of_epoch)]
         for axis, quantity, factor in zip(axes, ("accuracy", "loss"), (100, 1)):
-            mean, std = spread([[factor * row[f"{part}_{quantity}"] for row in log]
+            mean, std = spread([[factor * log[i][f"{part}_{quantity}"] for i in epochs]
                                 for log in logs])
-            plot(axis, range(1, len(mean) + 1), mean, std, method, linestyle=line,
+            shown = [i + 1 for i in epochs]
+            plot(axis, shown, mean, std, method, linestyle=line,
                  label=f"{method}, {part}")
             rows += [dict(method=method, set=part, quantity=quantity, epoch=epoch,
-                          mean=m, std=s)
-                     for epoch, (m, s) in enumerate(zip(mean, std), 1)]
+                          mean=m, std=s) for epoch, m, s in zip(shown, mean, std)]
     return rows
 
 

@@ -27,7 +27,7 @@ from harness.machine import is_missing_on_mps, is_out_of_memory
 from neurons import RESETS, SURROGATES
 
 # Flags that a resumed run may change
-MAY_DIFFER = {"device", "save_every", "tensorboard"}
+MAY_DIFFER = {"device", "evaluate_every", "save_every", "tensorboard"}
 PLACES = {"dataset", "data_dir"}  # these too, if the hash of the data agrees
 
 # {flag: its word in the name of a run's folder}, for sizes that are not the default
@@ -147,6 +147,9 @@ def make_parser(doc):
         help="choose the epochs of all stages, in the proportion of the defaults, and "
              "the interval so that the run ends within so many minutes on this "
              "machine; a trial of a few steps is measured first")
+    add("--evaluate-every", type=whole(1), metavar="EPOCHS",
+        help="evaluate on the test set every so many epochs of a stage, and at its "
+             "end; the weights stay the same, bit by bit")
     add("--save-every", type=number(0), metavar="MINUTES",
         help="save a checkpoint inside an epoch too, every so many minutes; a run that "
              "is killed loses no more than these, and no more than an epoch and 20 "

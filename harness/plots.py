@@ -260,7 +260,6 @@ def draw_curves(rows, path):
 
     rows: those of metrics.jsonl. Dotted lines stand where a stage begins.
     """
-    epochs = [row["epoch"] for row in rows]
     small = {"font.size": 9, "xtick.labelsize": 7, "ytick.labelsize": 7}
     with matplotlib.rc_context(small):
         figure = Figure(figsize=(7.0, 2.4), layout="constrained")
@@ -269,11 +268,14 @@ def draw_curves(rows, path):
         for key, colour, line, label in (("train", BLUE, "--", "training"),
                                          ("test", RED, "-", "test")):
             style = point | dict(color=colour, linestyle=line, label=label)
-            accuracy = [100 * row[f"{key}_accuracy"] for row in rows]
+            # an epoch that was not evaluated has no test accuracy
+            known = [row for row in rows if row[f"{key}_accuracy"] is not None]
+            epochs = [row["epoch"] for row in known]
+            accuracy = [100 * row[f"{key}_accuracy"] for row in known]
             axes[0].plot(epochs, accuracy, **style)
-            axes[1].plot(epochs, [row[f"{key}_loss"] for row in rows], **style)
+            axes[1].plot(epochs, [row[f"{key}_loss"] for row in known], **style)
         sparsity = [100 * row["sparsity"] for row in rows]
-        axes[2].plot(epochs, sparsity, color=GREEN, **point)
+        axes[2].plot([row["epoch"] for row in rows], sparsity, color=GREEN, **point)
         for axis, label in zip(axes, ("Accuracy (%)", "Loss (nats)", "Sparsity (%)")):
             axis.set(xlabel="Epoch", ylabel=label)
             axis.xaxis.get_major_locator().set_params(integer=True)

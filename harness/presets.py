@@ -87,8 +87,8 @@ ROWS = {
             batch_size=64, lr=0.1, loss="ce", schedule="cosine", optimizer="sgd",
             momentum=0.9, weight_decay=5e-4,
             device=None, precision="fp32", compile=False, sync_bn=False, seed=0,
-            run_dir=None, minutes=None, save_every=10.0, tensorboard=False,
-            resume=False, overwrite=False, smoke=False),
+            run_dir=None, minutes=None, evaluate_every=1, save_every=10.0,
+            tensorboard=False, resume=False, overwrite=False, smoke=False),
         weights=dict(epochs_prune=8, epochs_finetune=4, interval=25),
         channels=dict(epochs_pretrain=8, epochs_finetune=8),
         unstructured=dict(

@@ -365,21 +365,24 @@ class Run:
 
     def end_epoch(self, sparsity=None, masks_hold=True):
         """Evaluate, print the epoch, write it to metrics.jsonl, and save a checkpoint,
-        always at the end of a stage and else if the last one is old.
+        always at the end of a stage and else if the last one is old. An epoch that
+        --evaluate-every passes over has no test accuracy: it is null.
 
         sparsity: of the network, 0..1; None: of the masks. masks_hold: whether dead
         weights are 0 already, which is then checked.
         """
         lr = self.optimizer.param_groups[0]["lr"]
         self._say_length()
-        test = self.evaluate()
+        test = dict(loss=None, accuracy=None, rate=None, silent=[])
+        if self._is_evaluated(self.epoch):
+            test = self.evaluate()
         if sparsity is None:
             sparsity = self.masks.sparsity
         stage, within, count = self.stages.place(self.epoch)
         self.check()
         if masks_hold:
             self.verify()
-        if not math.isfinite(test["loss"]):
+        if test["loss"] is not None and not math.isfinite(test["loss"]):
             raise FloatingPointError(
                 f"the test loss is not finite after iteration {self.iteration}. A "
                 f"checkpoint saved before is kept; try a lower --lr")
@@ -404,11 +407,14 @@ class Run:
             self.save()
 
         self.spoken_at = now
-        self.say(
-            f"{stage:<9}{within + 1:>4}/{count:<4} lr {lr:.4f}  loss {loss:.3f}  train "
-            f"{100 * accuracy:.1f} %  test {100 * test['accuracy']:.1f} %  sparse "
-            f"{100 * sparsity:.1f} %  firing {test['rate']:.3f}  {seconds:.0f} s  left "
-            f"{self._time_left()}")
+        line = (f"{stage:<9}{within + 1:>4}/{count:<4} lr {lr:.4f}  loss {loss:.3f}  "
+                f"train {100 * accuracy:.1f} %  ")
+        if test["accuracy"] is not None:
+            line += f"test {100 * test['accuracy']:.1f} %  "
+        line += f"sparse {100 * sparsity:.1f} %  "
+        if test["rate"] is not None:
+            line += f"firing {test['rate']:.3f}  "
+        self.say(f"{line}{seconds:.0f} s  left {self._time_left()}")
         if test["silent"]:
             self.say(f"  note: no neuron of {', '.join(test['silent'])} fired on the "
                      f"whole test set")
@@ -417,6 +423,11 @@ class Run:
             self.save()
         if is_stopped:
             raise Stopped
+
+    def _is_evaluated(self, epoch):
+        """Return whether an epoch, from 0 over all stages, ends with an evaluation."""
+        _, within, count = self.stages.place(epoch)
+        return within + 1 == count or (within + 1) % self.args.evaluate_every == 0
 
     def last_accuracy(self, stage):
         """Return the test accuracy, 0..1, after the last epoch of a stage."""
@@ -846,12 +857,14 @@ class Run:
         evaluation /= processes.size()
         if self.measured is not None:
             self.measured(step, evaluation)
-        steps, epochs = self.total_steps - self.iteration, self.stages.epochs
-        seconds = steps * step + (epochs - self.epoch) * evaluation
+        steps = self.total_steps - self.iteration
+        epochs_left = range(self.epoch, self.stages.epochs)
+        evaluations = sum(map(self._is_evaluated, epochs_left))
+        seconds = steps * step + evaluations * evaluation
         form = "%a %H:%M" if seconds < 6 * 86400 else "%d %b %Y"
         ends = time.strftime(form, time.localtime(time.time() + seconds))
         line = (f"takes about {span(seconds)} from here, until {ends}: {steps:,} steps "
-                f"of {span(step)}, {epochs - self.epoch} evaluations of "
+                f"of {span(step)}, {evaluations} evaluations of "
                 f"{span(evaluation)}")
         if seconds > LONG_SECONDS and self.device.type == "cpu":
             line += (f"\nnote: about {span(seconds)} on this machine; --train-limit, "
@@ -890,7 +903,7 @@ class Run:
             if accuracy is not None:
                 self.say(f"  {name:<24}{100 * accuracy:6.2f} % test accuracy")
         tuned = [row["test_accuracy"] for row in self.rows
-                 if row["stage"] == "finetune"]
+                 if row["stage"] == "finetune" and row["test_accuracy"] is not None]
         if values["as_published"] and tuned:
             self.say(f"  best epoch              {100 * max(tuned):6.2f} % of the "
                      f"fine-tuning, chosen by the test set: what the published code "

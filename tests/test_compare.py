@@ -378,7 +378,7 @@ def test_runs_of_before_and_after_a_flag_are_one_row():
                                 regen=0.0, regen_base="kept", finetune_l1=False)),
                        (1, dict(script="prune_greg"))):
         written(f"c{seed}", "greg1", seed, epochs_prune=4, **more)
-    for seed, more in ((0, {}), (1, dict(looks_new=False))):
+    for seed, more in ((0, {}), (1, dict(looks_new=False, evaluate_every=5))):
         written(f"g{seed}", seed=seed, **more)
     found, _ = groups.gather(Path("logs"))
     assert {name: sorted(runs) for (_, _, name), runs in found.items()} == dict.fromkeys(

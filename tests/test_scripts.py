@@ -101,6 +101,31 @@ def test_a_run_and_its_folder(capsys):
     assert "\r" not in printed  # no progress bar where the output is no terminal
 
 
+def test_epochs_between_evaluations(capsys):
+    """--evaluate-every evaluates at each N-th epoch of a stage and at its end, and changes nothing
+    of what is trained."""
+    given = ["--train-limit", 300, "--epochs-prune", 5, "--epochs-finetune", 2, "--interval", 5,
+             "--as-published", "zero"]
+    run("--run-dir", "each", *given)
+    each = capsys.readouterr().out
+    run("--run-dir", "some", *given, "--evaluate-every", 2)
+    some = capsys.readouterr().out
+    rows, fewer = lines("each", "metrics"), lines("some", "metrics")
+    tested = {"test_loss", "test_accuracy", "firing_rate"}
+    assert [row["epoch"] for row in fewer if row["test_accuracy"] is not None] == [2, 4, 5, 7]
+    for row, other in zip(rows, fewer, strict=True):
+        if other["test_accuracy"] is None:
+            row |= dict.fromkeys(tested)
+        assert {**row, "seconds": 0} == {**other, "seconds": 0}
+    weights, others = (models.load(f"{name}/model.pt").state_dict() for name in ("each", "some"))
+    assert all(torch.equal(weights[name], others[name]) for name in weights
+               if isinstance(weights[name], torch.Tensor))
+    # what is printed: the evaluations that are planned, and of the last epoch its accuracy
+    assert " 7 evaluations of" in each and " 4 evaluations of" in some
+    assert "best epoch" in some and each.count("  test ") == 7 and some.count("  test ") == 4
+    run("--run-dir", "some", *given, "--resume", "--evaluate-every", 3)  # it may differ
+
+
 @pytest.mark.parametrize("given, method", [
     (["--metric", "gradient"], "gradient"), (["--metric", "random"], "random"),
     (["--candidates", "new", "--aggregate", "mean"], "criticality"),
