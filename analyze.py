@@ -435,6 +435,10 @@ def curves_of(axes, runs, method):
         if not log:
             raise Unfit(run, "it has no epoch of fine-tuning")
         logs.append(log)
+    for run, log in zip(runs, logs):
+        if len(log) < max(map(len, logs)):
+            raise Unfit(run, f"its log has {len(log)} epochs of fine-tuning, another "
+                             f"one {max(map(len, logs))}")
     rows = []
     for part, line in (("train", "--"), ("test", "-")):
         # of the epochs that all runs were evaluated in
@@ -792,7 +796,7 @@ def write_verdicts(path, runs, drawn):
     if table is None:
         raise ValueError("these runs say nothing of a claim of the paper. Make runs of "
                          "criticality and of GMP: python compare.py")
-    verdicts.write(path, table)
+    verdicts.write(path, table, runs)
     for claim, verdict, here, _ in table.rows:
         print(f"{claim}: {verdict}. {here}")
     print(f"verdicts    {path}")

@@ -186,7 +186,7 @@ def stored(net, kept):
     for name, group in groups.items():
         fed = kept.get(group.feeds)
         if fed is not None and not fed.any():
-            size = net.config["widths"][group.width]
+            size = net.config["widths"][group.place]
             found[name] = torch.zeros(size, dtype=torch.bool, device=fed.device)
     return found
 
@@ -195,7 +195,7 @@ def kept_widths(net, kept):
     """Return the list of widths of the network that remove(net, kept) makes."""
     groups, widths = models.removable(net), list(net.config["widths"])
     for name, keep in stored(net, kept).items():
-        widths[groups[name].width] = int(keep.count_nonzero())
+        widths[groups[name].place] = int(keep.count_nonzero())
     return widths
 
 
@@ -250,7 +250,7 @@ def remove(net, kept):
         if name not in groups:
             raise ValueError(f"the channels of {name!r} cannot be removed, expected a "
                              f"layer out of {', '.join(groups)}")
-        size = net.config["widths"][groups[name].width]
+        size = net.config["widths"][groups[name].place]
         is_left = keep.any() or groups[name].may_be_empty
         if keep.dtype != torch.bool or keep.shape != (size,) or not is_left:
             raise ValueError(f"kept[{name!r}] is {keep.dtype} of shape "

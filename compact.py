@@ -31,6 +31,7 @@ import torch.nn.functional as F
 
 import channels
 import metrics
+import modelfile
 import models
 
 
@@ -156,7 +157,7 @@ def describe(dense, small):
     for net in (dense, small):
         widths = net.config["widths"]
         groups = models.removable(net).values()
-        counts.append(sum(widths[group.width] for group in groups))
+        counts.append(sum(widths[group.place] for group in groups))
         macs.append(sum(metrics.macs(net.config).values()))
     return (f"channels {counts[0]:,} -> {counts[1]:,}, MACs a step {macs[0]:,} -> "
             f"{macs[1]:,} ({100 * (1 - macs[1] / macs[0]):.2f} % less)")
@@ -211,8 +212,8 @@ def main(argv=None):
     out = Path(args.out or args.model.with_name("compact.pt"))
     with flags.exits(2, ValueError, OSError):
         processes.require_one()
-        packed = models.read(args.model)
-        net = models.unpack(packed, args.model)
+        packed = modelfile.read(args.model)
+        net = modelfile.unpack(packed, args.model)
         small, masks, text = make(net, packed["masks"])
         if small is None:
             print(f"{args.model}: {text}. Nothing is written")
@@ -220,7 +221,7 @@ def main(argv=None):
         if out.exists() and out.samefile(args.model):
             raise ValueError(f"{out} is the file that is read, expected another one to "
                              f"write. Name it by --out")
-        files.save_tensors(out, models.pack(small, masks))
+        files.save_tensors(out, modelfile.pack(small, masks))
     speed = {}
     for n in (1, 32):
         speed[n] = metrics.speedup(net, small, random_batch(net, n))

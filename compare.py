@@ -207,30 +207,41 @@ def plot_tables(tables):
     """Draw the largest table of weights and that of channels, and lines over flags, and
     return the figure.
 
-    Left: accuracy for the targets that several methods have, the methods side by side
-    in the order of the first target (dotted: dense). Right: accuracy over the training
-    cost; where all targets are of one kind, a line joins those of a method. Below: the
-    rows that are lines over a flag, of all tables.
+    Left: accuracy for the targets that several methods have (dotted: dense). Right:
+    the training cost. Of one or two targets each method has a line of its own, the best
+    one first. Of more targets the methods are lines over them, and on the right
+    accuracy is drawn over the cost. Below: the rows that are lines over a flag, of all
+    tables.
     """
     panels = sweeps(tables)
     on_lines = {groups.key_of(row) for lines in panels.values() for line in lines
                 for _, row in line}
     drawn = largest_tables(tables, panels, on_lines)
-    # room for the legends: one or two columns, see beside()
-    methods = [len({row["method"] for row in rows}) for _, rows in drawn]
-    margin = 1.8 if max(methods, default=0) <= 16 else 3.6
-    figure, axes = plots.canvas(2, len(drawn) + -(-len(panels) // 2), margin)
-    seen = set(on_lines)
-    for (left, right), (setting, rows) in zip(axes, drawn):
+    shown, heights, margin = [], [], 0
+    for setting, rows in drawn:
         counts = Counter(row["target"] for row in rows if row["target"] != "-")
         targets = [target for target in counts if counts[target] > 1] or list(counts)
         rows = [row for row in rows if row["target"] in ("-", *targets)]
+        shown.append((setting, rows, targets))
+        if len(targets) > 2:
+            heights.append(2.5)
+            margin = 1.8  # room for a legend, see beside()
+        else:
+            heights.append(0.9 + 0.17 * len({row["method"] for row in rows}))
+    heights += [2.5] * -(-len(panels) // 2)
+    figure, axes = plots.canvas(2, len(heights), margin, heights)
+    seen = set(on_lines)
+    for (left, right), (setting, rows, targets) in zip(axes, shown):
         limits = plots.limits_of([row["accuracy"] for row in rows],
                                  [row["std"] for row in rows])
-        for axis in (left, right):
-            axis.set(ylabel="Test accuracy (%)", ylim=limits)
-        plot_targets(left, rows, targets)
-        plot_costs(right, rows, targets)
+        if len(targets) > 2:
+            for axis in (left, right):
+                axis.set(ylabel="Test accuracy (%)", ylim=limits)
+            plot_targets(left, rows, targets)
+            plot_costs(right, rows, targets)
+        else:
+            left.set(xlabel="Test accuracy (%)", xlim=limits)
+            plot_methods(left, right, rows, targets)
         # the name of a data set may have a $, which is no formula
         left.set_title(setting, fontsize=7, loc="left", parse_math=False)
         seen |= set(map(groups.key_of, rows))
@@ -279,7 +290,7 @@ def explain(figure, has_dense, missing):
     if has_dense:
         text += " Dotted: dense."
     if any(axis.texts for axis in figure.axes):
-        text += " A number at the lower edge: a mean below the panel."
+        text += " A number at an edge: a mean beyond it."
     if missing:
         text += (f" Not drawn: {missing} rows of smaller tables, or of a target or a "
                  f"table that one method alone has.")
@@ -304,9 +315,49 @@ def sweeps(tables):
     return dict(most[:MOST_LINES])
 
 
+def plot_methods(left, right, rows, targets):
+    """Draw the methods below each other: on the left their accuracy, on the right their
+    training cost. The limits on the left are set before."""
+    first = {row["method"]: row["accuracy"] for row in rows[::-1]
+             if row["target"] in ("-", *targets[:1])}
+    methods = sorted({row["method"] for row in rows},
+                     key=lambda method: (-first.get(method, 0), method))
+    low, _ = left.get_xlim()
+    for place, method in enumerate(methods):
+        colour, marker = plots.style_of(method)
+        mine = [row for row in rows if row["method"] == method]
+        for row in mine:
+            look = dict(color=colour, marker=marker, markersize=SIZE, label=method)
+            if row["target"] in targets[1:]:
+                look |= plots.FILLS[1]
+            left.errorbar(row["accuracy"], place, xerr=row["std"] or None, capsize=2,
+                          elinewidth=1, **look)
+            right.plot(row["training_cost"], place, **look)
+        beyond = [f"{row['accuracy']:.0f}" for row in mine if row["accuracy"] < low]
+        if beyond:
+            left.annotate(", ".join(beyond), (low, place), fontsize=6, va="center",
+                          color=colour, xytext=(2, 0), textcoords="offset points")
+        if groups.style_name(method) == "dense":
+            left.axvline(mine[0]["accuracy"], color="black", linestyle=":", linewidth=1)
+    for axis in (left, right):
+        axis.set(ylim=(len(methods) - 0.5, -0.5))
+        axis.set_yticks(range(len(methods)), methods, fontsize=6.5, parse_math=False)
+        axis.grid(axis="y", linewidth=0.3)
+    right.tick_params(axis="y", labelleft=False)
+    right.set(xlabel="Training cost / dense", xlim=(0, None))
+    if len(targets) > 1:
+        for target, fill in zip(targets, plots.FILLS):
+            right.plot([], [], color=plots.GREY, marker="o", markersize=SIZE,
+                       linestyle="none", label=target, **fill)
+        named = right.get_legend_handles_labels()
+        right.legend(*(items[-len(targets):] for items in named), frameon=False,
+                     fontsize=7, ncols=2, loc="lower right", bbox_to_anchor=(1, 1),
+                     borderaxespad=0.1)
+
+
 def plot_targets(axis, rows, targets):
-    """Draw accuracy for each target, the methods side by side. The limits of the axis
-    are set before."""
+    """Draw accuracy for each of several targets, a line for each method. The limits of
+    the axis are set before."""
     methods = list(dict.fromkeys(row["method"] for row in rows if row["target"] != "-"))
     for row in rows:
         if groups.style_name(row["method"]) == "dense":
@@ -316,8 +367,7 @@ def plot_targets(axis, rows, targets):
                 if row["method"] == method and row["target"] in targets]
         shift = (methods.index(method) + 0.5) / len(methods) - 0.5
         places = [targets.index(row["target"]) + 0.8 * shift for row in mine]
-        # over three targets a line shows what is one method
-        plot_rows(axis, places, mine, targets, "-" if len(targets) > 2 else "none")
+        plot_rows(axis, places, mine, targets, "-")
     axis.set_xlim(-0.5, max(len(targets), 1) - 0.5)
     axis.set_xticks(range(len(targets)), targets, fontsize=8)
 

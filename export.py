@@ -49,6 +49,8 @@ import torch
 from torch import nn
 
 import data
+import inputs
+import modelfile
 import models
 import sparsefile
 from harness import chip, files, flags, processes, setup
@@ -99,7 +101,7 @@ class Exported(nn.Module):
 @torch.no_grad()
 def logits_of(net, images):
     """Return the logits of a network here, summed over time, [N, K]."""
-    return net(models.as_input(net, images)).sum(0)
+    return net(inputs.as_input(net, images)).sum(0)
 
 
 # of the input, by dimension: any number of images
@@ -348,7 +350,7 @@ FORMATS = {  # {name in --to: function of a Job that writes files and returns li
 
 def to_sparse(job):
     """Write model.sparse.gz, what is alive. Return lines to print."""
-    packed = models.pack(job.net)
+    packed = modelfile.pack(job.net)
     content, dense = sparsefile.content_of(job.net), io.BytesIO()
     torch.save(packed, dense)
     again = sparsefile.load(io.BytesIO(content))
@@ -469,7 +471,7 @@ def missing_for(name):
 def parse_args(argv):
     parser = flags.Parser(__doc__)
     parser.add_argument("network", type=flags.path, metavar="RUN|MODEL.pt",
-                        help="the folder of a run, or a file of models.pack")
+                        help="the folder of a run, or a file of modelfile.pack")
     parser.add_argument("--to", nargs="+", choices=list(FORMATS), default=None,
                         metavar="FORMAT",
                         help=f"{', '.join(FORMATS)} (default: all that apply and whose "

@@ -326,6 +326,16 @@ class Update(NamedTuple):
 # ---- functions -----------------------------------------------------------------------
 
 
+def change_since(before, masks, rescued=()):
+    """Return the Update from the masks `before`, [M] bool, to those of now.
+
+    rescued: the names of layers that would be empty.
+    """
+    n_between = count(before & masks.flat)
+    return Update(pruned=before & ~masks.flat, before=1 - n_between / masks.total,
+                  regenerated=masks.flat & ~before, rescued=rescued)
+
+
 @contextmanager
 def computing_with(parameters, values):
     """Let parameters hold other values inside, for a forward and a backward pass:

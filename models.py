@@ -9,7 +9,8 @@ and those of the other papers.
     found = models.predict(net, images)        # the same, checked, with probabilities
 
 VGG-16 and ResNet-19 are those of LTH-SNN (Kim et al., ECCV 2022, arXiv 2207.01382), the
-set-up that the criticality paper follows; plans.py has a row for each network.
+set-up that the criticality paper follows. plans.py has a row for each network,
+inputs.py says what one may be given, modelfile.py writes and reads its file.
 Convolutions are 3x3 without bias where batch normalisation (BN) follows; max-pooling
 keeps spikes binary. A network slimmed by prune_structured.py is the same code with
 other widths.
@@ -31,31 +32,24 @@ floats in 0..1. Other encodings of the input:
 - "events": frames [T, N, 2, H, W] of event counts, taken as they are.
 """
 import functools
-import inspect
 import json
-import pickle
 import warnings
 import weakref
-import zipfile
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import inputs
 import plans
 from kernels import FastLIF
 from neurons import LIF
 from plans import ENCODINGS, default_widths
 
 NAMES = plans.NAMES
-ROUNDING = 1e-4  # how far pixels in 0..1 may be above 1
-# what a state_dict holds of the data of its training; _extra_state: the class names
-NO_WEIGHTS = "mean", "std", "_extra_state"
-FORMAT = 1  # of model.pt; raised when old files can no longer be read
 
 
 def build(name, num_classes, in_channels, image_size, time_steps, widths=None,
@@ -143,6 +137,9 @@ def start_as_lth_snn(net):
     nn.init.zeros_(net.fc.bias)
 
 
+# ---- layers --------------------------------------------------------------------------
+
+
 def fused(layer, x_seq):
     """Apply a layer without state to [T, N, ...] in one call on [T*N, ...]."""
     return layer(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])
@@ -217,26 +214,7 @@ class PickBN(nn.Module):
         return normalised(self.bn, x_seq, self.bn_per_step)
 
 
-def hint_of_shape(shape, channels, side):
-    """Return in a sentence how images of this shape can be made to fit
-    [N, channels, side, side]."""
-    last = tuple(shape[-3:])
-    if last == (channels, side, side):
-        if len(shape) == 3:
-            return "Give a single image as x[None]"
-        one = ", ".join(map(str, last))
-        return f"Make one batch of all leading dimensions: x.reshape(-1, {one})"
-    if last == (side, side, channels):
-        order = [*range(len(shape))]
-        order.insert(-2, order.pop())
-        how = ", ".join(map(str, order))
-        return (f"Put the channels before the pixels: x.permute({how}), of an array "
-                f"x.transpose({how})")
-    if last[-2:] == (side, side):
-        if channels == 1 and len(shape) < 4:
-            return "Give grey images a dimension of one channel: x[..., None, :, :]"
-        return f"Give as many channels as it was trained with, {channels}"
-    return f"Resize them to the {side} x {side} pixels that it was trained with"
+# ---- what all networks share ---------------------------------------------------------
 
 
 def warn_of_missing(net, keys):
@@ -276,7 +254,7 @@ class SpikingNet(nn.Module):
         super().__init__()
         self.image_size, self.time_steps = image_size, time_steps
         self.encoding = "direct"
-        self.checks_values = True  # of inputs, see _check; predict() has its own check
+        self.checks_values = True  # see inputs.check; predict() has its own check
         self.reads_numbers = set()
         # in the state_dict: without them the weights predict something else
         self.register_buffer("mean", torch.zeros(in_channels))
@@ -310,9 +288,9 @@ class SpikingNet(nn.Module):
         try:
             names = json.loads(bytes(state.tolist()))["class_names"]
         except (AttributeError, TypeError, ValueError, KeyError):
-            raise ValueError(f"_extra_state of the state_dict is {contents(state)}, "
-                             f"expected the class names as JSON, bytes in a uint8 "
-                             f"tensor") from None
+            raise ValueError(f"_extra_state of the state_dict is a "
+                             f"{type(state).__name__}, expected the class names as "
+                             f"JSON, bytes in a uint8 tensor") from None
         check_class_names(names, self.config["num_classes"], "the state_dict")
         self.class_names = names
 
@@ -323,7 +301,7 @@ class SpikingNet(nn.Module):
         x: [N, C, H, W], or [T, N, C, H, W] for data with a time axis, of which the
         first time_steps count. Sides are padded with black to a multiple of pad_to.
         """
-        self._check(x)
+        inputs.check(self, x)
         has_time = x.dim() == 5
         x_seq = x[:self.time_steps] if has_time else x.unsqueeze(0)
         if self.encoding != "direct":
@@ -342,76 +320,6 @@ class SpikingNet(nn.Module):
         if x_seq.dtype == torch.uint8:
             x_seq = (x_seq.to(self.mean.dtype) / 255 - mean) / std
         return x_seq.to(self.mean.dtype)  # of float64, or of half precision
-
-    def _check(self, x):
-        """Raise ValueError for an input of another shape or type. That reads no value,
-        so that no step waits for a GPU.
-
-        On a CPU the values of floating-point inputs are checked too: against NaN, and
-        against pixels in 0..255 that nobody has normalised.
-        """
-        if not isinstance(x, Tensor):
-            raise ValueError(f"the network got a {type(x).__name__}, expected a "
-                             f"tensor. Give it to models.predict(net, images), or "
-                             f"convert it by torch.as_tensor")
-        side, channels = self.image_size, len(self.mean)
-        are_events = self.encoding == "events"
-        fits = tuple(x.shape[-3:]) == (channels, side, side) and x.dim() in (4, 5)
-        if not fits or (are_events and x.dim() == 4):
-            wanted = f"[N, {channels}, {side}, {side}]"
-            if are_events:
-                wanted = f"frames of events [T, N, {channels}, {side}, {side}]"
-            hint = hint_of_shape(x.shape, channels, side)
-            if fits:
-                hint = "Put their time axis first"
-            raise ValueError(f"the network got shape {tuple(x.shape)}, expected "
-                             f"{wanted}. {hint}")
-        if x.dtype != torch.uint8 and not x.is_floating_point():
-            raise ValueError(f"the network got {x.dtype}, expected torch.uint8 in "
-                             f"0..255 or floating point. Give them to "
-                             f"models.predict(net, images), which says how")
-        # a graph that is compiled, traced or exported has no values to look at
-        is_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        if is_graph or not self.checks_values:
-            return
-        if x.is_floating_point() and x.device.type == "cpu" and x.numel() > 0:
-            self._check_values(x)
-
-    def _check_values(self, x):
-        """Raise ValueError for floats that cannot be the network's input. Warn where
-        they look as if they were not normalised."""
-        try:
-            low, high = (float(value) for value in x.detach().aminmax())
-        except RuntimeError:  # a fake tensor, and one in torch.func.vmap, has no values
-            return
-        found = f"the network got values from {low:.4g} to {high:.4g}"
-        remedy = "Give uint8 images, or call models.predict(net, images)"
-        if not (abs(low) < torch.inf and abs(high) < torch.inf):
-            raise ValueError(f"{found}, expected finite numbers. Look for NaN and "
-                             f"infinite ones in the images")
-        if self.encoding == "events":
-            if low < 0:
-                raise ValueError(f"{found}, expected counts of events, which are not "
-                                 f"below 0. Do not normalise them")
-        elif self.encoding == "rate":
-            is_chance = 0 <= low and high <= 1
-            if x.dim() == 4 and not is_chance:  # with a time axis they are spikes
-                raise ValueError(f"{found}, expected floats in 0..1, the chances of a "
-                                 f"spike. {remedy}")
-        else:
-            black, white = -self.mean / self.std, (1 - self.mean) / self.std
-            largest = float(torch.maximum(black.abs(), white.abs()).max())
-            # without a mean and std nobody has said what the values are
-            is_known = (self.mean != 0).any() or (self.std != 1).any()
-            if is_known and max(abs(low), abs(high)) > 10 * largest:
-                raise ValueError(f"{found}, expected floats that are normalised, about "
-                                 f"{float(black.min()):.2g} to {float(white.max()):.2g}"
-                                 f". {remedy}")
-            # a pixel that is normalised is hardly ever exactly 0, a black one is
-            if low == 0 < high <= 1 and (black < 0).any():
-                warnings.warn(f"{found}, which look like pixels in 0..1; expected "
-                              f"floats that are normalised, from "
-                              f"{float(black.min()):.2g} on. {remedy}")
 
     def _encode(self, first, lif, x, pad_to=1):
         """Return the spikes of the first LIF, [T, N, C, H, W]. first: the layers before
@@ -433,6 +341,95 @@ class SpikingNet(nn.Module):
         drawn = torch.rand(self.time_steps, *shape, generator=generator,
                            device=x.device, dtype=chance.dtype)
         return (drawn < chance).to(chance.dtype)
+
+
+# ---- which LIF scores a weight, which channels can be removed ------------------------
+
+
+class Scored(NamedTuple):
+    """Which LIF scores a weight.
+
+    lif: its name.
+    dim: the dimension of the weight that the LIF's channels run along: 0 if the weight
+    feeds the LIF, 1 if it reads it.
+    repeat: how many neighbouring indices of that dimension one channel owns: more than
+    one where a map was flattened.
+    """
+
+    lif: str
+    dim: int
+    repeat: int = 1
+
+
+def scored_by(net):
+    """Return {name of a prunable weight: Scored}, in the order of the network.
+
+    INTERPRETATION: a weight inherits the score of the LIF channel that it feeds
+    (post-synaptic, the neuron's "synapses"). In a residual block conv2 and the shortcut
+    both feed lif2; in a pre-activation one they feed the first LIF of the next block. A
+    classifier that feeds no LIF takes, for each weight, the score of the channel that
+    it reads. Confirmed by the published code, which has the pre-activation ResNet-19
+    and does not regenerate the classifier.
+    """
+    return net.scored_by()
+
+
+class Removable(NamedTuple):
+    """A group of channels that can be removed, and where they are.
+
+    place: of their number in the list of widths.
+    lif: the LIF that they feed.
+    bn: the batch normalisation whose gamma ranks them; None without one.
+    weight: the weight whose rows make them; None where they are picked from a stream.
+    rows: names of the tensors with a row for each channel.
+    reader: the weight that reads them, along its dimension 1.
+    repeat: how many neighbouring indices of that dimension one channel owns: more than
+    one where a map was flattened.
+    may_be_empty: whether all of them may go.
+    feeds: a group that goes with this one: without channels there, none are needed
+    here. None where there is no such group.
+    """
+
+    place: int
+    lif: str
+    bn: str | None
+    weight: str | None
+    rows: tuple
+    reader: str
+    repeat: int = 1
+    may_be_empty: bool = False
+    feeds: str | None = None
+
+
+def of_bn(name):
+    """Return the names of the tensors of a batch normalisation with a row for each
+    channel."""
+    return tuple(f"{name}.{part}"
+                 for part in ("weight", "bias", "running_mean", "running_var"))
+
+
+def of_conv_bn(net, name, place, lif, reader, repeat=1):
+    """Return the Removable of the output channels of a ConvBN."""
+    bn, weight = f"{name}.bn", f"{name}.conv.weight"
+    rows = (weight, f"{name}.conv.bias", *of_bn(bn))
+    if not hasattr(net.get_submodule(name), "bn"):
+        bn = None
+    return Removable(place, lif, bn, weight, rows, reader, repeat)
+
+
+def removable(net):
+    """Return {name of a layer whose channels can be removed: Removable}, in the
+    network's order.
+
+    VGG: every convolution, with BN or without. ResNet-19: the inner channels of each
+    block; block outputs are added to each other, so their number is that of the whole
+    stage. The pre-activation ResNet-19: all channels behind a BN. What a block, or the
+    output layer, reads of the stream is picked from it, and the stream keeps its width.
+    """
+    return net.removable()
+
+
+# ---- the networks --------------------------------------------------------------------
 
 
 class VGG(SpikingNet):
@@ -741,87 +738,7 @@ class PreResNet19(SpikingNet):
         return groups
 
 
-class Scored(NamedTuple):
-    """Which LIF scores a weight.
-
-    lif: its name.
-    dim: the dimension of the weight that the LIF's channels run along: 0 if the weight
-    feeds the LIF, 1 if it reads it.
-    repeat: how many neighbouring indices of that dimension one channel owns: more than
-    one where a map was flattened.
-    """
-
-    lif: str
-    dim: int
-    repeat: int = 1
-
-
-def scored_by(net):
-    """Return {name of a prunable weight: Scored}, in the order of the network.
-
-    INTERPRETATION: a weight inherits the score of the LIF channel that it feeds
-    (post-synaptic, the neuron's "synapses"). In a residual block conv2 and the shortcut
-    both feed lif2; in a pre-activation one they feed the first LIF of the next block. A
-    classifier that feeds no LIF takes, for each weight, the score of the channel that
-    it reads. Confirmed by the published code, which has the pre-activation ResNet-19
-    and does not regenerate the classifier.
-    """
-    return net.scored_by()
-
-
-class Removable(NamedTuple):
-    """A group of channels that can be removed, and where they are.
-
-    width: the place of their number in the list of widths.
-    lif: the LIF that they feed.
-    bn: the batch normalisation whose gamma ranks them; None without one.
-    weight: the weight whose rows make them; None where they are picked from a stream.
-    rows: names of the tensors with a row for each channel.
-    reader: the weight that reads them, along its dimension 1.
-    repeat: how many neighbouring indices of that dimension one channel owns: more than
-    one where a map was flattened.
-    may_be_empty: whether all of them may go.
-    feeds: a group that goes with this one: without channels there, none are needed
-    here. None where there is no such group.
-    """
-
-    width: int
-    lif: str
-    bn: str | None
-    weight: str | None
-    rows: tuple
-    reader: str
-    repeat: int = 1
-    may_be_empty: bool = False
-    feeds: str | None = None
-
-
-def of_bn(name):
-    """Return the names of the tensors of a batch normalisation with a row for each
-    channel."""
-    return tuple(f"{name}.{part}"
-                 for part in ("weight", "bias", "running_mean", "running_var"))
-
-
-def of_conv_bn(net, name, width, lif, reader, repeat=1):
-    """Return the Removable of the output channels of a ConvBN."""
-    bn, weight = f"{name}.bn", f"{name}.conv.weight"
-    rows = (weight, f"{name}.conv.bias", *of_bn(bn))
-    if not hasattr(net.get_submodule(name), "bn"):
-        bn = None
-    return Removable(width, lif, bn, weight, rows, reader, repeat)
-
-
-def removable(net):
-    """Return {name of a layer whose channels can be removed: Removable}, in the
-    network's order.
-
-    VGG: every convolution, with BN or without. ResNet-19: the inner channels of each
-    block; block outputs are added to each other, so their number is that of the whole
-    stage. The pre-activation ResNet-19: all channels behind a BN. What a block, or the
-    output layer, reads of the stream is picked from it, and the stream keeps its width.
-    """
-    return net.removable()
+# ---- the neurons of a network --------------------------------------------------------
 
 
 def lifs(net):
@@ -854,9 +771,6 @@ def recording(net, aggregate, by="derivative"):
     scores |= {name: score for name, score in found.items() if score is not None}
 
 
-# ---- neurons that are masked one by one ----------------------------------------------
-
-
 def mask_neurons(net, masks):
     """Multiply the spikes of some LIFs by masks, from now on. Raise KeyError for a name
     of no LIF.
@@ -885,6 +799,19 @@ def neuron_masks(net):
 
 
 # ---- the use of a trained network ----------------------------------------------------
+
+
+def load(path):
+    """Return the network of a run's model.pt, in eval mode, on the CPU: it predicts at
+    once.
+
+    Its input is [N, C, H, W]: uint8 pixels, or floating point that is normalised
+    already (predict() takes floats in 0..1). It has the masks of the file, and its
+    class_names, None in older files.
+    Raises FileNotFoundError, or ValueError for a file that is no such network.
+    """
+    import modelfile  # not at the top: it imports this module
+    return modelfile.unpack(modelfile.read(path), str(path))
 
 
 class Prediction(NamedTuple):
@@ -918,14 +845,14 @@ def predict(net, images, batch_size=128):
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size is {batch_size!r}, expected a whole number of at "
                          f"least 1. Change it")
-    x_all = images_for(net, images)
+    x_all = inputs.images_for(net, images)
     modes = {module: module.training for module in net.modules()}
     checks_values, totals = net.checks_values, []
     net.eval()
     net.checks_values = False  # images_for() has looked at them
     try:
         for x in x_all.split(batch_size):
-            logits = net(as_input(net, x))  # [T, n, K]
+            logits = net(inputs.as_input(net, x))  # [T, n, K]
             totals.append(logits.sum(0, dtype=torch.float32))
     finally:
         net.checks_values = checks_values
@@ -940,83 +867,6 @@ def predict(net, images, batch_size=128):
         check_class_names(net.class_names, total.shape[1], "the network")
         names = [net.class_names[k] for k in classes.tolist()]
     return Prediction(classes, (total / len(logits)).softmax(1), names)
-
-
-def images_for(net, images):
-    """Return images, as predict() takes them, as a tensor with the batch first.
-
-    Raises ValueError if they are of another kind, shape or range.
-    """
-    are_events = net.encoding == "events"
-    what, values = "images", "floats in 0..1"
-    if are_events:
-        what, values = "frames", "floats of at least 0"
-    as_uint8, as_float = "to(torch.uint8)", "float()"
-    if isinstance(images, np.ndarray):
-        as_uint8, as_float = "astype(np.uint8)", "astype(np.float32)"
-        try:
-            images = torch.from_numpy(np.array(images, order="C"))  # may be read-only
-        except (TypeError, ValueError):  # strings, longdouble; another byte order
-            raise ValueError(f"the {what} are an array of {images.dtype}, expected "
-                             f"uint8, or {values}. Convert it by "
-                             f"images.astype(np.float32)") from None
-    if not isinstance(images, Tensor):
-        raise ValueError(f"the {what} are a {type(images).__name__}, expected a tensor "
-                         f"or a numpy array. Convert them, for instance by "
-                         f"np.stack")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        remedy = f"If they are 0..255: images.{as_uint8}"
-        if are_events or images.dtype == torch.bool:
-            remedy = f"Convert them by images.{as_float}"
-        elif images.dtype == torch.uint16:
-            remedy = f"Convert them by images.{as_float} / 65535"
-        raise ValueError(f"the {what} are {images.dtype}, expected torch.uint8, or "
-                         f"{values}. {remedy}")
-
-    side, channels = net.image_size, len(net.mean)
-    one = (channels, side, side)
-    if are_events:
-        one = (net.time_steps, *one)
-    if images.shape == one:
-        images = images.unsqueeze(0)
-    if images.shape[1:] != one or len(images) == 0:
-        hint = hint_of_shape(images.shape, channels, side)
-        if images.shape[1:] == one:
-            hint = "Give at least one"
-        elif are_events:
-            hint = (f"Put the recordings before the time, each of T = {net.time_steps} "
-                    f"frames")
-        raise ValueError(f"the {what} have shape {tuple(images.shape)}, expected "
-                         f"[N, {', '.join(map(str, one))}] with N of at least 1, or "
-                         f"[{', '.join(map(str, one))}]. {hint}")
-
-    if images.is_floating_point():
-        low, high = (float(value) for value in images.detach().aminmax())
-        found = f"the {what} have values from {low:.4g} to {high:.4g}"
-        if not (abs(low) < torch.inf and abs(high) < torch.inf):
-            raise ValueError(f"{found}, expected finite numbers. Look for NaN and "
-                             f"infinite ones in them")
-        if low < 0 or (high > 1 + ROUNDING and not are_events):
-            remedy = "Do not normalise them: the network does"
-            if low >= 0:
-                remedy = "Divide pixels by 255, or give them as uint8"
-            raise ValueError(f"{found}, expected uint8, or {values}. {remedy}")
-        if not are_events:
-            images = images.clamp(max=1)
-    return images
-
-
-def as_input(net, x):
-    """Return a batch of images_for() as the network itself takes it."""
-    if x.is_floating_point():
-        x = x.to(net.mean.device, net.mean.dtype)
-        if net.encoding == "direct":
-            x = (x - net.mean.view(-1, 1, 1)) / net.std.view(-1, 1, 1)
-    else:
-        x = x.to(net.mean.device)
-    if net.encoding == "events":
-        x = x.transpose(0, 1)  # [T, n, 2, H, W]
-    return x
 
 
 def keep_zeros(net, masks=None):
@@ -1083,35 +933,6 @@ def check_masks(net, masks):
                              f"the masks; net.masks are the network's own")
 
 
-# ---- files ---------------------------------------------------------------------------
-
-
-def pack(net, masks=None):
-    """Return what model.pt holds: plain types and tensors, on the CPU.
-
-    masks: {name of a weight: bool tensor, True = alive}; None: net.masks, where they
-    still hold; without any all weights are alive.
-    Raises ValueError for masks that do not fit the weights, and for weights that do not
-    fit net.config, by which load() builds the network; for class names of another
-    number.
-    """
-    check_masks(net, masks or net.masks or {})
-    check_config(net)
-    check_class_names(net.class_names, net.config["num_classes"], "the network")
-    state = {name: tensor.detach().cpu().clone()
-             for name, tensor in net.state_dict().items()}
-    alive = {name: torch.ones(state[name].shape, dtype=torch.bool)
-             for name in scored_by(net)}
-    if masks is None and net.masks is not None:
-        # a weight that has moved since is alive
-        masks = {name: mask.cpu() | (state[name] != 0)
-                 for name, mask in net.masks.items()}
-    alive |= {name: mask.detach().cpu().clone() for name, mask in (masks or {}).items()}
-    return {"format": FORMAT, **net.config, "state_dict": state, "masks": alive,
-            "normalisation": {"mean": net.mean.tolist(), "std": net.std.tolist()},
-            "class_names": net.class_names}
-
-
 def check_class_names(names, count, source):
     """Raise ValueError unless the names of `count` classes are a list of as many
     strings, or None. source: what has them, in words."""
@@ -1121,171 +942,3 @@ def check_class_names(names, count, source):
     if not are_names or len(names) != count:
         raise ValueError(f"{source} has the class names {names!r}, expected a list of "
                          f"{count} strings, or None")
-
-
-def check_config(net):
-    """Raise ValueError unless the parameters of a network have the shapes that
-    net.config says."""
-    with torch.device("meta"):  # no memory, and no draw from torch's generator
-        own = dict(build(**net.config).named_parameters())
-    for name, parameter in net.named_parameters():
-        shape = list(own[name].shape) if name in own else "no such parameter"
-        if list(parameter.shape) != shape:
-            raise ValueError(f"{name} has shape {list(parameter.shape)}, expected "
-                             f"{shape} as net.config says, by which the file is read. "
-                             f"Change net.config, or take models.build() for another "
-                             f"number of classes")
-
-
-def read_tensors(path):
-    """Return what a file of torch.save holds, on the CPU: plain types and tensors.
-
-    Code in it would be refused and not run. Raises whatever zipfile, pickle and the
-    system raise.
-    """
-    with zipfile.ZipFile(path) as archive:  # torch itself compares no checksums
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of its part {damaged} is wrong")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def read(path):
-    """Read a model.pt, check it, and return its dict (see pack).
-
-    Raises FileNotFoundError, or ValueError if it is no such file. It is opened with
-    weights_only=True: nothing in it is ever run.
-    """
-    try:
-        packed = read_tensors(path)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no file {path}, expected the model.pt of a "
-                                f"run") from None
-    except Exception as error:  # zipfile, pickle and the system have no common class
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        remedy = ""
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "it holds pickled objects, such as a whole network"
-            remedy = ". Save it by torch.save(models.pack(net), path)"
-        raise ValueError(f"{path} cannot be read ({reason}), expected a model.pt that "
-                         f"a run of this project has written{remedy}") from None
-    keys = {"format", "name", "num_classes", "in_channels", "image_size", "time_steps",
-            "widths", "state_dict", "masks", "normalisation"}
-    if not isinstance(packed, dict) or not keys <= packed.keys():
-        raise ValueError(f"{path} is no model.pt of this project: {contents(packed)}, "
-                         f"expected a dict with the keys {', '.join(sorted(keys))}. "
-                         f"{remedy_for(packed)}")
-    if packed["format"] != FORMAT:
-        raise ValueError(f"{path} has format {packed['format']}, expected {FORMAT}: it "
-                         f"was written by another version of this project")
-    return packed
-
-
-def neuron_of(packed):
-    """Return the `neuron` of build() for what pack() returned; None: the network's own.
-
-    A file that is older than a setting of the network's neuron has LIF's default there.
-    """
-    neuron = packed.get("neuron")
-    if neuron is None:
-        return None
-    plans.check_name(packed["name"])
-    defaults = inspect.signature(LIF).parameters
-    missing = plans.NETWORKS[packed["name"]].neuron.keys() - neuron.keys()
-    return {key: defaults[key].default for key in missing} | neuron
-
-
-def contents(value):
-    """Return in words what a file of torch.save holds, for the message of read()."""
-    if not isinstance(value, dict):
-        return f"it holds a {type(value).__name__}"
-    if not value:
-        return "it holds an empty dict"
-    keys = [str(key) for key in value]
-    shown = ", ".join(keys[:5])
-    if len(keys) > 5:
-        shown += f" and {len(keys) - 5} more"
-    return f"it holds a dict with the keys {shown}"
-
-
-def remedy_for(value):
-    """Return in a sentence what to do with such a file instead."""
-    if isinstance(value, dict) and "parts" in value:  # a checkpoint
-        return "Give the model.pt of a run that is finished"
-    if isinstance(value, dict) and value and all(
-            isinstance(item, Tensor) for item in value.values()):
-        return ("To use a state_dict: models.build(...), load_state_dict(...), "
-                "models.pack(net)")
-    return "Give the model.pt of a run"
-
-
-def complete_state(net, state):
-    """Return a state_dict with the mean, std and class names of a network, where it is
-    an older one that has none."""
-    own = net.state_dict()
-    return {key: own[key] for key in NO_WEIGHTS} | state
-
-
-def unpack(packed, source="model.pt"):
-    """Return the network that pack() was given, in eval mode; `source` is named in
-    errors."""
-    arguments = ("name", "num_classes", "in_channels", "image_size", "time_steps",
-                 "widths")
-    try:
-        net = build(**{key: packed[key] for key in arguments},
-                    encoding=packed.get("encoding", "direct"),  # not in older files
-                    neuron=neuron_of(packed),
-                    bn_per_step=packed.get("bn_per_step", False))
-        mask_neurons(net, {key.removesuffix(".mask"): tensor
-                           for key, tensor in packed["state_dict"].items()
-                           if key.endswith(".mask")})
-        net.load_state_dict(complete_state(net, packed["state_dict"]))
-        normalisation = packed["normalisation"]
-        net.set_normalisation(normalisation["mean"], normalisation["std"])
-        masks = {name: (mask.shape, mask.dtype)
-                 for name, mask in packed["masks"].items()}
-    except (RuntimeError, TypeError, KeyError, AttributeError, ValueError) as error:
-        detail = " ".join(str(error).split())
-        raise ValueError(f"{source} does not hold the tensors of its own network: "
-                         f"{detail}") from None
-    for name, tensor in net.state_dict().items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{source}: {name} is not finite (NaN or infinite), "
-                             f"expected numbers")
-    for name, mask in neuron_masks(net).items():
-        if not ((mask == 0) | (mask == 1)).all():
-            raise ValueError(f"{source}: the mask of {name} is not binary, expected 1 "
-                             f"for a neuron that is alive and 0 for a dead one")
-    for name, module in net.named_modules():
-        if isinstance(module, PickBN):
-            picked = module.picked.tolist()
-            if sorted({*picked} & {*range(module.stream)}) != picked:
-                raise ValueError(f"{source}: {name} picks other than channels of a "
-                                 f"stream of {module.stream}, expected each one once "
-                                 f"and in order")
-    for name in scored_by(net):
-        if masks.pop(name, None) != (net.get_parameter(name).shape, torch.bool):
-            raise ValueError(f"{source} holds no mask that fits {name}")
-    if masks:
-        raise ValueError(f"{source} holds masks of no weight of its network: "
-                         f"{', '.join(masks)}")
-    for name, mask in packed["masks"].items():
-        if net.get_parameter(name)[~mask].count_nonzero():
-            raise ValueError(f"{source}: weights of {name} that its mask says are "
-                             f"pruned are not 0")
-    class_names = packed.get("class_names")  # not in older files
-    check_class_names(class_names, packed["num_classes"], source)
-    net.class_names, net.masks = class_names, dict(packed["masks"])
-    return net.eval()
-
-
-def load(path):
-    """Return the network of a run's model.pt, in eval mode, on the CPU: it predicts at
-    once.
-
-    Its input is [N, C, H, W]: uint8 pixels, or floating point that is normalised
-    already (predict() takes floats in 0..1). It has the masks of the file, and its
-    class_names, None in older files.
-    Raises FileNotFoundError, or ValueError for a file that is no such network.
-    """
-    return unpack(read(path), str(path))

@@ -189,14 +189,14 @@ class LIF(nn.Module):
                 v = h - fired * v_threshold
             h_seq.append(h)
             s_seq.append(s)
-        if self._aggregate is not None and self._by in POTENTIALS:
-            self._score = activity(self, torch.stack(h_seq).detach(),
-                                   torch.stack(s_seq).detach(), self._aggregate,
-                                   self._by)
-        elif self._aggregate is not None:
+        if self._aggregate is not None and self._by not in POTENTIALS:
             self._score = criticality(torch.stack(h_seq).detach(), self.v_threshold,
                                       self.alpha, self._aggregate, self.surrogate,
                                       self._by)
+        elif self._aggregate is not None:
+            self._score = activity(self, torch.stack(h_seq).detach(),
+                                   torch.stack(s_seq).detach(), self._aggregate,
+                                   self._by)
         # in the memory format of x_seq
         return torch.empty_like(x_seq).copy_(torch.stack(s_seq))
 
@@ -274,7 +274,7 @@ def criticality(h_seq, v_threshold=1.0, alpha=2.0, aggregate="max", name="arctan
     dtype = torch.promote_types(h_seq.dtype, torch.float32)
     score = surrogate_grad if by == "derivative" else surrogate
     per_neuron = sum(score(h.to(dtype) - v_threshold, alpha, name)
-                     for h in h_seq) / len(h_seq)  # mean over T
+                     for h in h_seq) / len(h_seq)  # Eq. 6: the mean of f' over T
     return per_channel(per_neuron, aggregate)
 
 
@@ -319,4 +319,4 @@ def per_channel(per_neuron, aggregate):
             per_sample = per_sample.amax(2)
     else:
         per_sample = per_neuron.flatten(2).mean(2)
-    return per_sample.mean(0, dtype=widest(per_sample.device))  # Eq. 6
+    return per_sample.mean(0, dtype=widest(per_sample.device))

@@ -42,7 +42,7 @@ import torch
 import training
 from harness import flags, presets, setup
 from harness.runfolder import Run, finished
-from masks import Masks, TooFew, Update, count, select
+from masks import Masks, TooFew, change_since, count, select
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # of Adam, Grad R's code
 REVIVED = 1e-12  # the strength of a new connection, Deep R's code
@@ -263,16 +263,6 @@ def fix_mask(keep, masks, wires, generator):
     return change_since(before, masks, rescued)
 
 
-def change_since(before, masks, rescued=()):
-    """Return the Update from the masks `before`, [M] bool, to those of now.
-
-    rescued: the names of layers that would be empty.
-    """
-    n_between = count(before & masks.flat)
-    return Update(pruned=before & ~masks.flat, before=1 - n_between / masks.total,
-                  regenerated=masks.flat & ~before, rescued=rescued)
-
-
 def fixed_mask_step(wires, g, lr):
     """Take one step with the mask fixed and theta >= 0.
 
@@ -294,8 +284,6 @@ PRIOR = {"adam": {0.0214: 0.8, 0.0938: 0.4, 0.2785: 0.2, 0.5110: 0.1},
          "sgd": {0.1019: 0.006, 0.2111: 0.003, 0.5250: 0.001}}
 TUNED_STEPS, TUNED_LR = 752, {"adam": 1e-3, "sgd": 0.1}
 PRIOR["adamw"], TUNED_LR["adamw"] = PRIOR["adam"], TUNED_LR["adam"]
-# {schedule: its mean rate over a stage / lr}
-MEAN_RATE = {"cosine": 1 / 2, "step": 1 / 2 + 0.1 / 4 + 0.01 / 4, "constant": 1}
 
 
 def sum_of_rates(optimizer, lr, steps, mode="matched", schedule="cosine"):
@@ -303,7 +291,7 @@ def sum_of_rates(optimizer, lr, steps, mode="matched", schedule="cosine"):
     moves a strength."""
     if mode == "paper":
         schedule = "constant"
-    total = (steps + 1) * MEAN_RATE[schedule]
+    total = (steps + 1) * training.MEAN_RATE[schedule]
     if optimizer != "sgd":
         total += ADAM_START
     return lr * total

@@ -37,7 +37,7 @@ import harness  # first: what is not installed is then one line
 import torch
 import torch.nn.functional as F
 
-import models
+import modelfile
 import training
 from harness import flags, presets, setup
 from harness.runfolder import Run, finished
@@ -75,7 +75,7 @@ def take_ticket(run, ticket, target):
     masks.flat.copy_(ticket)
     rescued = masks.rescue_empty_layers()  # by the magnitudes of before the rewind
     # INTERPRETATION: the whole state is rewound, BN statistics included
-    state = models.complete_state(run.net, run.notes["rewind"])
+    state = modelfile.complete_state(run.net, run.notes["rewind"])
     run.net.load_state_dict(state)
     optimizer.state.clear()  # a fresh optimiser: no momentum
     masks.apply(optimizer)

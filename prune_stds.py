@@ -48,7 +48,7 @@ import torch
 import training
 from harness import flags, presets, published, setup
 from harness.runfolder import Run, finished
-from masks import Masks, TooFew, Update, computing_with, count, select, write
+from masks import Masks, TooFew, change_since, computing_with, count, select, write
 
 # ---- the dead zone -------------------------------------------------------------------
 # A ramp gives the share of D that is reached when a share x of the steps is done.
@@ -145,16 +145,6 @@ def fix_mask(keep, dead_zone, masks, optimizer, generator):
     return change_since(before, masks, rescued)
 
 
-def change_since(before, masks, rescued=()):
-    """Return the Update from the masks `before`, [M] bool, to those of now.
-
-    rescued: the names of layers that would be empty.
-    """
-    n_between = count(before & masks.flat)
-    return Update(pruned=before & ~masks.flat, before=1 - n_between / masks.total,
-                  regenerated=masks.flat & ~before, rescued=rescued)
-
-
 # ---- the default of the dead zone ----------------------------------------------------
 
 # Of the CIFAR-10 runs D = 1 ... 5 the one that prunes least, and the sum of its rates:
@@ -223,9 +213,11 @@ def complete(args, explicit):
     if args.mode == "matched":
         return
     if explicit.get("sparsity") is not None:
+        cause = "--as-published cut" if "cut" in args.as_published else "--mode paper"
+        remedy = "" if "cut" in args.as_published else ", or write --mode matched"
         raise ValueError(
-            f"--sparsity is {explicit['sparsity']:g}, expected none: with --mode paper "
-            f"it is an outcome of --dead-zone. Leave it out, or write --mode matched")
+            f"--sparsity is {explicit['sparsity']:g}, expected none: with {cause} it "
+            f"is an outcome of --dead-zone. Leave it out{remedy}")
     args.sparsity = None
 
 

@@ -39,27 +39,27 @@ from harness.runfolder import finished
 from masks import prune_further, select
 
 # ---- the scores ----------------------------------------------------------------------
-# A score function returns a number for each channel, [M] in float64. The pruned
-# channels with the highest scores are regenerated. INTERPRETATION: the dense network is
-# scored, before channels are cut. In the pruned network all pruned channels are silent
-# and would tie. Confirmed by the published code.
-# run: has the network `net` and the data set `images`. Returns (scores, spiked).
-# spiked: [M] bool, False where a channel never spiked; None: not recorded.
+# A score function returns (scores, spiked). scores: a number for each channel, [M] in
+# float64; the pruned channels with the highest ones are regenerated. spiked: [M] bool,
+# False where a channel never spiked; None: not recorded.
+# run: has the network `net` and the data set `images`.
+# INTERPRETATION: the dense network is scored, before channels are cut. In the pruned
+# network all pruned channels are silent and would tie. Confirmed by the published code.
 
 
 def criticality(run):
-    """Return the criticality of each channel, a mean over the samples (Eq. 6): how near
-    its neurons are to their threshold."""
+    """Score by the criticality of each channel, a mean over the samples (Eq. 6): how
+    near its neurons are to their threshold."""
     return run.score_channels("criticality")
 
 
 def gradient(run):
-    """Return |dL/dgamma| of each channel, a mean over the batches."""
+    """Score by |dL/dgamma| of each channel, a mean over the batches."""
     return run.score_channels("gradient")
 
 
 def random(run):
-    """Return random scores, as a control."""
+    """Score at random, as a control."""
     count = len(channels.gammas(run.net))
     return torch.rand(count, generator=run.generator()).double(), None
 
@@ -67,15 +67,15 @@ def random(run):
 SCORES = {"criticality": criticality, "gradient": gradient, "random": random}
 
 
-def prune_and_regenerate(gamma, scores, sizes, ratio, regen, base="kept",
-                         may_be_empty=None):
+def prune_and_regenerate(gamma, scores, sizes, ratio, regen, may_be_empty=None,
+                         base="kept"):
     """Choose the channels that stay, as Algorithm 2 does; without regeneration this is
     network slimming.
 
     gamma, scores: |gamma| and the score of every channel, [M]; None where regen is 0.
     sizes: the number of channels of each layer. ratio: p, the share that is gone in the
-    end. regen: r. base: what r is a share of, "kept" | "pruned". may_be_empty: for each
-    layer whether all its channels may go; None: no layer may. Returns a Choice.
+    end. regen: r. may_be_empty: for each layer whether all its channels may go; None:
+    no layer may. base: what r is a share of, "kept" | "pruned". Returns a Choice.
     """
     # INTERPRETATION: Eq. 7 as in Algorithm 1, so that a share r of the channels that
     # stay came back. Confirmed by the published code. "pruned" takes r as a share of
@@ -245,11 +245,11 @@ def main(argv=None):
                 scores, spiked = SCORES[args.metric](run)  # Eq. 6, of all channels
 
             def choose(ratio):
-                settings = gamma, scores, sizes, ratio, args.regen
-                may_be_empty = channels.may_be_empty(run.net)
+                settings = (gamma, scores, sizes, ratio, args.regen,
+                            channels.may_be_empty(run.net))
                 if "count" in args.as_published:
-                    return prune_and_regenerate_as_published(*settings, may_be_empty)
-                return prune_and_regenerate(*settings, args.regen_base, may_be_empty)
+                    return prune_and_regenerate_as_published(*settings)
+                return prune_and_regenerate(*settings, args.regen_base)
 
             ratio = removal.ratio_for(run, choose)
             choice = choose(ratio)  # prune further, Eq. 7; regenerate, Eq. 5

@@ -68,7 +68,8 @@ def prune_and_regenerate(masks, target, regen, score, candidates, generator):
     which this update has pruned.
     """
     magnitudes = masks.magnitudes()  # |w| before the update
-    plain = masks.cut_at(masks.keep_at(target), magnitudes)  # for Fig. 2(a)
+    # for the log alone, Fig. 2(a): what GMP would cut
+    plain = masks.cut_at(masks.keep_at(target), magnitudes)
     # Eq. 7: prune further than asked, to leave room for the regeneration
     keep = masks.keep_at(prune_further(target, regen))
     pruned = masks.prune(keep, magnitudes, generator)
@@ -90,7 +91,7 @@ def prune_and_regenerate(masks, target, regen, score, candidates, generator):
 # differs from the text's in three items of --as-published, each of which can be done
 # alone. With none of them it is the text's update, but for the rounding of one count
 
-UPDATE_ITEMS = {"classifier", "zero", "ties"}
+OWN_UPDATE = {"classifier", "zero", "ties"}
 
 
 def prune_and_regenerate_as_published(masks, target, regen, score, candidates,
@@ -142,8 +143,8 @@ def prune_and_regenerate_as_published(masks, target, regen, score, candidates,
     dead = others & ~masks.flat
     if candidates == "new":
         dead &= pruned
+    count = min(count, int(dead.count_nonzero()))
     if has_ties and count > 0:  # published code: all that equal the last one return
-        count = min(count, int(dead.count_nonzero()))
         regenerated = dead & (score >= score[dead].topk(count).values[-1])
         masks.flat |= regenerated
     else:
@@ -283,6 +284,7 @@ def main(argv=None):
         # INTERPRETATION: then the ramp of Eq. 9 starts at its sparsity, and what it has
         # pruned is as if pruned by earlier updates: it may be regenerated at 0
         first = run.first_sparsity
+        # Both stages: after the last update the mask stays, which is the fine-tuning
         for epoch in run.epochs():
             for x, y in run.batches(epoch):
                 update, rest = divmod(run.iteration, args.interval)
@@ -305,7 +307,7 @@ def main(argv=None):
                                                   first)
                     # Eqs. 7, 5: prune further, then regenerate by the score
                     settings = args.regen, score, args.candidates, generator
-                    if items & UPDATE_ITEMS:
+                    if items & OWN_UPDATE:
                         change = prune_and_regenerate_as_published(
                             masks, target, *settings, items, optimizer)
                     else:

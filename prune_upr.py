@@ -329,8 +329,6 @@ def counts_of(net, masks, soft):
 # How far Adam can move an alpha in the published search for DVS-CIFAR10, the sum of its
 # rates: 240 epochs of 140 steps, a cosine from 1e-3
 REACH = 240 * 140 * 1e-3 / 2
-# {schedule: its mean rate over a stage / the rate at its start}
-MEAN_RATE = {"cosine": 1 / 2, "step": 1 / 2 + 0.1 / 4 + 0.01 / 4, "constant": 1}
 
 
 def default_mask_lr(args, steps):
@@ -340,7 +338,7 @@ def default_mask_lr(args, steps):
     1e-3 a search of 752 steps keeps its masks soft until beta is large. BN hides how
     small the weights of a layer have become, and the cut then empties the layer.
     """
-    return REACH / (steps * MEAN_RATE[args.schedule])
+    return REACH / (steps * training.MEAN_RATE[args.schedule])
 
 
 # {share of the weights whose alpha is above 0 after the search: the price lambda},

@@ -21,7 +21,7 @@ import json
 import numpy as np
 import torch
 
-import models
+import modelfile
 
 
 def gaps_of(mask):
@@ -36,7 +36,7 @@ def gaps_of(mask):
 
 
 def pack(packed):
-    """Return the arrays of the file, {name: array}. packed: what models.pack returns.
+    """Return the arrays of the file, {name: array}. packed: what modelfile.pack gives.
     """
     settings = {key: value for key, value in packed.items()
                 if key not in ("state_dict", "masks")}
@@ -54,7 +54,7 @@ def pack(packed):
 
 
 def unpack(arrays):
-    """Return what models.pack returned, from the arrays of pack()."""
+    """Return what modelfile.pack returned, from the arrays of pack()."""
     packed = json.loads(str(arrays["settings"]))
     shapes = packed.pop("shapes")
     parts = {f"{name}.{part}" for name in shapes for part in ("gaps", "values")}
@@ -73,14 +73,14 @@ def unpack(arrays):
 
 
 def content_of(net, masks=None):
-    """Return the bytes of the file. masks: see models.pack."""
+    """Return the bytes of the file. masks: see modelfile.pack."""
     content = io.BytesIO()
-    np.savez(content, **pack(models.pack(net, masks)))
+    np.savez(content, **pack(modelfile.pack(net, masks)))
     return gzip.compress(content.getvalue(), mtime=0)
 
 
 def save(net, path, masks=None):
-    """Write a network and its masks. masks: see models.pack."""
+    """Write a network and its masks. masks: see modelfile.pack."""
     with open(path, "wb") as file:
         file.write(content_of(net, masks))
 
@@ -101,4 +101,4 @@ def load(path):
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{path} cannot be read ({reason}), expected a file of "
                          f"export.py --sparse. Write it again") from None
-    return models.unpack(packed, str(path))
+    return modelfile.unpack(packed, str(path))

@@ -15,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 import masks as masks_file
 import kernels
 import metrics
+import modelfile
 import models
 import neurons
 import prune_unstructured as script
@@ -347,7 +348,7 @@ CHANGES = {  # what a reader may change in neurons.py
 
 def short_run(folder):
     script.main(["--smoke", "--run-dir", str(folder), "--train-limit", "100", "--device", "cpu"])
-    return models.read(folder / "model.pt")
+    return modelfile.read(folder / "model.pt")
 
 
 @pytest.fixture(scope="module")
@@ -579,18 +580,18 @@ def test_model_file_round_trip(name, tmp_path):
     masks.prune(masks.total // 2, masks.magnitudes(), generator())
     masks.rescue_empty_layers()
     masks.apply(torch.optim.SGD(net.parameters(), 0.1))
-    torch.save(models.pack(net, masks.alive), tmp_path / "model.pt")
+    torch.save(modelfile.pack(net, masks.alive), tmp_path / "model.pt")
     loaded = models.load(tmp_path / "model.pt")
     x = torch.randint(0, 256, (3, 1, 16, 16), generator=generator(), dtype=torch.uint8)
     assert torch.equal(net.eval()(x), loaded(x)) and not loaded.training
-    packed = models.read(tmp_path / "model.pt")
+    packed = modelfile.read(tmp_path / "model.pt")
     assert all(torch.equal(packed["masks"][n], masks.alive[n]) for n in masks.alive)
     assert {n for n, t in packed["state_dict"].items() if t.dim() > 1} == set(packed["masks"])
 
 
 def test_model_files_that_are_none(tmp_path):
     net = models.build("small", 3, 1, 8, 2, [2, 2, 2, 2])
-    good, path = models.pack(net), tmp_path / "model.pt"
+    good, path = modelfile.pack(net), tmp_path / "model.pt"
     name = "convs.1.conv.weight"
 
     def masks(**changed):

@@ -94,12 +94,6 @@ def loss_over_time(logits, labels, kind="ce"):
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.repeat(len(logits)))
 
 
-def sgd(args, net):
-    """Return SGD over all parameters of a network, as the flags ask for."""
-    return _on_device(args, torch.optim.SGD, net.parameters(), lr=args.lr,
-                      momentum=args.momentum, weight_decay=args.weight_decay)
-
-
 def optimizer(args, parameters):
     """Return the optimizer that --optimizer names: "sgd", "adam" or "adamw".
 
@@ -214,6 +208,8 @@ def constant(lr, step, steps):
 
 
 SCHEDULES = {"cosine": cosine, "step": step_down, "constant": constant}
+# {schedule: its mean over a long stage, as a share of the rate at its start}
+MEAN_RATE = {"cosine": 1 / 2, "step": 1 / 2 + 0.1 / 4 + 0.01 / 4, "constant": 1}
 
 
 def rate(schedule, lr, step, steps):

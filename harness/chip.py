@@ -48,6 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import inputs
 import metrics
 import models
 from harness.files import write_json, write_whole
@@ -94,7 +95,7 @@ def traffic(net, images):
           metrics.hooks(models.lifs(net), after=fire)):
         for x in images.split(BATCH):
             last = None
-            net(models.as_input(net, x))
+            net(inputs.as_input(net, x))
     net.train(was_training)
     return seen
 
@@ -127,9 +128,9 @@ def synapses_of(module, mask, read):
     if isinstance(module, nn.Linear):
         return mask.sum(1), mask.sum(0)
     # exact: float32 holds whole numbers to 2**24
-    weight, inputs = mask.float(), torch.ones(1, *read.shape)
-    fan_in = F.conv2d(inputs, weight, None, module.stride, module.padding)
-    fan_out = nn.grad.conv2d_input(inputs.shape, weight, torch.ones_like(fan_in),
+    weight, ones = mask.float(), torch.ones(1, *read.shape)
+    fan_in = F.conv2d(ones, weight, None, module.stride, module.padding)
+    fan_out = nn.grad.conv2d_input(ones.shape, weight, torch.ones_like(fan_in),
                                    module.stride, module.padding)
     return fan_in[0].long(), fan_out[0].long()
 
@@ -167,7 +168,7 @@ def needs(net, images, core_neurons=CORE_NEURONS, core_synapses=CORE_SYNAPSES):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{name} is {value!r}, expected a whole number of at "
                              f"least 1, such as 1024. Change {flag}")
-    seen = traffic(net, models.images_for(net, images))
+    seen = traffic(net, inputs.images_for(net, images))
     rows, groups = [], {}
     for row, fan_in, kernels in connections(net, seen):
         group = groups.setdefault(row["feeds"], dict(row=row, fan_in=0, kernels=0))

@@ -34,16 +34,22 @@ def against(runs, baseline):
     images, so that two seeds are equal by chance at times, and t has no spread to rest
     on.
     """
-    pairs = [100 * (run.summary["test_accuracy"]
-                    - baseline[seed].summary["test_accuracy"])
-             for seed, run in runs.items() if seed in baseline]
-    if len(pairs) < 2 or runs == baseline:
+    found = pairs(runs, baseline)
+    if len(found) < 2 or runs == baseline:
         return UNKNOWN
-    mean, degrees = float(np.mean(pairs)), len(pairs) - 1
-    error = float(np.std(pairs, ddof=1) / np.sqrt(len(pairs)))
+    mean, degrees = float(np.mean(found)), len(found) - 1
+    error = float(np.std(found, ddof=1) / np.sqrt(len(found)))
     if error < 1e-9:  # alike up to rounding
         return Difference(mean, np.nan, np.nan)
     return Difference(mean, quantile(degrees) * error, p_value(mean / error, degrees))
+
+
+def pairs(runs, baseline):
+    """Return the difference in accuracy of each seed that two share, in points, a list.
+    runs, baseline: {seed: run}."""
+    return [100 * (run.summary["test_accuracy"]
+                   - baseline[seed].summary["test_accuracy"])
+            for seed, run in runs.items() if seed in baseline]
 
 
 def p_value(t, degrees):

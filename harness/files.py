@@ -20,7 +20,7 @@ import torch
 from filelock import FileLock, Timeout  # torch depends on it
 
 from harness import processes
-from models import read_tensors
+from modelfile import read_tensors
 
 CHECKPOINT_FORMAT = 3  # raised when older files can no longer be read
 

@@ -149,7 +149,7 @@ def make_parser(doc):
              "machine; a trial of a few steps is measured first")
     add("--evaluate-every", type=whole(1), metavar="EPOCHS",
         help="evaluate on the test set every so many epochs of a stage, and at its "
-             "end; the weights stay the same, bit by bit")
+             "planned end; the network stays the same, bit by bit")
     add("--save-every", type=number(0), metavar="MINUTES",
         help="save a checkpoint inside an epoch too, every so many minutes; a run that "
              "is killed loses no more than these, and no more than an epoch and 20 "

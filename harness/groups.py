@@ -24,7 +24,7 @@ USUAL = dict(aggregate="max", candidates="all")
 # a death rate counts as a regeneration rate, `regen`, and published.words() has
 # words for the items of --as-published
 NO_VARIANT = {*records.NO_SETTINGS, "as_published", "seed", "sparsity", "target_macs",
-              "prune_ratio", "data_dir", "evaluate_every", "save_every", "death_rate"}
+              "prune_ratio", "data_dir", "death_rate"}
 
 
 # ---- what a run is ------------------------------------------------------------------

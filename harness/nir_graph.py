@@ -40,6 +40,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import inputs
 import models
 from harness import files
 from neurons import LIF
@@ -329,7 +330,7 @@ def graph_input(net, images):
     images: as models.predict takes them, uint8 [N, C, H, W]; events [N, T, 2, H, W].
     With rate coding they are the spikes of the network's own draw in eval mode.
     """
-    x_seq = net._input(models.as_input(net, images), pad_to(net))
+    x_seq = net._input(inputs.as_input(net, images), pad_to(net))
     return x_seq.expand(net.time_steps, *x_seq.shape[1:])
 
 
@@ -344,8 +345,8 @@ def run(graph, x_seq):
     values = {}
     for name in graph_order(readers):
         node = graph.nodes[name]
-        inputs = [values[source] for source in readers[name]]
-        total = sum(inputs[1:], inputs[0]) if inputs else x_seq
+        arriving = [values[source] for source in readers[name]]
+        total = sum(arriving[1:], arriving[0]) if arriving else x_seq
         values[name] = RUN[type(node).__name__](node, total)
     return values
 
@@ -607,7 +608,7 @@ def run_network(net, images):
             tied.append(int((LIF.forward(other, *args) != out).sum()))
 
         hooks.append(lif.register_forward_hook(keep))
-    out = net(models.as_input(net, images)).sum(0)
+    out = net(inputs.as_input(net, images)).sum(0)
     for hook in hooks:
         hook.remove()
     return spikes, out, sum(tied)

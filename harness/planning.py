@@ -49,12 +49,13 @@ class Length(NamedTuple):
     epochs: int        # of all stages, as the flags of the trial ask for
     interval: int = 0  # steps between two updates; 0: the script has no such flag
     evaluate_every: int = 1  # epochs
+    stages: int = 1    # each ends with an evaluation
 
     def seconds(self, epochs):
         """Return how long a run of so many epochs takes."""
         once = self.load + RESULTS + 4 * self.evaluation
-        an_epoch = self.steps * self.step + self.evaluation / self.evaluate_every
-        return once + epochs * an_epoch
+        evaluations = min(epochs, epochs / self.evaluate_every + self.stages)
+        return once + epochs * self.steps * self.step + evaluations * self.evaluation
 
 
 # ---- the epochs of a run -------------------------------------------------------------
@@ -365,7 +366,8 @@ def trial():
         trained = time.monotonic() - run.started
         length = Length(time.time() - float(began) - trained, step, evaluation,
                         run.stages.steps_per_epoch, run.stages.epochs,
-                        vars(run.args).get("interval", 0), run.args.evaluate_every)
+                        vars(run.args).get("interval", 0), run.args.evaluate_every,
+                        len(run.stages.by_name))
         Path(result).write_text(json.dumps(length._asdict()))
         sys.stdout.flush()
         os._exit(0)  # nothing of this run is kept

@@ -114,11 +114,13 @@ def give_styles(methods):
         style_of(method)
 
 
-def canvas(columns, rows=1, margin=0):
+def canvas(columns, rows=1, margin=0, heights=None):
     """Return a figure and its axes [rows, columns], each as wide as a column. margin:
-    inches for what stands beside them."""
-    figure = Figure(figsize=(3.4 * columns + margin, 2.5 * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+    inches for what stands beside them. heights: of the rows, in inches."""
+    heights = heights or [2.5] * rows
+    size = 3.4 * columns + margin, sum(heights)
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
 
 
 def spread(values):
@@ -167,7 +169,7 @@ def mark_below(axis, x, mean, method):
 
 def has_bars(figure):
     """Return whether a figure has error bars."""
-    return any(getattr(container, "has_yerr", False)
+    return any(getattr(container, bars, False) for bars in ("has_xerr", "has_yerr")
                for axis in figure.axes for container in axis.containers)
 
 

@@ -42,7 +42,7 @@ from tqdm import tqdm
 
 import data
 import metrics
-import models
+import modelfile
 from harness import flags
 from harness import presets
 from harness import published
@@ -85,7 +85,8 @@ MEANINGLESS = {
 }
 # The keys of config.json that change nothing in a run: they are no flags, or say only
 # where and on what it ran, and what its epochs were chosen for
-NO_SETTINGS = flags.NO_FLAGS | {"run_dir", "device", "minutes", "tensorboard"}
+NO_SETTINGS = flags.NO_FLAGS | {"run_dir", "device", "minutes", "tensorboard",
+                                "evaluate_every", "save_every"}
 # Keys of summary.json that older runs lack
 LATER_KEYS = {"as_published", "footprint_bytes", "neurobench"}
 
@@ -279,8 +280,8 @@ def analyse(run):
     """Compute what analysis_of() describes. Raises Unfit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        packed = models.read(run.folder / "model.pt")
-        net = models.unpack(packed, run.folder / "model.pt")
+        packed = modelfile.read(run.folder / "model.pt")
+        net = modelfile.unpack(packed, run.folder / "model.pt")
         images = setup.load(SimpleNamespace(**run.config), device)
     except (OSError, ValueError) as error:
         raise Unfit(run, " ".join(str(error).split())) from None

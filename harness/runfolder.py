@@ -5,7 +5,7 @@
         for epoch in run.epochs():
             for x, y in run.batches(epoch):    # counts, saves on Ctrl-C, looks for NaN
                 training.step(run, x, y, lr)
-            run.end_epoch()                    # evaluates, logs, may save a checkpoint
+            run.end_epoch()           # logs, may evaluate and save a checkpoint
         run.finish("prune_unstructured", "gmp")    # model.pt, curves.png, summary.json
 
 A run that was killed is resumed with --resume. It then ends with the same bits as a run
@@ -32,7 +32,7 @@ from tqdm import tqdm
 import compact
 import data
 import metrics
-import models
+import modelfile
 import training
 from harness import board, files, flags, presets, processes, setup
 from harness.files import fits, read_checkpoint, save_tensors, write_json, write_lines
@@ -159,8 +159,8 @@ class Run:
         known = json.dumps(files.data_of(images)).encode()
         processes.agree("the data", torch.tensor(list(known), dtype=torch.uint8))
         self._open()
-        if self.net.start_note:
-            self.notes["init"] = self.net.start_note
+        if (note := getattr(self.net, "start_note", None)):  # setup.build gives it one
+            self.notes["init"] = note
             if self.masks is not None:
                 self.notes["first_sparsity"] = self.masks.sparsity
         position = torch.tensor([self.epoch, self.step, self.iteration])
@@ -225,7 +225,7 @@ class Run:
                     self.is_under_way = True
                     self.hold()
                     self._say_header(plan)
-                    if self.net.starts_dense:
+                    if getattr(self.net, "starts_dense", False):
                         self.notes["dense_accuracy"] = self.evaluate()["accuracy"]
                     yield
                 except FloatingPointError as error:
@@ -373,9 +373,11 @@ class Run:
         """
         lr = self.optimizer.param_groups[0]["lr"]
         self._say_length()
-        test = dict(loss=None, accuracy=None, rate=None, silent=[])
         if self._is_evaluated(self.epoch):
             test = self.evaluate()
+        else:
+            processes.average_statistics(self.net)  # as an evaluation does
+            test = dict(loss=None, accuracy=None, rate=None, silent=[])
         if sparsity is None:
             sparsity = self.masks.sparsity
         stage, within, count = self.stages.place(self.epoch)
@@ -460,9 +462,9 @@ class Run:
         args, rows, net, masks = self.args, self.rows, self.net, self.masks
         alive = None if masks is None else masks.alive
         if counts is None:
-            inputs = self.images.inputs("test", args.batch_size)
+            batches = self.images.inputs("test", args.batch_size)
             with training.autocast(args):
-                counts = metrics.count(net, inputs, alive)
+                counts = metrics.count(net, batches, alive)
         # an epoch starts at the density at which the one before it has ended
         densities = [1 - self.first_sparsity]
         densities += [1 - row["sparsity"] for row in rows[:-1]]
@@ -482,7 +484,7 @@ class Run:
         summary = {key: known.get(key) for key in SUMMARY_KEYS}
         summary["peak_memory_mib"] = peak_memory_mib(self.device)
 
-        save_tensors(self.folder / "model.pt", models.pack(net, alive))
+        save_tensors(self.folder / "model.pt", modelfile.pack(net, alive))
         n_alive, n_zeros = recount(self.folder / "model.pt", summary["layers"])
         if rows:  # a network of --init may be cut, and not trained
             self._draw_curves()
@@ -510,7 +512,7 @@ class Run:
         if small is None:
             self.say(f"  {text}")
             return {}
-        save_tensors(self.folder / "compact.pt", models.pack(small, alive))
+        save_tensors(self.folder / "compact.pt", modelfile.pack(small, alive))
         speed = {}  # {batch size: factor}
         with training.autocast(self.args):
             for size in (1, 32):
@@ -714,7 +716,7 @@ class Run:
         if isinstance(saved, dict):
             # the names of the classes are those of the data, which are compared
             names = {"_extra_state": self.net.get_extra_state()}
-            saved = models.complete_state(self.net, saved) | names
+            saved = modelfile.complete_state(self.net, saved) | names
             state["parts"]["net"] = saved
             gone = [name for name in saved.keys() - self.net.state_dict().keys()
                     if name.startswith("lif") and name.endswith(".w")]
@@ -903,11 +905,14 @@ class Run:
             if accuracy is not None:
                 self.say(f"  {name:<24}{100 * accuracy:6.2f} % test accuracy")
         tuned = [row["test_accuracy"] for row in self.rows
-                 if row["stage"] == "finetune" and row["test_accuracy"] is not None]
-        if values["as_published"] and tuned:
-            self.say(f"  best epoch              {100 * max(tuned):6.2f} % of the "
-                     f"fine-tuning, chosen by the test set: what the published code "
-                     f"reports")
+                 if row["stage"] == "finetune"]
+        known = [accuracy for accuracy in tuned if accuracy is not None]
+        if values["as_published"] and known:
+            which = ": what the published code reports"
+            if len(known) < len(tuned):
+                which = f", of {len(known)} that were evaluated"
+            self.say(f"  best epoch              {100 * max(known):6.2f} % of the "
+                     f"fine-tuning, chosen by the test set{which}")
         n_alive = sum(layer["alive"] for layer in values["layers"])
         n_weights = sum(layer["weights"] for layer in values["layers"])
         self.say(
@@ -956,8 +961,8 @@ def recount(path, layers):
     file disagrees with them, or its masks with its weights.
     """
     try:
-        packed = models.read(path)
-        models.unpack(packed, path)  # it raises if a dead weight is not 0
+        packed = modelfile.read(path)
+        modelfile.unpack(packed, path)  # it raises if a dead weight is not 0
     except ValueError as error:
         raise Broken(str(error)) from None
     alive = zeros = 0

@@ -19,6 +19,7 @@ from torch import nn
 
 import data
 import events
+import modelfile
 import models
 import plans
 import training
@@ -278,8 +279,8 @@ def start_from(net, path, takes_masks=False, may_be_new=True):
     classifier may be a new one. The normalisation stays that of the data set. Raises
     ValueError if the file holds a network of another form.
     """
-    packed = models.read(path)
-    source = models.unpack(packed, path)
+    packed = modelfile.read(path)
+    source = modelfile.unpack(packed, path)
     if models.neuron_masks(source):
         raise ValueError(f"{path} has neurons that are masked one by one, which no "
                          f"method goes on from, expected a network without. Give "
@@ -300,7 +301,7 @@ def start_from(net, path, takes_masks=False, may_be_new=True):
 
     state, notes = source.state_dict(), []
     own, masks = net.state_dict(), source.masks
-    state |= {key: own[key] for key in models.NO_WEIGHTS}  # of the data of this run
+    state |= {key: own[key] for key in modelfile.NO_WEIGHTS}  # of the data of this run
     classes = other_classes(source, net)
     if classes and not may_be_new:
         raise ValueError(f"{path} has other classes ({classes}), expected the same "

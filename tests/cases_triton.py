@@ -12,6 +12,7 @@ from torch import nn
 
 import kernels
 import kernels_triton
+import modelfile
 import models
 import neurons
 import plans
@@ -400,7 +401,7 @@ def test_a_run_has_the_masks_of_a_run_without_triton(extra, tmp_path, monkeypatc
     monkeypatch.setattr(kernels_triton, "launch", lambda *a, **k: (calls.append(a), real(*a, **k)))
     for name in ("triton", "torch"):
         prune_unstructured.main([*given, "--run-dir", name])
-        found.append(models.read(f"{name}/model.pt"))
+        found.append(modelfile.read(f"{name}/model.pt"))
         monkeypatch.setattr(kernels, "triton_devices", lambda *_: ())
         counts.append(len(calls))
     assert counts[0] > 150 and counts[1] == counts[0]

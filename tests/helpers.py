@@ -20,6 +20,7 @@ from PIL import Image
 
 import data
 import events
+import modelfile
 import models
 from harness.meters import Meter
 
@@ -34,7 +35,7 @@ def assert_same_run(one, other):
     """All that two runs left agrees bit by bit; times, memory and paths apart."""
     one, other = Path(one), Path(other)
     assert {path.name for path in one.iterdir()} == {path.name for path in other.iterdir()}
-    a, b = (models.read(folder / "model.pt") for folder in (one, other))
+    a, b = (modelfile.read(folder / "model.pt") for folder in (one, other))
     for part in ("state_dict", "masks"):
         assert a[part].keys() == b[part].keys()
         for name in a[part]:

@@ -906,8 +906,8 @@ def test_verdicts_are_written_and_printed(capsys):
     analyze.main(["verdicts"])
     text, printed = Path("figures/verdicts.md").read_text(), capsys.readouterr().out
     assert text.startswith("| the paper says | verdict | here |\n")
-    assert text.count("\n") == 4 and printed.endswith("verdicts    figures/verdicts.md\n")
-    for line in text.splitlines()[2:]:
+    assert text.count("\n") == 8 and printed.endswith("verdicts    figures/verdicts.md\n")
+    for line in text.splitlines()[2:4]:
         claim, verdict, here = line.strip("| ").split(" | ")
         assert f"\n{claim}: {verdict}. {here}\n" in printed
     for folder in Path("runs").glob("c*"):
@@ -1143,6 +1143,6 @@ def test_the_figures_in_the_readme_are_those_of_the_logs():
             assert made == shipped
             assert f"results/figures/{name}.png" in (ROOT / "docs/results.md").read_text()
     runs = records.read_runs(records.folders_of(folders, without=None))
-    verdicts.write(Path("verdicts.md"), verdicts.table(runs, drawn))
+    verdicts.write(Path("verdicts.md"), verdicts.table(runs, drawn), runs)
     made = Path("verdicts.md").read_text()
     assert made == (ROOT / "results/figures/verdicts.md").read_text() and made in text

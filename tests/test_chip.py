@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import data
+import inputs
 import metrics
 import models
 import plans
@@ -49,7 +50,7 @@ def spikes_of(net, images):
     with (metrics.hooks(models.lifs(net), after=lambda n, s: found.update({n: s.clone()})),
           metrics.hooks({"input": net.get_submodule(first)},
                         before=lambda n, x: found.update({n: x.clone()}))):
-        net(models.as_input(net, images))
+        net(inputs.as_input(net, images))
     found["input"] = found["input"].unflatten(0, (-1, len(images)))
     return found
 

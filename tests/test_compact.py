@@ -11,6 +11,7 @@ import channels
 import compact
 import data
 import metrics
+import modelfile
 import models
 import prune_unstructured
 import training
@@ -43,7 +44,7 @@ def masked_net(name, factor, seed=0, lost=0.3):
     for mask in masks.alive.values():
         mask.copy_(torch.rand(mask.shape, generator=draw) < 0.5)
     for layer, group in models.removable(net).items():
-        size = net.config["widths"][group.width]
+        size = net.config["widths"][group.place]
         unread, unfed = (torch.rand(size, generator=draw) < lost for _ in range(2))
         unread[0] = unfed[0] = False
         masks.alive[f"{layer}.conv.weight"][unfed] = False
@@ -71,7 +72,7 @@ def reached(net, alive):
     for layer in reversed(groups):
         group, owner = groups[layer], groups[layer].reader.removesuffix(".conv.weight")
         mask = alive[group.reader].numpy()
-        found[layer] = np.zeros(net.config["widths"][group.width], dtype=bool)
+        found[layer] = np.zeros(net.config["widths"][group.place], dtype=bool)
         for out, column in zip(*np.nonzero(mask.reshape(*mask.shape[:2], -1).any(2))):
             if owner not in groups or found[owner][out]:
                 found[layer][column // group.repeat] = True
@@ -242,7 +243,7 @@ def test_a_run_leaves_the_smaller_network(capsys):
         "config.json", "metrics.jsonl", "updates.jsonl", "checkpoint.pt", "model.pt", "compact.pt",
         "summary.json", "curves.png"}
     assert summary["speedup_batch1"] > 0 and summary["speedup_batch32"] > 0
-    packed = models.read("r/model.pt")
+    packed = modelfile.read("r/model.pt")
     net, small = models.load("r/model.pt"), models.load("r/compact.pt")
     assert net.config["widths"] == summary["widths"]
     kept = compact.needed(net, packed["masks"])
@@ -250,7 +251,7 @@ def test_a_run_leaves_the_smaller_network(capsys):
     images = real_images(64)
     found = channels.differences(net.double(), small.double(), kept, images)
     assert found["logits_differ_by"] <= 1e-10 and found["spikes_that_differ"] == 0
-    counts = metrics.count(small, [images], models.read("r/compact.pt")["masks"])
+    counts = metrics.count(small, [images], modelfile.read("r/compact.pt")["masks"])
     before = metrics.count(net, [images], packed["masks"])
     assert f"MACs a step {before['macs']:,} -> {counts['macs']:,} " in text
     assert text.count(f"compact.pt: channels 44 -> {total(kept)}, ") == 1
@@ -262,7 +263,7 @@ def test_a_run_that_was_stopped_leaves_the_same(monkeypatch):
     stop_after(30, monkeypatch, run, "--run-dir", "r")
     run("--resume", "--run-dir", "r")
     assert_same_run("whole", "r")
-    a, b = (models.read(Path(folder, "compact.pt"))["state_dict"] for folder in ("whole", "r"))
+    a, b = (modelfile.read(Path(folder, "compact.pt"))["state_dict"] for folder in ("whole", "r"))
     assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
@@ -293,7 +294,7 @@ def write_masked(path, name="small", factor=0.5):
     net, masks = masked_net(name, factor)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(models.pack(net.float(), masks.alive), path)
+    torch.save(modelfile.pack(net.float(), masks.alive), path)
     return net, masks
 
 
@@ -310,7 +311,7 @@ def test_the_script_writes_the_same_function(name, factor, given, written, as_ty
     assert total(kept) < total(compact.drop_unread(net, masks.alive))  # the silent are gone too
     found = channels.differences(net.double(), small.double(), kept, real_images())
     assert found["logits_differ_by"] <= 1e-10 and found["spikes_that_differ"] == 0
-    alive = models.read(written)["masks"]
+    alive = modelfile.read(written)["masks"]
     assert all((small.get_parameter(weight)[~mask] == 0).all() for weight, mask in alive.items())
     assert sum(int(mask.sum()) for mask in alive.values()) < masks.n_alive
     text = capsys.readouterr().out
@@ -320,7 +321,7 @@ def test_the_script_writes_the_same_function(name, factor, given, written, as_ty
 
 
 def test_the_script_has_nothing_to_leave_out(as_typed, capsys):
-    torch.save(models.pack(random_net("small", 0.5, dtype=torch.float32)), "model.pt")
+    torch.save(modelfile.pack(random_net("small", 0.5, dtype=torch.float32)), "model.pt")
     compact.main(["model.pt"])  # no SystemExit: exit code 0
     assert capsys.readouterr().out == (
         "model.pt: no channel can be left out: alive weights read each one, and each may fire. "

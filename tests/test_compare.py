@@ -307,14 +307,14 @@ def test_runs_as_published_are_rows_of_their_own_in_the_table_of_the_text():
     # the dense network of either reading is what the training cost is a share of
     assert {row["training_cost"] for row in rows} == {1 / 3, 1}
     figure = compare.plot_tables(tables)  # all rows, each with a look of its own
-    bars = figure.axes[1].containers
+    bars = figure.axes[0].containers
     assert {one.get_label() for one in bars} == {row["method"] for row in rows}
     assert len({(one.lines[0].get_color(), one.lines[0].get_marker()) for one in bars}) == 7
     only = {setting: [row for row in rows if "as published" in row["method"]]}
     left, right = compare.plot_tables(only).axes
-    assert {bars.lines[0].get_color() for bars in right.containers} == {
+    assert {line.get_color() for line in right.lines} == {
         compare.plots.style_of(name)[0] for name in ("dense", "gmp", "criticality")}
-    assert [line.get_ydata()[0] for line in left.lines
+    assert [line.get_xdata()[0] for line in left.lines
             if line.get_linestyle() == ":"] == [pytest.approx(90)]
     differences = {row["method"]: row["against"] for row in groups.tabulate(
         groups.gather(Path("logs"))[0], "dense, as published")[setting]}
@@ -399,7 +399,7 @@ def test_methods_that_no_table_names_are_rows_and_points_without_an_edit():
     assert [row["method"] for row in weights] == ["foo", "magnitude", "gmp"]
     assert [row["method"] for row in channels] == ["bar", "baz"] and channels[0]["faster"] == 3
     figure = compare.plot_tables(tables)
-    for axis, names in zip((figure.axes[1], figure.axes[3]), (["foo", "magnitude", "gmp"],
+    for axis, names in zip((figure.axes[0], figure.axes[2]), (["foo", "magnitude", "gmp"],
                                                               ["bar", "baz"])):
         assert [bars.get_label() for bars in axis.containers] == names
         looks = {(bars.lines[0].get_color(), bars.lines[0].get_marker())
@@ -520,30 +520,33 @@ def test_the_plot_shows_targets_that_compare_and_no_collapse_sets_its_scale():
                 cost=0.5)
     figure = compare.plot_tables(groups.tabulate(groups.gather(Path("logs"))[0]))
     left, right = figure.axes
-    assert [tick.get_text() for tick in left.get_xticklabels()] == ["5 % sparse", "10 % sparse"]
-    bars = [(bars.get_label(), x, y) for bars in left.containers
-            for x, y in bars.lines[0].get_xydata()]
-    third = 0.8 / 3
-    assert bars == [(name, pytest.approx(x), pytest.approx(y)) for name, x, y in (
-        ("gmp", -third, 80), ("gmp", 1 - third, 80), ("random", 0, 70), ("random", 1, 70),
-        ("deepr", third, 40), ("deepr", 1 + third, 40))]
-    assert [line.get_ydata()[0] for line in left.lines if len(line.get_xdata()) == 2
-            and line.get_linestyle() == ":"] == [pytest.approx(90)]  # dense
-    assert left.get_ylim() == right.get_ylim() == pytest.approx((69, 91))
-    assert [text.get_text() for text in left.texts] == ["40", "40"]
-    for axis in (left, right):  # white, over the full mark: of the second target
-        white = [line.get_xydata()[0] for line in axis.lines
-                 if line.get_markerfacecolor() == "white" and len(line.get_xydata())]
-        assert sorted(y for _, y in white) == pytest.approx([40, 70, 80])
+    names = ["dense", "sdsnn", "gmp", "random", "deepr"]  # the best one first, above
+    assert [tick.get_text() for tick in left.get_yticklabels()] == names
+    assert left.get_ylim() == right.get_ylim() == (4.5, -0.5)
+
+    def points(lines):  # of the legend there are none
+        return [(line.get_label(), *line.get_xydata()[0], line.get_markerfacecolor() == "white")
+                for line in lines if len(line.get_xydata()) == 1]
+
+    bars = [bars.lines[0] for bars in left.containers]
+    for bar, container in zip(bars, left.containers):
+        bar.set_label(container.get_label())
+    assert points(bars) == [(name, pytest.approx(x), names.index(name), is_white)
+                            for name, x, is_white in (
+        ("dense", 90, False), ("sdsnn", 85, False), ("gmp", 80, False), ("gmp", 80, True),
+        ("random", 70, False), ("random", 70, True), ("deepr", 40, False), ("deepr", 40, True))]
+    assert [line.get_xdata()[0] for line in left.lines
+            if line.get_linestyle() == ":"] == [pytest.approx(90)]  # dense
+    assert left.get_xlim() == pytest.approx((69, 91))
+    assert [text.get_text() for text in left.texts] == ["40, 40"]
     assert [text.get_text() for text in right.get_legend().get_texts()] == [
-        "5 % sparse", "10 % sparse", "dense", "sdsnn", "gmp", "random", "deepr"]
+        "5 % sparse", "10 % sparse"]
+    costs = points(right.lines)
+    assert ("gmp", 0.95, 2, False) in costs and ("gmp", 0.9, 2, True) in costs
+    assert ("sdsnn", 0.5, 1, False) in costs and len(costs) == 8
     note = compare.plots.note_of(figure)
-    assert "bars: their standard deviation" in note and "a mean below the panel" in note
+    assert "bars: their standard deviation" in note and "at an edge: a mean beyond it" in note
     assert "Not drawn: 1 rows" in note  # of GMP at 30 %
-    lines = {bars.get_label(): bars.lines[0].get_xydata() for bars in right.containers}
-    assert list(lines) == ["dense", "sdsnn", "gmp", "random", "deepr"]
-    assert np.allclose(lines["gmp"], [(0.95, 80), (0.9, 80)])
-    assert np.allclose(lines["sdsnn"], [(0.5, 85)])
 
 
 @pytest.mark.parametrize("given, says", [
@@ -679,9 +682,9 @@ def test_rows_that_differ_in_a_number_are_lines_over_it():
     (line,) = by_steps.containers
     assert np.allclose(line.lines[0].get_xydata(), [(2, 62), (4, 80), (8, 68)])
     # left and right: those that are on no line by their names, the variant among them
-    for axis in (left, right):
-        assert {bars.get_label() for bars in axis.containers} == {
-            "gmp", "granet", "criticality, regen 0.3, aggregate mean"}
+    assert {tick.get_text() for tick in left.get_yticklabels()} == {
+        "gmp", "granet", "criticality, regen 0.3, aggregate mean"}
+    assert len(right.lines) == 3
     assert "Not drawn" not in compare.plots.note_of(figure)
 
 
@@ -702,14 +705,14 @@ def test_points_of_one_method_are_no_panel():
     for seed in (0, 1):
         written(f"d{seed}", "dense", seed, 0.9, sparsity=0)
     figure = compare.plot_tables(groups.tabulate(groups.gather(Path("logs"))[0]))
-    _, right, _ = figure.axes
-    assert {bars.get_label() for bars in right.containers} == {"gmp", "dense"}
+    left, *_ = figure.axes
+    assert {bars.get_label() for bars in left.containers} == {"gmp", "dense"}
 
 
 def test_one_method_alone_is_drawn():
     written("g")
     left, right = compare.plot_tables(groups.tabulate(groups.gather(Path("logs"))[0])).axes
-    assert [bars.get_label() for bars in right.containers] == ["gmp"]
+    assert [bars.get_label() for bars in left.containers] == ["gmp"] and len(right.lines) == 1
 
 
 def test_many_targets_are_lines():

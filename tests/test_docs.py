@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import data
+import modelfile
 import models
 from harness import flags, runfolder
 from helpers import write_frames
@@ -330,7 +331,7 @@ def test_the_network_in_results_is_that_of_its_log_and_of_the_readme():
     with torch.inference_mode():
         right = (net(images.x_test).sum(0).argmax(1) == images.y_test).double().mean().item()
     assert right == pytest.approx(summary["test_accuracy"], abs=0.005)
-    alive = sum(int(mask.sum()) for mask in models.read(START / "model.pt")["masks"].values())
+    alive = sum(int(mask.sum()) for mask in modelfile.read(START / "model.pt")["masks"].values())
     assert alive == sum(layer["alive"] for layer in summary["layers"])
     assert f"{100 * summary['test_accuracy']:.1f} %" in README.read_text()
 

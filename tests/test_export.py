@@ -10,6 +10,7 @@ import torch
 
 import data
 import export
+import modelfile
 import models
 import sparsefile
 from harness import files
@@ -62,7 +63,7 @@ def run():
          + 70 * y[:, None, None]).astype(np.uint8)
     np.savez("tiny.npz", x_train=x, y_train=y, x_test=x[:30], y_test=y[:30])
     Path("r").mkdir()
-    torch.save(models.pack(network()), "r/model.pt")
+    torch.save(modelfile.pack(network()), "r/model.pt")
     config = dict(dataset="tiny.npz", data_dir="data", train_limit=None, time_steps=STEPS)
     Path("r/config.json").write_text(json.dumps(config))
     return Path("r")
@@ -284,7 +285,7 @@ def test_a_sparse_file_holds_the_network(net):
     for name, tensor in net.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor), name
         assert again.state_dict()[name].dtype == tensor.dtype
-    for name, mask in models.pack(net)["masks"].items():
+    for name, mask in modelfile.pack(net)["masks"].items():
         assert torch.equal(again.masks[name], mask), name
     content = Path("s.gz").read_bytes()
     sparsefile.save(again, "s.gz")
@@ -339,13 +340,13 @@ def test_a_damaged_sparse_file(content):
 def test_compact_is_preferred_where_it_is_the_same_function(run, torch_written, capsys):
     small = models.load("r/model.pt")
     small.class_names = ["a", "b", "c"]  # to recognise it
-    torch.save(models.pack(small), "r/compact.pt")
+    torch.save(modelfile.pack(small), "r/compact.pt")
     export.main(["r", "--to", "torch"])
     assert torch_written[-1].net.class_names == small.class_names
     assert "r/compact.pt is exported in its place" in capsys.readouterr().out
     with torch.no_grad():
         small.fc.bias += 0.1
-    torch.save(models.pack(small), "r/compact.pt")
+    torch.save(modelfile.pack(small), "r/compact.pt")
     export.main(["r", "--to", "torch"])
     assert torch_written[-1].net.class_names == network().class_names
     assert "note: r/compact.pt differs by 0.2, " in capsys.readouterr().out
@@ -355,7 +356,7 @@ def test_compact_is_preferred_where_it_is_the_same_function(run, torch_written, 
 def test_a_compact_file_of_another_network_is_not_used(other, run, torch_written, capsys):
     Path("r/compact.pt").write_bytes(b"damaged")
     if other is not None:
-        torch.save(models.pack(other), "r/compact.pt")
+        torch.save(modelfile.pack(other), "r/compact.pt")
     export.main(["r", "--to", "torch"])
     assert torch_written[-1].net.config == network().config
     assert "note: r/compact.pt " in capsys.readouterr().out

@@ -31,6 +31,7 @@ import data
 import helpers
 import masks
 import metrics
+import modelfile
 import models
 import neurons
 import training
@@ -600,7 +601,7 @@ def finished_run(unbroken):
 def test_bad_checkpoints(change, words, finished_run, capsys):
     shutil.copytree(finished_run, "r")
     Path("r/summary.json").unlink()
-    state = models.read_tensors("r/checkpoint.pt")
+    state = modelfile.read_tensors("r/checkpoint.pt")
     torch.save(change(state), "r/checkpoint.pt")
     before = helpers.everything_in(Path("r"))
     error = fails(capsys, 2, resume, MAIN)
@@ -613,7 +614,7 @@ def test_damaged_checkpoints(finished_run, capsys):
     shutil.copytree(finished_run, "r")
     Path("r/summary.json").unlink()
     good = Path("r/checkpoint.pt").read_bytes()
-    state = models.read_tensors("r/checkpoint.pt")
+    state = modelfile.read_tensors("r/checkpoint.pt")
     weight = state["parts"]["net"]["fc.weight"].numpy().tobytes()
     at = good.index(weight) + 9
     turned = bytearray(good)
@@ -655,13 +656,13 @@ def same_content(one, other):
 def test_no_turned_bit_goes_unseen(name, finished_run):
     """Of the bits of a file, each is either seen or of no effect (padding, dates)."""
     good = (finished_run / name).read_bytes()
-    expected, rng, refused = models.read_tensors(finished_run / name), random.Random(0), 0
+    expected, rng, refused = modelfile.read_tensors(finished_run / name), random.Random(0), 0
     for _ in range(150):
         bad = bytearray(good)
         bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
         Path(name).write_bytes(bad)
         try:
-            found = files.read_checkpoint(".") if name == "checkpoint.pt" else models.read(name)
+            found = files.read_checkpoint(".") if name == "checkpoint.pt" else modelfile.read(name)
         except ValueError as error:
             assert name in str(error) and "\n" not in str(error)
             refused += 1
@@ -690,8 +691,8 @@ BAD_MODELS = {
 @pytest.mark.parametrize("change, words", BAD_MODELS.values(), ids=BAD_MODELS)
 def test_bad_networks(change, words, capsys):
     net = models.build("small", 3, 1, 8, 4, models.default_widths("small", 0.25))
-    torch.save(models.pack(net), "start.pt")
-    good, packed = Path("start.pt").read_bytes(), models.read("start.pt")
+    torch.save(modelfile.pack(net), "start.pt")
+    good, packed = Path("start.pt").read_bytes(), modelfile.read("start.pt")
     if change.__name__ == "change":
         torch.save(change(packed), "start.pt")
     else:
@@ -811,7 +812,7 @@ def test_each_script_looks(script, monkeypatch, capsys):
 def test_the_saved_network_is_counted_again(monkeypatch, capsys, finished_run):
     shutil.copytree(finished_run, "r")
     Path("r/summary.json").unlink()
-    pack = models.pack
+    pack = modelfile.pack
 
     def forget(net, alive=None):
         packed = pack(net, alive)
@@ -825,13 +826,13 @@ def test_the_saved_network_is_counted_again(monkeypatch, capsys, finished_run):
 
     for fault, words in ((forget, "weights of fc.weight alive, expected"), (move, "are not 0")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(models, "pack", fault)
+            patch.setattr(modelfile, "pack", fault)
             error = fails(capsys, 1, resume, MAIN)
         assert "r/model.pt" in error and words in error and not Path("r/summary.json").exists()
     resume(MAIN)
     summary = json.loads(Path("r/summary.json").read_text())
     alive = sum(layer["alive"] for layer in summary["layers"])
-    state = models.read("r/model.pt")["state_dict"]
+    state = modelfile.read("r/model.pt")["state_dict"]
     zeros = sum(int((state[layer["name"]] == 0).sum()) for layer in summary["layers"])
     printed = capsys.readouterr().out
     assert f"counted in model.pt     {alive:,} alive, {zeros:,} zeros" in printed
@@ -1043,7 +1044,7 @@ def test_a_run_without_a_checkpoint_knows_its_data(finished_run, capsys):
 
 def test_a_run_of_before_goes_on_with_a_note(monkeypatch, unbroken, capsys):
     half_done(monkeypatch)
-    state = models.read_tensors("r/checkpoint.pt")
+    state = modelfile.read_tensors("r/checkpoint.pt")
     del state["data"]
     torch.save(state, "r/checkpoint.pt")
     config = json.loads(Path("r/config.json").read_text())
@@ -1066,7 +1067,7 @@ def test_the_analysis_knows_its_network_and_its_data(finished_run, unbroken):
     made = Path("r/analysis.npz").stat().st_mtime_ns
     assert same_content(records.analysis_of(records.read_run("r")), first)
     assert Path("r/analysis.npz").stat().st_mtime_ns == made
-    packed = models.read("r/model.pt")
+    packed = modelfile.read("r/model.pt")
     packed["state_dict"]["fc.weight"] *= 0.5
     packed["state_dict"]["convs.0.bn.bias"] += 0.5
     files.save_tensors(Path("r/model.pt"), packed)

@@ -215,7 +215,7 @@ def neurons_are_compared_before():
 @pytest.mark.parametrize("name", models.NAMES)
 def test_a_step_of_each_network_lies_on_one_device_and_waits_for_nothing(name, without_numbers):
     net, args = network_on_gpu(name), flags_of()
-    optimizer = training.sgd(args, net)
+    optimizer = training.optimizer(args, net.parameters())
     masks, run, watch = Masks(net), run_of(net, args, optimizer), Watch(net, CUDA)
     x = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=CUDA)
     y = torch.zeros(4, dtype=torch.int64, device=CUDA)
@@ -249,7 +249,7 @@ def test_a_step_with_triton_neurons_waits_for_nothing(name, without_numbers, mon
     net, args = network_on_gpu(name), flags_of()
     for lif in models.lifs(net).values():
         lif.triton_devices = ("cuda",)
-    optimizer = training.sgd(args, net)
+    optimizer = training.optimizer(args, net.parameters())
     masks, run = Masks(net), run_of(net, args, optimizer)
     x = torch.zeros(4, 3, 32, 32, dtype=torch.uint8, device=CUDA)
     for record in (None, "max"):
@@ -638,7 +638,7 @@ def twins(name="small"):
         let_fire(net)
         net = net.to(device, memory_format=torch.channels_last)
         args = flags_of(device=device)
-        masks, optimizer = Masks(net), training.sgd(args, net)
+        masks, optimizer = Masks(net), training.optimizer(args, net.parameters())
         masks.flat.copy_(torch.rand(masks.total, generator=seeded(1)) < 0.5)
         run = run_of(net, args, optimizer)
         run.meter = Meter(torch.device(device))

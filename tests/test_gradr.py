@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import data
+import modelfile
 import models
 import prune_gradr
 from harness import runfolder
@@ -555,7 +556,7 @@ def test_a_run_of_grad_r_and_its_folder(capsys):
     assert summary["pruned_accuracy"] == rows[1]["test_accuracy"]
     config = json.loads(Path("r/config.json").read_text())
     assert config["prior"] > 0 and config["lr"] == 0.01 and config["weight_decay"] == 0
-    net, masks = models.load("r/model.pt"), models.read("r/model.pt")["masks"]
+    net, masks = models.load("r/model.pt"), modelfile.read("r/model.pt")["masks"]
     assert all(net.get_parameter(name)[~mask].count_nonzero() == 0 for name, mask in masks.items())
     out = capsys.readouterr().out
     assert "out of reach" in out and f"{keep:,} are asked for" in out
@@ -631,7 +632,7 @@ def test_grad_r_written_separately():
                     theta[n] = theta[n].clamp(min=0) * alive[n]
                     u[n], v[n] = u[n] * alive[n], v[n] * alive[n]
                     w.data.copy_(sign[n] * theta[n])
-    packed = models.read("r/model.pt")
+    packed = modelfile.read("r/model.pt")
     assert all(torch.equal(packed["masks"][name], alive[name]) for name in alive)
     for name, tensor in net.state_dict().items():
         assert torch.equal(packed["state_dict"][name], tensor), name
@@ -649,7 +650,7 @@ def test_the_target_moves_nothing_in_a_run_until_the_trim():
 def test_dead_weights_stay_dead_while_fine_tuning():
     for method in ("gradr", "deepr"):
         run("--run-dir", method, "--method", method, "--epochs-finetune", 2)
-        masks = models.read(f"{method}/model.pt")["masks"]
+        masks = modelfile.read(f"{method}/model.pt")["masks"]
         fixed = {layer["name"]: layer["alive"]
                  for layer in lines(method, "updates")[-1]["layers"]}
         assert {name: int(mask.sum()) for name, mask in masks.items()} == fixed
@@ -674,7 +675,7 @@ def test_deep_r_from_a_dense_network_goes_on_bit_by_bit(monkeypatch):
     net, _ = small_net()
     images = data.load("mine.npz")
     net.set_normalisation(images.mean, images.std)
-    torch.save(models.pack(net), "dense.pt")
+    torch.save(modelfile.pack(net), "dense.pt")
     given = ["--method", "deepr", "--init", "dense.pt", "--temperature", "1e-6", "--prior", "0.01",
              "--precision", "bf16"]
     summary = run("--run-dir", "unbroken", *given)

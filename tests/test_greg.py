@@ -10,6 +10,7 @@ import torch
 
 import channels
 import data
+import modelfile
 import models
 import prune_greg
 from harness import runfolder
@@ -226,7 +227,7 @@ def test_init_skips_the_pretraining():
         run("--run-dir", "r", "--init", "dense/model.pt", short=TINY[:2] + TINY[4:])
     torch.manual_seed(0)
     net = models.build("small", 10, 1, 28, 4, [4, 8, 16, 16])
-    torch.save(models.pack(net), "net.pt")
+    torch.save(modelfile.pack(net), "net.pt")
     summary = run("--run-dir", "r", "--init", "net.pt", "--epochs-prune", 1,
                   short=TINY[:2] + TINY[4:])
     assert [r["stage"] for r in lines("r", "metrics")] == ["prune", "finetune"]
@@ -323,7 +324,7 @@ def test_the_largest_share_of_the_macs_is_reached(name, factor):
 @pytest.mark.parametrize("given", [(), ("--epochs-pretrain", 0, "--init", "dense.pt")])
 def test_without_fine_tuning_the_result_is_that_of_the_small_network(given):
     torch.manual_seed(0)
-    torch.save(models.pack(models.build("small", 10, 1, 28, 4, [8, 16, 32, 32])), "dense.pt")
+    torch.save(modelfile.pack(models.build("small", 10, 1, 28, 4, [8, 16, 32, 32])), "dense.pt")
     found = run("--run-dir", "r", "--epochs-finetune", 0, "--epochs-prune", 1, "--prune-ratio",
                 0.9, *given)
     images = data.load("fashion-mini")

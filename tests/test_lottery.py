@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import data
+import modelfile
 import models
 import prune_lottery as lottery
 import training
@@ -303,7 +304,7 @@ class Plain:
         self.optimizer()
 
     def assert_is(self, folder):
-        packed = models.read(f"{folder}/model.pt")
+        packed = modelfile.read(f"{folder}/model.pt")
         for name, tensor in self.net.state_dict().items():
             assert torch.equal(packed["state_dict"][name], tensor), name
         assert all(torch.equal(packed["masks"][name], self.alive[name]) for name in self.alive)
@@ -496,7 +497,7 @@ def test_a_run_and_its_folder(capsys):
     assert "epochs                  3 of search + 2 = 5" in out
     assert f"{sum(densities[:3]):.1f} of search + {sum(densities[3:]):.1f}" in out
     state = torch.load("r/checkpoint.pt", weights_only=True)["parts"]["optimizer"]["state"]
-    net, masks = models.load("r/model.pt"), models.read("r/model.pt")["masks"]
+    net, masks = models.load("r/model.pt"), modelfile.read("r/model.pt")["masks"]
     for index, (name, parameter) in enumerate(net.named_parameters()):
         if name in masks:
             assert parameter[~masks[name]].count_nonzero() == 0
@@ -555,7 +556,7 @@ def test_from_a_trained_network():
     run(*SHORT, "--run-dir", "r")
     net = models.load("r/model.pt")
     every = {name: torch.ones_like(mask) for name, mask in net.masks.items()}
-    torch.save(models.pack(net, every), "dense.pt")
+    torch.save(modelfile.pack(net, every), "dense.pt")
     images = data.load("mine.npz")
     right = net(images.x_test).sum(0).argmax(1) == images.y_test
     summary = run(*EB, "--init", "dense.pt", "--run-dir", "s")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import data
+import modelfile
 import models
 import prune_ndsnn
 from harness import runfolder
@@ -353,7 +354,7 @@ def test_a_run(monkeypatch, capsys):
     assert updates[-1]["target"] == 0.8
     assert sum(row["regenerated"] for row in updates) > 0 and (
         0 < summary["survived_by_regeneration"] < 1)
-    masks = models.read("r/model.pt")["masks"]
+    masks = modelfile.read("r/model.pt")["masks"]
     final = torch.cat([mask.flatten() for mask in masks.values()])
     assert torch.equal(final, seen[-1]["after"])  # the mask is fixed from then on
     assert all(net.get_parameter(name)[~mask].count_nonzero() == 0 for name, mask in masks.items())
@@ -443,7 +444,7 @@ def test_a_run_bit_by_bit(images):
                 w.data *= alive[name]
                 sgd.state[w]["momentum_buffer"] *= alive[name]
     assert n_grown > 0
-    packed = models.read("r/model.pt")
+    packed = modelfile.read("r/model.pt")
     assert all(torch.equal(packed["masks"][name], alive[name]) for name in alive)
     for name, tensor in net.state_dict().items():
         assert torch.equal(packed["state_dict"][name], tensor), name

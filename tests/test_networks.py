@@ -15,6 +15,7 @@ import compact
 import compare
 import data
 import metrics
+import modelfile
 import models
 import neurons
 import plans
@@ -179,7 +180,7 @@ def test_a_network_with_two_neurons_goes_through_a_file(given, tmp_path):
     net = small("sdsnn-large", 8, 3, neuron=given)
     again = models.build(**net.config)
     assert again.config == net.config
-    torch.save(models.pack(net), tmp_path / "model.pt")
+    torch.save(modelfile.pack(net), tmp_path / "model.pt")
     loaded = models.load(tmp_path / "model.pt")
     assert loaded.config == net.config
     for one, other, third in zip(*(models.lifs(n).values() for n in (net, again, loaded))):
@@ -196,9 +197,9 @@ def test_a_file_older_than_a_neuron_keeps_its_own(name, was, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setitem(plans.NETWORKS, name, row)
         net = small(name, 16, 2, time_steps=5)
-        packed = models.pack(net)
+        packed = modelfile.pack(net)
     assert packed["neuron"] == was
-    loaded = models.unpack(packed)
+    loaded = modelfile.unpack(packed)
     for one, other in zip(*(models.lifs(n).values() for n in (net, loaded)), strict=True):
         assert repr(one) == repr(other)
         assert other.detach_reset and other.strict == was.get("strict", False)
@@ -333,7 +334,7 @@ def test_shapes_and_round_trip(name, tmp_path):
     masks.prune(masks.total // 2, masks.magnitudes(), generator())
     masks.rescue_empty_layers()
     masks.apply(torch.optim.SGD(net.parameters(), 0.1))
-    torch.save(models.pack(net, masks.alive), tmp_path / "model.pt")
+    torch.save(modelfile.pack(net, masks.alive), tmp_path / "model.pt")
     x = torch.poisson(torch.full((3, 4, 2, 16, 16), 2.0)).to(torch.uint8)
     loaded = models.load(tmp_path / "model.pt")
     out = net.eval()(x)
@@ -342,9 +343,9 @@ def test_shapes_and_round_trip(name, tmp_path):
     assert torch.equal(out[:2], net(x[:2]))
     net.time_steps = 2  # the first steps, as an early-time ticket is searched for with
     assert torch.equal(net(x), out[:2])
-    old = {k: v for k, v in models.pack(models.build("small", 3, 1, 8, 2)).items()
+    old = {k: v for k, v in modelfile.pack(models.build("small", 3, 1, 8, 2)).items()
            if k not in ("encoding", "neuron")}
-    assert models.unpack(old).encoding == "direct"  # files of before there were others
+    assert modelfile.unpack(old).encoding == "direct"  # files of before there were others
 
 
 def test_votes_by_hand():
@@ -524,7 +525,7 @@ def test_channels_that_change_nothing_are_left_out_exactly(name):
     net = small(name, 16, factor=0.5 if name == "sdsnn-small" else 0.1, time_steps=30).eval()
     masks, draw = Masks(net), generator(1)
     for i, (layer, group) in enumerate(models.removable(net).items()):
-        conv, size = net.get_submodule(layer).conv, net.config["widths"][group.width]
+        conv, size = net.get_submodule(layer).conv, net.config["widths"][group.place]
         masks.alive[f"{layer}.conv.weight"][torch.arange(size) % 3 == 1] = False
         masks.alive[group.reader].unflatten(1, (size, -1))[:, torch.arange(size) % 4 == 2] = False
         currents = torch.rand(size, generator=draw) * 1.2  # some fire, some do not
@@ -729,7 +730,7 @@ def test_grad_r_as_in_the_paper():
     one = prune_gradr.main([*given, "--run-dir", "a"])
     two = prune_gradr.main([*given, "--run-dir", "b", "--sparsity", "0.6"])
     assert {row["lr"] for row in lines("a", "metrics")} == {1e-3}
-    a, b = (models.read(f"{run}/model.pt")["state_dict"] for run in "ab")
+    a, b = (modelfile.read(f"{run}/model.pt")["state_dict"] for run in "ab")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert one["sparsity"] == two["sparsity"] not in (0.95, 0.6) and 0 < one["sparsity"] < 0.5
     exact = prune_gradr.main([*given, "--run-dir", "c", "--mode", "matched", "--prior", "0.001"])
@@ -749,7 +750,7 @@ def test_flags_of_the_neurons(capsys):
     given = ["--smoke", "--run-dir", "r", "--tau", "2", "--threshold", "0.7", "--reset", "soft",
              "--surrogate", "rectangular", "--encoding", "rate", "--loss", "mse"]
     prune_unstructured.main(given)
-    packed = models.read("r/model.pt")
+    packed = modelfile.read("r/model.pt")
     assert packed["neuron"] == dict(tau=2.0, v_threshold=0.7, surrogate="rectangular", reset="soft")
     assert packed["encoding"] == "rate"
     lif = models.load("r/model.pt").lifs[0]
@@ -878,7 +879,7 @@ def test_neurobench_s_own_harness_counts_the_same(name, encoding, tmp_path):
         masks.prune(masks.total // 3, masks.magnitudes(), generator())
         for weight, mask in masks.alive.items():
             net.get_parameter(weight).data.mul_(mask)
-        torch.save(models.pack(net, masks.alive), tmp_path / "model.pt")
+        torch.save(modelfile.pack(net, masks.alive), tmp_path / "model.pt")
         net = models.load(tmp_path / "model.pt")
     if encoding == "events":
         x = torch.poisson(torch.full((12, 3, 2, 28, 28), 0.2), generator()).to(torch.uint8)

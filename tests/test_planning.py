@@ -2,10 +2,8 @@
 import importlib
 import json
 import os
-import subprocess
 import sys
 import threading
-import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,10 +14,9 @@ import torch
 import compare
 import models
 import prune_gradr
-import prune_structured
 import prune_unstructured
 import training
-from harness import flags, jobs, meters, planning, presets, processes, records, runfolder
+from harness import jobs, meters, planning, presets, processes, records, runfolder
 from harness.planning import Length, in_proportion, with_interval
 from harness.runfolder import Run, span
 from helpers import assert_same_run, lines, one_line, random_net, stop_after

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import data
+import modelfile
 import models
 import prune_pq
 from harness import runfolder
@@ -555,9 +556,9 @@ def test_a_matched_run(monkeypatch, capsys):
     assert updates[-1]["target"] == 0.8
     assert sum(row["regenerated"] for row in updates) > 0  # turnover
     assert 0 < summary["survived_by_regeneration"] < 1
-    final = torch.cat([m.flatten() for m in models.read("r/model.pt")["masks"].values()])
+    final = torch.cat([m.flatten() for m in modelfile.read("r/model.pt")["masks"].values()])
     assert torch.equal(final, seen[-1]["after"])  # the mask is fixed from then on
-    net, masks = models.load("r/model.pt"), models.read("r/model.pt")["masks"]
+    net, masks = models.load("r/model.pt"), modelfile.read("r/model.pt")["masks"]
     assert all(net.get_parameter(name)[~mask].count_nonzero() == 0 for name, mask in masks.items())
     state = torch.load("r/checkpoint.pt", weights_only=True)["parts"]["optimizer"]["state"]
     for i, (name, _) in enumerate(net.named_parameters()):
@@ -696,7 +697,7 @@ def test_a_run_bit_by_bit(monkeypatch, images):
                 w.data *= alive[name]
                 sgd.state[w]["momentum_buffer"] *= alive[name]
     assert any(made["grown"].any() for made in seen)
-    packed = models.read("r/model.pt")
+    packed = modelfile.read("r/model.pt")
     assert all(torch.equal(packed["masks"][name], alive[name]) for name in alive)
     for name, tensor in net.state_dict().items():
         assert torch.equal(packed["state_dict"][name], tensor), name
@@ -719,7 +720,7 @@ def test_resume_bit_by_bit(step, given, monkeypatch):
 def test_init_and_the_dense_accuracy(images):
     """It starts from a dense network, masked; the accuracy of before stands in the summary."""
     net = models.build("small", 10, 1, 28, 4, [4, 8, 16, 16])
-    torch.save(models.pack(net), "dense.pt")
+    torch.save(modelfile.pack(net), "dense.pt")
     net.set_normalisation(images.mean, images.std)
     summary = run("--init", "dense.pt", "--epochs-finetune", 0)
     right = net.eval()(images.x_test[:60]).sum(0).argmax(1) == images.y_test[:60]

@@ -27,6 +27,7 @@ import analyze
 import data
 import helpers
 import metrics
+import modelfile
 import models
 import prune_granet
 import prune_greg
@@ -228,6 +229,7 @@ def exercises():
     found["stopped"] = ends_with(main, *SHORT, "--run-dir", "stopped")
     found["saved"] = files.read_checkpoint("stopped")["position"]
     main(["--resume", "--run-dir", "stopped"])
+    main([*SHORT, "--run-dir", "seldom", "--evaluate-every", "3"])
     metrics.speedup = lambda *_, **__: 1.0  # it takes seconds
     with_frozen_bn()
     prune_structured.main([*SLIM, "--run-dir", "slim"])
@@ -325,7 +327,7 @@ def test_without_bn_a_run_is_that_of_one_process(two, monkeypatch):
     torch.manual_seed(0)
     start = models.build("small", 10, 1, 28, 4, models.default_widths("small", 0.25)).state_dict()
     for name in ("frozen", "frozen-slim"):
-        one, two = (models.read(root / name / "model.pt")["state_dict"]
+        one, two = (modelfile.read(root / name / "model.pt")["state_dict"]
                     for root in (Path(), folder))
         for key in start.keys() - {"_extra_state"}:
             step = (one[key] - start[key]).double()
@@ -411,6 +413,16 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_resume_is_exact(tw
     helpers.assert_same_run(folder / "whole", folder / "stopped")
 
 
+def test_the_network_does_not_depend_on_when_it_is_evaluated(two):
+    """Also the running statistics, which ranks share before an evaluation, bit by bit."""
+    folder, _, _ = two
+    assert [row["test_accuracy"] is None for row in helpers.lines(folder / "seldom", "metrics")] == [
+        True, False, False]
+    one, other = (modelfile.read(folder / name / "model.pt")["state_dict"]
+                  for name in ("whole", "seldom"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_ranks_that_differ_stop(two):
     folder, _, found = two
     assert [rank["mismatch"][0] for rank in found] == [1, 1]
@@ -480,11 +492,6 @@ def test_a_killed_rank_ends_the_others_and_any_number_goes_on(two, tmp_path):
     assert not Path("killed/summary.json").exists()
     for name in ("with1", "with3", "stop3"):
         shutil.copytree("killed", name)
-
-    done = torchrun(ROOT / "prune_unstructured.py", "--resume", "--run-dir", "killed")
-    assert done.returncode == 0, done.stderr[-3000:]
-    helpers.assert_same_run(folder / "whole", "killed")  # two again: bit by bit
-
     done = torchrun(__file__, "three", ranks=3)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("resumed after iteration 9 of 27") == 2  # printed by one rank

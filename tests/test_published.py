@@ -14,11 +14,11 @@ import channels
 import compact
 import data
 import metrics
+import modelfile
 import models
 import plans
 import prune_structured
 import prune_unstructured
-import training
 from channels import Choice
 from harness import published, setup
 from helpers import assert_same_run, lines, one_line, random_images, rng, stop_after
@@ -68,7 +68,7 @@ def emptied(net, *blocks):
     """The network whose blocks have lost their inner channels."""
     groups = models.removable(net)
     return channels.remove(net, {
-        f"blocks.{i}.conv1": torch.zeros(net.config["widths"][groups[f"blocks.{i}.conv1"].width],
+        f"blocks.{i}.conv1": torch.zeros(net.config["widths"][groups[f"blocks.{i}.conv1"].place],
                                          dtype=torch.bool) for i in blocks})
 
 
@@ -231,7 +231,7 @@ def test_wrong_widths(place, width):
 def test_a_small_network_through_a_file(tmp_path):
     net = lively()
     small = channels.remove(net, random_kept(net, 3, empty=(1, 6))).float()
-    torch.save(models.pack(small), tmp_path / "model.pt")
+    torch.save(modelfile.pack(small), tmp_path / "model.pt")
     again, x = models.load(tmp_path / "model.pt"), images(net, 4).float()
     assert again.config == small.config and torch.equal(again(x), small(x))
     name, stream = "blocks.5.norm1", small.blocks[5].norm1.stream
@@ -240,10 +240,10 @@ def test_a_small_network_through_a_file(tmp_path):
     below, beyond = picked.clone(), picked.clone()
     below[0], beyond[-1] = -1, stream
     for wrong in (below, beyond, picked.flip(0), picked[:1].repeat(len(picked)), picked[1:]):
-        packed = models.read(tmp_path / "model.pt")
+        packed = modelfile.read(tmp_path / "model.pt")
         packed["state_dict"][f"{name}.picked"] = wrong
         with pytest.raises(ValueError, match=name) as error:
-            models.unpack(packed, "model.pt")
+            modelfile.unpack(packed, "model.pt")
         assert "\n" not in str(error.value)
 
 
@@ -446,7 +446,7 @@ def test_batch_normalisation_of_each_step_in_a_network(name):
                 if isinstance(m, torch.nn.BatchNorm2d)] for net in nets]
     extra = [b - a for a, b in zip(*tracked)]
     assert extra[0] == 0 and set(extra[1:]) == {2}  # an image is seen once, spikes at 3 steps
-    again = models.unpack(models.pack(nets[1]))
+    again = modelfile.unpack(modelfile.pack(nets[1]))
     assert again.config["bn_per_step"] and all(
         m.bn_per_step for m in again.modules() if isinstance(m, (models.ConvBN, models.PickBN)))
     small = channels.remove(nets[1], random_kept(nets[1], 0))
@@ -464,7 +464,7 @@ def masked(seed, empty=None):
     for mask in masks.alive.values():
         mask.copy_(torch.rand(mask.shape, generator=draw) < 0.5)
     for layer, group in models.removable(net).items():
-        size = net.config["widths"][group.width]
+        size = net.config["widths"][group.place]
         unread, unfed = (torch.rand(size, generator=draw) < 0.3 for _ in range(2))
         unread[0] = unfed[0] = False
         masks.alive[group.reader][:, unread] = False
@@ -637,7 +637,7 @@ def stopped_and_resumed(script, monkeypatch, given, again):
 def without_new_flags(folder):
     """Make a stopped run one of a version without these flags."""
     new = ("as_published", "decay_input", "strict")
-    state = models.read_tensors(f"{folder}/checkpoint.pt")
+    state = modelfile.read_tensors(f"{folder}/checkpoint.pt")
     state["flags"] = {flag: value for flag, value in state["flags"].items() if flag not in new}
     torch.save(state, f"{folder}/checkpoint.pt")
     config = {flag: value for flag, value in read_json(f"{folder}/config.json").items()
@@ -653,7 +653,7 @@ def test_a_run_that_is_older_than_the_flag_goes_on_as_the_text(monkeypatch, caps
         run("unstructured", monkeypatch, "--as-published", "zero", "--resume", "--run-dir", "r")
     assert "it was made with as_published None, not ['zero']" in capsys.readouterr().err
     run("unstructured", monkeypatch, "--resume", "--run-dir", "r")
-    ours, theirs = (models.read(f"{name}/model.pt")["state_dict"] for name in ("r", "whole"))
+    ours, theirs = (modelfile.read(f"{name}/model.pt")["state_dict"] for name in ("r", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -676,7 +676,7 @@ def test_weights_as_published_and_a_resume(model, monkeypatch):
     # one cosine over both stages, a step an epoch
     assert [row["lr"] for row in lines("whole", "metrics")] == pytest.approx([0.1, 0.05])
     state = torch.load("whole/checkpoint.pt", weights_only=True)["parts"]["optimizer"]["state"]
-    masks = models.read("whole/model.pt")["masks"]
+    masks = modelfile.read("whole/model.pt")["masks"]
     dead = [state[i]["momentum_buffer"][~masks[name]]
             for i, (name, _) in enumerate(net.named_parameters()) if name in masks]
     assert sum(int(part.count_nonzero()) for part in dead) > 100  # they go on collecting

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import channels
 import data
 import metrics
+import modelfile
 import models
 import neurons
 import prune_sca
@@ -516,7 +517,7 @@ def test_an_epoch_is_tested_without_the_dead_channels(monkeypatch):
     torch.manual_seed(0)
     net = models.build("small", 10, 1, 28, 4, [4, 8, 16, 16])
     let_fire(net)
-    torch.save(models.pack(net), "net.pt")
+    torch.save(modelfile.pack(net), "net.pt")
     monkeypatch.setattr(prune_sca.removal, "end_epoch", watch)
     run("--run-dir", "r", "--init", "net.pt", "--prune-ratio", 0.7)
     for row, (silenced, whole) in zip(lines("r", "metrics"), found):
@@ -540,7 +541,7 @@ def test_smoke():
 
 def test_init():
     torch.manual_seed(0)
-    torch.save(models.pack(models.build("small", 10, 1, 28, 4, [4, 8, 16, 16])), "net.pt")
+    torch.save(modelfile.pack(models.build("small", 10, 1, 28, 4, [4, 8, 16, 16])), "net.pt")
     summary = run("--run-dir", "r", "--init", "net.pt")
     assert summary["dense_accuracy"] < 0.5  # nothing was learnt before
 

@@ -13,6 +13,7 @@ from torch import nn
 
 import channels
 import data
+import modelfile
 import models
 import prune_sdsnn
 from harness import runfolder
@@ -822,7 +823,7 @@ def test_a_run_and_its_folder(mine, easy_growth, capsys):
         n_alive += row["regenerated"] - row["pruned"]
         assert n_alive == sum(layer["alive"] for layer in row["layers"])
     assert sum(row["regenerated"] for row in updates) > 0 and n_alive == alive
-    net, masks = models.load("r/model.pt"), models.read("r/model.pt")["masks"]
+    net, masks = models.load("r/model.pt"), modelfile.read("r/model.pt")["masks"]
     state = torch.load("r/checkpoint.pt", weights_only=True)
     momenta = state["parts"]["optimizer"]["state"]
     assert state["notes"]["layers"] == {}  # nothing of it is kept beyond the structure epochs
@@ -845,7 +846,7 @@ def test_without_a_target_the_method_decides(mine, easy_growth):
     back = sum(row["regenerated"] for row in updates)  # none of it is pruned a second time
     alive = sum(layer["alive"] for layer in summary["layers"])
     assert summary["survived_by_regeneration"] == back / alive > 0
-    masks = models.read("r/model.pt")["masks"]
+    masks = modelfile.read("r/model.pt")["masks"]
     net = models.load("r/model.pt")
     for i in range(1, 4):  # neurons without a synapse are gone for good, their BN with them
         gone = ~masks[f"convs.{i}.conv.weight"].flatten(1).any(1)
@@ -859,7 +860,7 @@ def test_without_a_target_the_method_decides(mine, easy_growth):
 
 def test_the_official_mode(mine):
     summary = run("--run-dir", "r", "--mode", "official", "--sparsity", 0.8)
-    net, masks = models.load("r/model.pt"), models.read("r/model.pt")["masks"]
+    net, masks = models.load("r/model.pt"), modelfile.read("r/model.pt")["masks"]
     gone = ~masks["convs.1.conv.weight"].flatten(1).any(1)
     assert gone.any() and net.convs[1].bn.bias[gone].count_nonzero() > 0
     assert summary["training_cost"] == pytest.approx((7 + 0.2) / 8, abs=1e-3)  # dense in training
@@ -982,7 +983,7 @@ def test_ties_depend_on_the_seed_and_the_epoch(mine, monkeypatch):
 
 
 def test_init_from_a_dense_network(mine):
-    torch.save(models.pack(models.build("small", 2, 1, 12, 4, [4, 8, 16, 16])), "dense.pt")
+    torch.save(modelfile.pack(models.build("small", 2, 1, 12, 4, [4, 8, 16, 16])), "dense.pt")
     summary = run("--init", "dense.pt", "--overwrite")
     assert summary["dense_accuracy"] is not None
 

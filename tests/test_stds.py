@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import data
+import modelfile
 import models
 import prune_stds
 import prune_unstructured
@@ -302,7 +303,7 @@ def test_a_run_and_its_folder(capsys):
     out = capsys.readouterr().out
     assert f"the dead zone leaves {found:,} weights, {keep:,} are asked for" in out
     assert "STDS, dead zone 0 to 0.1, sine" in out
-    masks = models.read("r/model.pt")["masks"]
+    masks = modelfile.read("r/model.pt")["masks"]
     fixed = {layer["name"]: layer["alive"] for layer in updates[-1]["layers"]}
     assert {name: int(mask.sum()) for name, mask in masks.items()} == fixed
 
@@ -368,7 +369,7 @@ def test_the_method_written_separately(given):
             n = sum(w.count_nonzero() for w in weights.values())
             assert row["sparsity"] == pytest.approx(1 - int(n) / sum(
                 w.numel() for w in weights.values())) and row["sparsity"] > 0.01
-    packed = models.read("r/model.pt")
+    packed = modelfile.read("r/model.pt")
     assert all(torch.equal(packed["masks"][name], alive[name]) for name in alive)
     for name, tensor in net.state_dict().items():
         assert torch.equal(packed["state_dict"][name], tensor), name
@@ -379,7 +380,7 @@ def test_without_a_dead_zone_it_is_plain_training(optimizer, monkeypatch):
     given = ["--optimizer", optimizer]
     run("--run-dir", "r", "--mode", "paper", "--dead-zone", 0, *given)
     prune_unstructured.main([*SHORT, "--sparsity", "0", "--run-dir", "dense", *given])
-    one, other = (models.read(f"{folder}/model.pt")["state_dict"] for folder in ("r", "dense"))
+    one, other = (modelfile.read(f"{folder}/model.pt")["state_dict"] for folder in ("r", "dense"))
     assert all(torch.equal(one[name], other[name]) for name in one)
     for row, same in zip(lines("r", "metrics"), lines("dense", "metrics")):
         assert row | dict(seconds=0) == same | dict(seconds=0)
@@ -469,6 +470,8 @@ def test_defaults_and_names(capsys):
     ("--sparsity 90", "For 90 % write 0.9"), ("--sparsity -0.1", "expected a fraction in [0, 1)"),
     ("--sparsity 0.9999", "expected at least one for each of the 5 layers"),
     ("--mode paper --sparsity 0.5", "--sparsity is 0.5, expected none: with --mode paper"),
+    ("--as-published cut --sparsity 0.5", "with --as-published cut it is an outcome of --dead-zone. "
+                                          "Leave it out\n"),
     ("--dead-zone -1", "--dead-zone is -1, expected a finite number of at least 0"),
     ("--dead-zone nan", "--dead-zone is nan"), ("--dead-zone inf", "--dead-zone is inf"),
     ("--ramp cubic", "invalid choice"), ("--optimizer lion", "invalid choice"),

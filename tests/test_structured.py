@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import channels
 import data
 import metrics
+import modelfile
 import models
 import prune_structured
 import training
@@ -165,7 +166,7 @@ def test_every_tensor_is_copied(name, factor):
     assert small.config["widths"] == channels.kept_widths(net, kept)
     assert small.reads_numbers == net.reads_numbers and not small.training
     assert all(parameter.requires_grad for parameter in small.parameters())
-    again = models.unpack(models.pack(small)).double()  # through a file: widths and tensors
+    again = modelfile.unpack(modelfile.pack(small)).double()  # through a file: widths and tensors
     with torch.inference_mode():
         assert torch.equal(again(real_images()), small.float().double()(real_images()))
 
@@ -328,7 +329,7 @@ def test_kept_counts_are_exact_and_regenerated_channels_are_brute_force(
     if ties:
         gamma, scores = (3 * gamma).floor() / 3, (3 * scores).floor() / 3
     kept, back, rescued = prune_structured.prune_and_regenerate(
-        gamma, scores, sizes, ratio, regen, base)
+        gamma, scores, sizes, ratio, regen, base=base)
     further = ratio + regen * (1 - ratio) if base == "kept" else ratio / (1 - regen)
     cut = sorted(range(total), key=lambda i: (float(gamma[i]), i))[:round(further * total)]
     assert int((kept & ~rescued).sum()) == total - round(ratio * total)
@@ -353,7 +354,7 @@ def test_the_worked_example_of_regeneration():
         kept, back, _ = prune_structured.prune_and_regenerate(gamma, scores, [10], 0.5, 0.4)
         assert back.nonzero().flatten().tolist() == [3, 5]
         assert kept.nonzero().flatten().tolist() == [3, 5, 7, 8, 9]
-    _, back, _ = prune_structured.prune_and_regenerate(gamma, scores, [10], 0.5, 0.4, "pruned")
+    _, back, _ = prune_structured.prune_and_regenerate(gamma, scores, [10], 0.5, 0.4, base="pruned")
     assert int(back.sum()) == round(0.5 / 0.6 * 10) - 5 == 3
 
 
@@ -761,7 +762,7 @@ def test_every_share_of_the_macs_that_is_accepted_is_reached(name, factor, publi
         settings = gamma, gamma.flip(0), sizes, ratio, 0.3
         if published:
             return prune_structured.prune_and_regenerate_as_published(*settings, may_be_empty)
-        return prune_structured.prune_and_regenerate(*settings, "kept", may_be_empty)
+        return prune_structured.prune_and_regenerate(*settings, may_be_empty)
 
     def removed(kept):
         return channels.macs_removed(net, dict(zip(names, kept.split(sizes))))
@@ -888,8 +889,8 @@ def test_wrong_commands(given, words, capsys):
     masks = Masks(net)
     masks.prune(10, masks.magnitudes(), rng())
     masks.apply(torch.optim.SGD(net.parameters(), 0.1))
-    torch.save(models.pack(net, masks.alive), "masked.pt")
-    torch.save(models.pack(other), "other.pt")
+    torch.save(modelfile.pack(net, masks.alive), "masked.pt")
+    torch.save(modelfile.pack(other), "other.pt")
     before = sorted(Path().rglob("*"))
     with pytest.raises(SystemExit) as stop:
         run(*given.split(), short=TINY)

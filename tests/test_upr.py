@@ -16,6 +16,7 @@ import compact
 import data
 import export
 import metrics
+import modelfile
 import models
 import plans
 import prune_unstructured
@@ -317,7 +318,7 @@ def masked_net():
 
 def test_a_saved_network_has_its_masks_of_neurons():
     net, masks = masked_net()
-    torch.save(models.pack(net.float()), "m.pt")
+    torch.save(modelfile.pack(net.float()), "m.pt")
     loaded, images = models.load("m.pt"), data.load("mine.npz")
     x = torch.randint(256, (4, 1, 28, 28), dtype=torch.uint8)
     assert torch.equal(loaded(x), net(x)) and models.neuron_masks(loaded).keys() == masks.keys()
@@ -346,7 +347,7 @@ def test_a_saved_network_has_its_masks_of_neurons():
     (lambda s: s.update({"convs.0.mask": s["lifs.1.mask"]}), "does not hold the tensors"),
     (lambda s: s.update({"lifs.9.mask": s["lifs.1.mask"]}), "does not hold the tensors")])
 def test_damaged_masks_of_neurons_are_refused(change, words):
-    packed = models.pack(masked_net()[0].float())
+    packed = modelfile.pack(masked_net()[0].float())
     change(packed["state_dict"])
     torch.save(packed, "m.pt")
     with pytest.raises(ValueError, match=words):
@@ -357,7 +358,7 @@ def test_what_cannot_keep_them_says_so(capsys, monkeypatch):
     net = masked_net()[0].float()
     small, _, why = compact.make(net, everything(net))
     assert small is None and "masked one by one" in why
-    torch.save(models.pack(net), "m.pt")
+    torch.save(modelfile.pack(net), "m.pt")
     error = refused(capsys, export.main, ["m.pt"])
     assert "m.pt has neurons that are masked one by one" in error
     given = ["--init", "m.pt", "--width", "0.5", "--dataset", "fashion-mini"]
@@ -367,7 +368,7 @@ def test_what_cannot_keep_them_says_so(capsys, monkeypatch):
     masks["fc.weight"][0] = False  # pruned too: no other script goes on from it either
     with torch.no_grad():
         net.fc.weight[0] = 0
-    torch.save(models.pack(net, masks), "m.pt")
+    torch.save(modelfile.pack(net, masks), "m.pt")
     assert "masked one by one" in refused(capsys, run, *given)
 
 
@@ -391,7 +392,7 @@ def test_a_run_and_its_folder(capsys):
     assert (update["iteration"], update["target"], update["neurons"]) == (32, 0.8, 0)
     assert update["pruned"] == total - keep and update["regenerated"] == 0
     assert summary["training_cost"] == pytest.approx((2 + keep / total) / 3)  # the search is dense
-    net, masks = models.load("r/model.pt"), models.read("r/model.pt")["masks"]
+    net, masks = models.load("r/model.pt"), modelfile.read("r/model.pt")["masks"]
     assert all(net.get_parameter(name)[~mask].count_nonzero() == 0 for name, mask in masks.items())
     assert connections(net, masks) == update["connections"] < update["connections_dense"]
     soft = torch.load("r/checkpoint.pt", weights_only=True)["parts"]["soft"]
@@ -416,7 +417,7 @@ def test_a_run_with_masks_of_neurons(capsys):
     soft = torch.load("r/checkpoint.pt", weights_only=True)["parts"]["soft"]
     flat = torch.cat([mask.flatten() for mask in found.values()])
     assert torch.equal(flat == 1, soft["alpha"][-len(flat):] > 0)
-    assert connections(net, models.read("r/model.pt")["masks"]) == update["connections"]
+    assert connections(net, modelfile.read("r/model.pt")["masks"]) == update["connections"]
     images = data.load("mine.npz")
     accuracy = (net(images.x_test).sum(0).argmax(1) == images.y_test).double().mean()
     assert summary["test_accuracy"] == pytest.approx(float(accuracy))
@@ -429,7 +430,7 @@ def test_the_published_threshold(capsys):
     run("--run-dir", "a", *given)
     run("--run-dir", "b", "--sparsity", 0.6, *given)  # it chooses a price, and one is given
     soft = torch.load("a/checkpoint.pt", weights_only=True)["parts"]["soft"]
-    masks = models.read("a/model.pt")["masks"]
+    masks = modelfile.read("a/model.pt")["masks"]
     flat = torch.cat([mask.flatten() for mask in masks.values()])
     assert torch.equal(flat, soft["alpha"][:len(flat)] > 0)
     (update,) = lines("a", "updates")
@@ -529,7 +530,7 @@ def test_a_run_written_separately(with_neurons):
                 for n, p in weights.items():
                     p.data.mul_(alive[n])
                     sgd.state[p]["momentum_buffer"].mul_(alive[n])
-    packed = models.read("r/model.pt")
+    packed = modelfile.read("r/model.pt")
     assert all(torch.equal(packed["masks"][name], alive[name]) for name in alive)
     assert all(torch.equal(packed["state_dict"][f"{name}.mask"], m[name]) for name in cn)
     for name, tensor in net.state_dict().items():  # a vector and parts of it round differently
@@ -573,7 +574,7 @@ def test_from_a_dense_network_and_by_adam():
 def test_dead_weights_stay_dead_while_fine_tuning():
     run("--run-dir", "r", "--epochs-finetune", 2, *FAST)
     (update,) = lines("r", "updates")
-    masks = models.read("r/model.pt")["masks"]
+    masks = modelfile.read("r/model.pt")["masks"]
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {
         layer["name"]: layer["alive"] for layer in update["layers"]}
     state = torch.load("r/checkpoint.pt", weights_only=True)["parts"]["optimizer"]["state"]

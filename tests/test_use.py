@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import channels
 import compact
 import data
+import inputs
+import modelfile
 import models
 import prune_granet
 import prune_gradr
@@ -68,7 +70,7 @@ def sparse(net, share=0.8):
 
 
 def loaded(net, path="model.pt", masks=None):
-    torch.save(models.pack(net, masks), path)
+    torch.save(modelfile.pack(net, masks), path)
     return models.load(path)
 
 
@@ -83,7 +85,7 @@ def test_a_state_dict_has_the_normalisation(name):
     twin.load_state_dict(torch.load("weights.pth"))
     x = pixels()
     assert torch.equal(net(x), twin(x)) and torch.equal(twin.mean, net.mean)
-    old = {key: net.state_dict()[key] for key in net.state_dict() if key not in models.NO_WEIGHTS}
+    old = {key: net.state_dict()[key] for key in net.state_dict() if key not in modelfile.NO_WEIGHTS}
     with pytest.raises(RuntimeError, match='"mean", "std".*"_extra_state"'):  # absence is named
         twin.load_state_dict(old)
 
@@ -112,7 +114,7 @@ def test_a_state_dict_has_the_class_names():
     (torch.tensor([1, 2], dtype=torch.uint8), "expected the class names as JSON"),
     (torch.zeros(3), "expected the class names as JSON"), (None, "expected the class names"),
     (torch.tensor([*b'{"class_names": ["a"]}'], dtype=torch.uint8), "a list of 3 strings")])
-def test_class_names_that_do_not_fit(state, words):
+def test_class_names_of_a_state_dict_that_do_not_fit(state, words):
     net = network(classes=3)
     with pytest.raises(ValueError, match=words):
         net.load_state_dict(net.state_dict() | {"_extra_state": state})
@@ -120,7 +122,7 @@ def test_class_names_that_do_not_fit(state, words):
 
 def test_a_model_file_without_it_in_the_state_dict_is_read_as_before():
     net = network()
-    packed = models.pack(net)
+    packed = modelfile.pack(net)
     for key in ("mean", "std", "_extra_state"):
         del packed["state_dict"][key]
     del packed["class_names"]
@@ -154,7 +156,7 @@ def test_names_masks_and_normalisation_of_smaller_networks():
 
 @pytest.mark.parametrize("names", [["a", "b"], "abc", ["a", "b", 3], {"a": 0}])
 def test_class_names_that_do_not_fit(names):
-    packed = models.pack(network())
+    packed = modelfile.pack(network())
     torch.save(packed | {"class_names": names}, "bad.pt")
     with pytest.raises(ValueError, match="expected a list of 3 strings"):
         models.load("bad.pt")
@@ -382,7 +384,7 @@ def test_a_state_dict_without_normalisation_is_said():
     with pytest.warns(UserWarning, match="no mean"):
         again.load_state_dict(state, strict=False)
     torch.save(net, "whole.pt")
-    with pytest.raises(ValueError, match="it holds pickled objects.*models.pack"):
+    with pytest.raises(ValueError, match="it holds pickled objects.*modelfile.pack"):
         models.load("whole.pt")
 
 
@@ -408,7 +410,7 @@ def test_tensors_without_values_pass():
     net = network().requires_grad_(False)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert net(mode.from_tensor(X)).shape == (3, 4, 3)
-    torch.vmap(lambda x: net._check(x[None]) or x)(X)
+    torch.vmap(lambda x: inputs.check(net, x[None]) or x)(X)
 
 
 @pytest.mark.parametrize("encoding, x, says", [
@@ -500,7 +502,7 @@ def test_zeros_stay_through_a_users_own_training(kind):
         assert moved(net, net.masks) == 0
     assert all(not torch.equal(before[name], weight) for name, weight in net.named_parameters()
                if name != "convs.0.conv.bias")  # the others train
-    packed = models.pack(net)  # it has the masks still
+    packed = modelfile.pack(net)  # it has the masks still
     assert all(torch.equal(packed["masks"][name], mask) for name, mask in net.masks.items())
     handle.remove()
     train(net, optimizer)
@@ -535,7 +537,7 @@ def test_the_handle_lets_a_deleted_network_go():
 def test_masks_that_do_not_fit_are_refused():
     net = loaded(network())
     net.fc = torch.nn.Linear(net.fc.in_features, 7)
-    for use in (models.pack, Masks, lambda net: models.keep_zeros(net, net.masks)):
+    for use in (modelfile.pack, Masks, lambda net: models.keep_zeros(net, net.masks)):
         with pytest.raises(ValueError, match="the mask of fc.weight has shape .*expected"):
             use(net)
     with models.keep_zeros(net, {name: net.masks[name] for name in net.masks
@@ -543,7 +545,7 @@ def test_masks_that_do_not_fit_are_refused():
         assert "fc.weight" not in net.masks  # it was of the layer before
     assert Masks(net).alive["fc.weight"].shape == net.fc.weight.shape
     with pytest.raises(ValueError, match="fc.weight has shape .*as net.config says"):
-        models.pack(net)
+        modelfile.pack(net)
     net.config["num_classes"] = 7
     assert loaded(net).config["num_classes"] == 7
 
@@ -553,7 +555,7 @@ def test_masks_that_do_not_fit_are_refused():
 def test_class_names_that_do_not_fit_are_refused(names):
     net = network()
     net.class_names = names
-    for use in (models.pack, lambda net: models.predict(net, pixels())):
+    for use in (modelfile.pack, lambda net: models.predict(net, pixels())):
         with pytest.raises(ValueError, match="the network has the class names .*expected a list of"):
             use(net)
 
@@ -567,7 +569,7 @@ def test_class_names_that_do_not_fit_are_refused(names):
 def test_masks_of_a_user_that_do_not_fit(name, mask, says):
     net = network()
     before = {name: weight.clone() for name, weight in net.named_parameters()}
-    for use in (models.keep_zeros, models.pack):
+    for use in (models.keep_zeros, modelfile.pack):
         with pytest.raises(ValueError, match=says):
             use(net, {name: mask})
     assert net.masks is None
@@ -595,7 +597,7 @@ def test_masks_of_a_network_stay_those_of_now():
     masks = Masks(net)
     masks.prune(masks.keep_at(0.9), masks.magnitudes(), generator())
     masks.apply(torch.optim.SGD(net.parameters(), 0.1))
-    assert count_alive(models.pack(net)["masks"]) == masks.n_alive == count_alive(net.masks)
+    assert count_alive(modelfile.pack(net)["masks"]) == masks.n_alive == count_alive(net.masks)
     with models.keep_zeros(net):
         train(net, OPTIMIZERS["sgd"](net.parameters()))
         assert moved(net, masks.alive) == 0
@@ -610,7 +612,7 @@ def test_masks_that_were_kept_are_packed():
     own = {name: mask & (torch.rand(mask.shape, generator=generator()) > 0.5)
            for name, mask in net.masks.items()}
     models.keep_zeros(net, own)
-    assert count_alive(models.pack(net)["masks"]) == count_alive(own)
+    assert count_alive(modelfile.pack(net)["masks"]) == count_alive(own)
 
 
 def test_a_weight_that_has_moved_is_alive_in_a_new_file():
@@ -650,7 +652,7 @@ def first(script, once):
 
 
 def dead_of(path):
-    return {name: ~mask for name, mask in models.read(path)["masks"].items()}
+    return {name: ~mask for name, mask in modelfile.read(path)["masks"].items()}
 
 
 @pytest.mark.parametrize("given", [[], ["--regen", 0], ["--candidates", "new"],
@@ -791,7 +793,7 @@ def test_init_from_other_classes_draws_a_new_classifier(sparsity, script, capsys
 @pytest.mark.parametrize("module", [prune_structured, prune_greg])
 def test_a_new_classifier_is_trained_before_channels_are_chosen(module, script, capsys):
     make_set("three.npz", 3)
-    torch.save(models.pack(models.build("small", 2, 1, 16, 4, default_widths("small", 0.25))),
+    torch.save(modelfile.pack(models.build("small", 2, 1, 16, 4, default_widths("small", 0.25))),
                "two.pt")
     given = ["--dataset", "three.npz", "--width", "0.25", "--batch-size", "20", "--init", "two.pt",
              "--epochs-finetune", "1", "--run-dir", "new"]
@@ -814,7 +816,7 @@ def test_other_names_are_other_classes():
 
 
 def test_a_pruned_network_with_an_empty_layer_is_refused(first, capsys):
-    packed = models.read("first/model.pt")
+    packed = modelfile.read("first/model.pt")
     packed["masks"]["convs.1.conv.weight"][:] = False
     packed["state_dict"]["convs.1.conv.weight"][:] = 0
     torch.save(packed, "empty.pt")
@@ -828,7 +830,7 @@ def test_names_of_the_classes_are_in_what_a_run_leaves(script, monkeypatch):
     names = [f"class {k}" for k in range(10)]
     monkeypatch.setattr(setup, "load", lambda *given: load(*given)._replace(class_names=names))
     run("--run-dir", "r")
-    assert models.read("r/model.pt")["class_names"] == names
+    assert modelfile.read("r/model.pt")["class_names"] == names
     assert models.load("r/compact.pt").class_names == names
     assert json.loads(Path("r/config.json").read_text())["data"]["class_names"] == names
     net = models.load("r/model.pt")
@@ -846,7 +848,7 @@ def test_an_older_checkpoint_is_resumed(script, monkeypatch):
 
     lottery("--run-dir", "unbroken")
     stop_after(10, monkeypatch, lottery, "--run-dir", "r")
-    state = models.read_tensors("r/checkpoint.pt")
+    state = modelfile.read_tensors("r/checkpoint.pt")
     for saved in (state["parts"]["net"], state["notes"]["rewind"]):
         del saved["mean"], saved["std"]
     torch.save(state, "r/checkpoint.pt")
@@ -864,7 +866,7 @@ def test_an_older_run_with_flags_that_are_refused_today_goes_on(script, monkeypa
     old = dict(candidates="new", as_published=["zero"])  # neither does anything here
     config = json.loads(Path("r/config.json").read_text())
     Path("r/config.json").write_text(json.dumps(config | old))
-    state = models.read_tensors("r/checkpoint.pt")
+    state = modelfile.read_tensors("r/checkpoint.pt")
     state["flags"] |= old
     torch.save(state, "r/checkpoint.pt")
     summary = prune_unstructured.main(["--resume", "--run-dir", "r"])
@@ -892,7 +894,7 @@ def test_an_older_run_of_the_official_mode_cannot_go_on(script, monkeypatch, cap
     given = ["--run-dir", "r", "--train-limit", "40", "--width", "0.25", "--batch-size", "20",
              "--epochs-prune", "4", "--epochs-finetune", "1", "--mode", "official"]
     stop_after(3, monkeypatch, prune_sdsnn.main, given)
-    state = models.read_tensors("r/checkpoint.pt")
+    state = modelfile.read_tensors("r/checkpoint.pt")
     del state["flags"]["event_split"]
     torch.save(state, "r/checkpoint.pt")
     error = wrong(capsys, *given, "--resume", module=prune_sdsnn, short=[])
