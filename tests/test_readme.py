@@ -90,3 +90,24 @@ def test_the_recipes_work_as_written(checkout):
          "--surrogate", "sigmoid", "--model", "mine"], cwd=checkout, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "size-criticality" in done.stdout and "model mine" in done.stdout
+
+
+def test_a_method_of_one_s_own_works_as_written(checkout):
+    """A copy of a script under another name, and three rows: it runs, and compare.py starts it."""
+    length, defaults, row = snippets()[3].splitlines(keepends=True)
+    script = (checkout / "prune_granet.py").read_text()
+    (checkout / "prune_mine.py").write_text(script.replace("granet", "mine"))
+    edit(checkout / "harness/presets.py", "LENGTH = {", f"LENGTH = {{{length}")
+    edit(checkout / "harness/presets.py", "        granet=dict(sparsity=0.9, death_rate=0.5),\n",
+         f"        granet=dict(sparsity=0.9, death_rate=0.5),\n{defaults}")
+    edit(checkout / "compare.py", "WEIGHTS = {\n", f"WEIGHTS = {{\n{row}")
+
+    def run(*words):
+        done = subprocess.run([sys.executable, *words], cwd=checkout, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run("prune_mine.py", "--smoke")
+    assert len(list(checkout.glob("runs/*-mine-0.9-*/summary.json"))) == 1
+    commands = run("compare.py", "--methods", "gmp", "mine", "--seeds", "1", "--dry-run")
+    assert commands.count("\n") == 2 and "prune_mine.py --sparsity 0.9" in commands
