@@ -944,6 +944,21 @@ def test_each_item_of_the_published_update_by_itself():
     assert flat_indices(new.flat) == [4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 17]
 
 
+def test_a_published_update_that_cuts_nothing_brings_nothing_new_back():
+    """With a tenth alive and 80 % to be kept all weights that could come back died earlier."""
+    for candidates, grows in (("new", False), ("all", True)):
+        net = small_net(5)
+        masks = Masks(net)
+        masks.flat.fill_(False)
+        masks.flat[:masks.total // 10] = True
+        optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
+        masks.apply(optimizer)
+        score = torch.rand(masks.total, generator=generator(0))
+        change = script.prune_and_regenerate_as_published(
+            masks, 0.2, 0.2, score, candidates, generator(1), {"ties"}, optimizer)
+        assert not change.pruned.any() and bool(change.regenerated.any()) == grows
+
+
 @pytest.mark.parametrize("items", [set(), {"zero"}, {"classifier"}, {"classifier", "zero"}])
 def test_published_items_without_ties_keep_the_counts(items):
     net = small_net(5)
