@@ -208,7 +208,7 @@ def plot_tables(tables):
     return the figure.
 
     Left: accuracy for the targets that several methods have (dotted: dense). Right:
-    the training cost. Of one or two targets each method has a line of its own, the best
+    the training cost. Of one or two targets each method has a row of its own, the best
     one first. Of more targets the methods are lines over them, and on the right
     accuracy is drawn over the cost. Below: the rows that are lines over a flag, of all
     tables.
@@ -225,7 +225,9 @@ def plot_tables(tables):
         shown.append((setting, rows, targets))
         if len(targets) > 2:
             heights.append(2.5)
-            margin = 1.8  # room for a legend, see beside()
+            # room for a legend in one or two columns, see beside()
+            many = len({row["method"] for row in rows}) > 16
+            margin = max(margin, 3.6 if many else 1.8)
         else:
             heights.append(0.9 + 0.17 * len({row["method"] for row in rows}))
     heights += [2.5] * -(-len(panels) // 2)

@@ -162,10 +162,10 @@ def unpack(packed, source="model.pt"):
     arguments = ("name", "num_classes", "in_channels", "image_size", "time_steps",
                  "widths")
     try:
-        net = models.build(**{key: packed[key] for key in arguments},
-                    encoding=packed.get("encoding", "direct"),  # not in older files
-                    neuron=neuron_of(packed),
-                    bn_per_step=packed.get("bn_per_step", False))
+        net = models.build(
+            **{key: packed[key] for key in arguments}, neuron=neuron_of(packed),
+            encoding=packed.get("encoding", "direct"),  # not in older files
+            bn_per_step=packed.get("bn_per_step", False))
         models.mask_neurons(net, {key.removesuffix(".mask"): tensor
                                   for key, tensor in packed["state_dict"].items()
                                   if key.endswith(".mask")})

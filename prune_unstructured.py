@@ -91,7 +91,7 @@ def prune_and_regenerate(masks, target, regen, score, candidates, generator):
 # differs from the text's in three items of --as-published, each of which can be done
 # alone. With none of them it is the text's update, but for the rounding of one count
 
-OWN_UPDATE = {"classifier", "zero", "ties"}
+PUBLISHED_UPDATE = {"classifier", "zero", "ties"}
 
 
 def prune_and_regenerate_as_published(masks, target, regen, score, candidates,
@@ -307,7 +307,7 @@ def main(argv=None):
                                                   first)
                     # Eqs. 7, 5: prune further, then regenerate by the score
                     settings = args.regen, score, args.candidates, generator
-                    if items & OWN_UPDATE:
+                    if items & PUBLISHED_UPDATE:
                         change = prune_and_regenerate_as_published(
                             masks, target, *settings, items, optimizer)
                     else:

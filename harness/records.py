@@ -84,7 +84,8 @@ MEANINGLESS = {
     "greg2": {"regen_base", "l1"},
 }
 # The keys of config.json that change nothing in a run: they are no flags, or say only
-# where and on what it ran, and what its epochs were chosen for
+# where and on what it ran, what its epochs were chosen for, and how often it was
+# evaluated and saved
 NO_SETTINGS = flags.NO_FLAGS | {"run_dir", "device", "minutes", "tensorboard",
                                 "evaluate_every", "save_every"}
 # Keys of summary.json that older runs lack
@@ -540,7 +541,8 @@ def by_seed(runs):
 
 def command_of(run):
     """Return the command that makes a run: each flag of its config.json that is not a
-    default of all scripts, and that --as-published does not set."""
+    default of all scripts nor one of NO_SETTINGS, and that --as-published does not set.
+    """
     usual = presets.of(run.config["dataset"]) | dict(as_published=[])
     if run.pruned == CHANNELS:
         usual["weight_decay"] = None  # always written: it differs between scripts

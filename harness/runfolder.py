@@ -116,7 +116,8 @@ class Run:
     args: the flags. device: a torch.device. images: the data set. stages:
     training.Stages.
     parts: {name: object with state_dict and load_state_dict}, saved and restored
-    together. There must be a `net` and an `optimizer`; `masks` may be left out.
+    together. There must be a `net`, which setup.build has made, and an `optimizer`;
+    `masks` may be left out.
 
     epoch: epochs done, over all stages. step: steps done in the current epoch.
     iteration: steps done in the whole run.
@@ -159,8 +160,8 @@ class Run:
         known = json.dumps(files.data_of(images)).encode()
         processes.agree("the data", torch.tensor(list(known), dtype=torch.uint8))
         self._open()
-        if (note := getattr(self.net, "start_note", None)):  # setup.build gives it one
-            self.notes["init"] = note
+        if self.net.start_note:
+            self.notes["init"] = self.net.start_note
             if self.masks is not None:
                 self.notes["first_sparsity"] = self.masks.sparsity
         position = torch.tensor([self.epoch, self.step, self.iteration])
@@ -225,7 +226,7 @@ class Run:
                     self.is_under_way = True
                     self.hold()
                     self._say_header(plan)
-                    if getattr(self.net, "starts_dense", False):
+                    if self.net.starts_dense:
                         self.notes["dense_accuracy"] = self.evaluate()["accuracy"]
                     yield
                 except FloatingPointError as error:

@@ -898,6 +898,26 @@ def test_a_log_of_updates_that_is_cut_off_is_not_averaged_with_a_whole_one():
     assert [row["share"] for row in rows] == [50] * 4 + [40] * 4 + [50] * 4
 
 
+def test_curves_over_epochs_that_were_not_all_evaluated():
+    """The test set's are of the epochs that all runs were evaluated in."""
+    runs = [fake("gmp", seed, 0.0) for seed in range(2)]
+    for run, every in zip(runs, (1, 2)):
+        run.files["metrics.jsonl"] = [
+            dict(stage="finetune", train_loss=1.0, train_accuracy=0.5)
+            | {f"test_{key}": None if epoch % every else epoch / 10 + every
+               for key in ("loss", "accuracy")} for epoch in range(1, 5)]
+    _, (axes,) = plots.canvas(2)
+    rows = analyze.curves_of(axes, runs, "gmp")
+    test = [(row["epoch"], row["mean"]) for row in rows
+            if (row["set"], row["quantity"]) == ("test", "loss")]
+    assert test == [(2, pytest.approx(1.7)), (4, pytest.approx(1.9))]
+    assert len(rows) == 2 * 4 + 2 * 2
+    del runs[1].files["metrics.jsonl"][3:]
+    with pytest.raises(records.Unfit, match="has 3 epochs of fine-tuning, another one 4") as short:
+        analyze.curves_of(axes, runs, "gmp")
+    assert short.value.args[0] is runs[1]
+
+
 def test_verdicts_are_written_and_printed(capsys):
     for seed, accuracy in enumerate((0.85, 0.851)):
         saved(f"runs/g{seed}", "gmp", regen=0.0, seed=seed, accuracy=0.84)

@@ -51,6 +51,15 @@ def wrong(capsys, function, *given):
     return one_line(capsys)
 
 
+def test_an_evaluation_of_every_few_epochs_and_at_the_end_of_each_stage():
+    """12 epochs of 4 steps; 12 / 4 evaluations and one of each stage, but no more than epochs."""
+    once = 1.0 + planning.RESULTS + 4 * 0.1
+    assert QUICK.seconds(12) == pytest.approx(once + 12 * 0.4 + 12 * 0.1)
+    seldom = QUICK._replace(evaluate_every=4, stages=2)
+    assert seldom.seconds(12) == pytest.approx(once + 12 * 0.4 + 5 * 0.1)
+    assert seldom.seconds(1) == pytest.approx(once + 0.4 + 0.1)
+
+
 def minutes_for(epochs, length=QUICK):
     """The --minutes into which so many epochs fit, and not one more."""
     return (length.seconds(epochs + 0.5) / planning.PLANNED) / 60
