@@ -337,7 +337,7 @@ def plot_methods(left, right, rows, targets):
             right.plot(row["training_cost"], place, **look)
         beyond = [f"{row['accuracy']:.0f}" for row in mine if row["accuracy"] < low]
         if beyond:
-            left.annotate(", ".join(beyond), (low, place), fontsize=6, va="center",
+            left.annotate(", ".join(beyond), (low, place), fontsize=6, va="bottom",
                           color=colour, xytext=(2, 0), textcoords="offset points")
         if groups.style_name(method) == "dense":
             left.axvline(mine[0]["accuracy"], color="black", linestyle=":", linewidth=1)
