@@ -370,7 +370,7 @@ def plot_targets(axis, rows, targets):
         shift = (methods.index(method) + 0.5) / len(methods) - 0.5
         places = [targets.index(row["target"]) + 0.8 * shift for row in mine]
         plot_rows(axis, places, mine, targets, "-")
-    axis.set_xlim(-0.5, max(len(targets), 1) - 0.5)
+    axis.set_xlim(-0.5, len(targets) - 0.5)
     axis.set_xticks(range(len(targets)), targets, fontsize=8)
 
 
@@ -383,10 +383,9 @@ def plot_costs(axis, rows, targets):
         plot_rows(axis, [row["training_cost"] for row in mine], mine, targets,
                   "-" if one_kind else "none")
     axis.set_xlabel("Training cost / dense")
-    if len(targets) > 1:
-        for target, fill in zip(targets, cycle(plots.FILLS)):
-            axis.plot([], [], color=plots.GREY, marker="o", markersize=SIZE,
-                      linestyle="none", label=target, **fill)
+    for target, fill in zip(targets, cycle(plots.FILLS)):
+        axis.plot([], [], color=plots.GREY, marker="o", markersize=SIZE,
+                  linestyle="none", label=target, **fill)
     beside(axis)
 
 
