@@ -306,12 +306,14 @@ def main(argv=None):
                     target = training.sparsity_at(update, num_updates, args.sparsity,
                                                   first)
                     # Eqs. 7, 5: prune further, then regenerate by the score
-                    settings = args.regen, score, args.candidates, generator
                     if items & PUBLISHED_UPDATE:
                         change = prune_and_regenerate_as_published(
-                            masks, target, *settings, items, optimizer)
+                            masks, target, args.regen, score, args.candidates,
+                            generator, items, optimizer)
                     else:
-                        change = prune_and_regenerate(masks, target, *settings)
+                        change = prune_and_regenerate(
+                            masks, target, args.regen, score, args.candidates,
+                            generator)
                     masks.apply(optimizer)
                     keep = None if "ties" in items else masks.keep_at(target)
                     run.log_update(target, change, keep)

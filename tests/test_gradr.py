@@ -16,7 +16,7 @@ import models
 import prune_gradr
 from harness import runfolder
 import training
-from helpers import assert_same_run, lines, one_line, stop_after
+from helpers import assert_same_run, lines, one_line, refused, stop_after
 from masks import Masks, seeded
 from prune_gradr import (REVIVED, Connections, centre, choose_at_random, deep_r_step, default_prior,
                          ending, enough_draws, fix_mask, fixed_mask_step, follow, grad_r_step, sum_of_rates)
@@ -41,10 +41,7 @@ def run(*given, short=True):
 
 
 def wrong(capsys, *given):
-    with pytest.raises(SystemExit) as stop:
-        run(*given)
-    assert stop.value.code == 2
-    return one_line(capsys)
+    return refused(capsys, run, *given)
 
 
 class Weights(Namespace):

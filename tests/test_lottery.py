@@ -19,7 +19,7 @@ import prune_lottery as lottery
 import training
 from harness import plots, runfolder, setup
 from harness.meters import Meter
-from helpers import assert_same_run, lines, one_line, stop_after
+from helpers import assert_same_run, lines, refused, stop_after
 from masks import Masks
 
 TINY = ["--dataset", "mine.npz", "--width", "0.25", "--batch-size", "25"]  # 8 steps an epoch
@@ -50,10 +50,7 @@ def run(*given):
 
 
 def wrong(capsys, *given, code=2):
-    with pytest.raises(SystemExit) as stop:
-        run(*given)
-    assert stop.value.code == code
-    return one_line(capsys)
+    return refused(capsys, run, *given, code=code)
 
 
 def parse(text):

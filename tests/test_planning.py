@@ -19,7 +19,7 @@ import training
 from harness import jobs, meters, planning, presets, processes, records, runfolder
 from harness.planning import Length, in_proportion, with_interval
 from harness.runfolder import Run, span
-from helpers import assert_same_run, lines, one_line, random_net, stop_after
+from helpers import assert_same_run, lines, one_line, random_net, refused, stop_after
 from masks import Masks, momenta
 
 pytestmark = pytest.mark.usefixtures("few_test_images")
@@ -41,14 +41,6 @@ def run(*given, script=prune_unstructured):
 
 def resolved(script, *given):
     return importlib.import_module(f"prune_{script}").parse_args([*map(str, given)])
-
-
-def wrong(capsys, function, *given):
-    """Call what must end with exit code 2; return its one line on stderr."""
-    with pytest.raises(SystemExit) as stop:
-        function(*given)
-    assert stop.value.code == 2
-    return one_line(capsys)
 
 
 def test_an_evaluation_of_every_few_epochs_and_at_the_end_of_each_stage():
@@ -185,19 +177,19 @@ def test_a_resumed_run_keeps_what_it_chose(tried, monkeypatch):
 
 def test_minutes_are_refused(tried, monkeypatch, capsys):
     for given in (["--epochs-prune", 2], ["--epochs-finetune", 0], ["--smoke"]):
-        error = wrong(capsys, run, *TINY, "--minutes", 1, *given)
+        error = refused(capsys, run, *TINY, "--minutes", 1, *given)
         assert f"--minutes and {given[0]} exclude each other" in error
-    error = wrong(capsys, run, *TINY, "--minutes", 0.02)
+    error = refused(capsys, run, *TINY, "--minutes", 0.02)
     assert "--minutes is 0.02, expected at least 0.2 on this machine, for the fewest epochs " \
            "(prune 1, finetune 1). Raise it" in error
     monkeypatch.setattr(processes, "size", lambda: 2)
-    assert "torchrun started 2 processes" in wrong(capsys, run, *TINY, "--minutes", 1)
+    assert "torchrun started 2 processes" in refused(capsys, run, *TINY, "--minutes", 1)
     assert not Path("runs").exists()
 
 
 def test_a_run_that_is_there_is_not_tried(tried, capsys):
     run(*SHORT, "--run-dir", "r")
-    assert "holds a run already" in wrong(capsys, run, *TINY, "--minutes", 1, "--run-dir", "r")
+    assert "holds a run already" in refused(capsys, run, *TINY, "--minutes", 1, "--run-dir", "r")
     assert not tried
 
 
@@ -222,7 +214,7 @@ def test_all_scripts_choose_in_their_own_proportion(script, epochs, tried, monke
 def test_what_a_method_needs_is_the_least(tried, capsys):
     """SD-SNN needs 4 structure epochs."""
     assert resolved("sdsnn", "--minutes", minutes_for(6)).epochs_prune == 4
-    error = wrong(capsys, resolved, "sdsnn", "--minutes", minutes_for(4))
+    error = refused(capsys, resolved, "sdsnn", "--minutes", minutes_for(4))
     assert "for the fewest epochs (prune 4, finetune 2)" in error
 
 
@@ -314,7 +306,7 @@ def test_a_kept_choice_is_for_what_was_asked(tried, capsys):
 def test_a_damaged_choice_is_one_line(text, capsys):
     KEPT.parent.mkdir()
     KEPT.write_text(text, encoding="latin-1")
-    error = wrong(capsys, compare.main, ["--minutes", "3", "--out", "out", "--methods", "gmp"])
+    error = refused(capsys, compare.main, ["--minutes", "3", "--out", "out", "--methods", "gmp"])
     assert "error: out/minutes.json is damaged, expected the epochs that --minutes " in error
     assert KEPT.read_text(encoding="latin-1") == text
 
@@ -359,7 +351,7 @@ def test_trials_that_fail_together_are_one_line(monkeypatch, capsys):
         raise planning.Failed("prune_x.py: error: no GPU\n", 2)
 
     monkeypatch.setattr(planning, "measure", failing)
-    assert "no GPU" in wrong(capsys, choose, commands(*"abcd"), 60, 2)
+    assert "no GPU" in refused(capsys, choose, commands(*"abcd"), 60, 2)
 
 
 def test_the_epochs_of_all_stages_are_counted(monkeypatch, capsys):
@@ -437,7 +429,7 @@ def test_each_script_has_optimizer_and_schedule(script, capsys):
     given = resolved(script, "--optimizer", "adamw", "--lr", 0.5, "--weight-decay", 0.2)
     assert (given.lr, given.weight_decay) == (0.5, 0.2)
     assert adamw.run_dir == usual.run_dir.replace("-seed0", "-adamw-constant-seed0")
-    error = wrong(capsys, resolved, script, "--optimizer", "adam", "--momentum", 0.5)
+    error = refused(capsys, resolved, script, "--optimizer", "adam", "--momentum", 0.5)
     assert "--momentum is 0.5, which --optimizer adam does not use" in error
 
 
@@ -453,7 +445,7 @@ def test_sgd_of_grad_r_is_named_as_before():
     ("sdsnn", ["--mode", "official", "--optimizer", "adam"], "--mode official with --optimizer ad"),
     ("unstructured", ["--as-published", "cosine"], "--as-published cosine sets it")])
 def test_a_schedule_that_is_not_used_is_refused(script, given, by, capsys):
-    error = wrong(capsys, resolved, script, *given, "--schedule", "step")
+    error = refused(capsys, resolved, script, *given, "--schedule", "step")
     assert "--schedule is step" in error and by in error
     assert resolved(script, *given, "--schedule", "cosine").schedule == "cosine"
 
@@ -556,7 +548,7 @@ def test_without_the_package_it_is_one_line(monkeypatch, capsys):
     from harness import board
 
     monkeypatch.setattr(board, "find_spec", lambda name: None)
-    error = wrong(capsys, run, *SHORT, "--tensorboard")
+    error = refused(capsys, run, *SHORT, "--tensorboard")
     assert "Install it by: python -m pip install tensorboard" in error
     assert not Path("runs").exists()
 

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import modelfile
 import models
 import prune_pq
 from harness import runfolder
-from helpers import TIMES, assert_same_run, lines, one_line, stop_after
+from helpers import TIMES, assert_same_run, lines, refused, stop_after
 from masks import DENSITIES, Masks, apportion, erk_densities, seeded, start_sparse
 from prune_pq import (Scopes, accumulate, counts_at_ratio, counts_at_target, in_scopes,
                       largest_in_rows, measure_scopes, pq_index, retention_bound, rewire,
@@ -44,10 +45,7 @@ def run(*given, short=True):
 
 
 def wrong(capsys, *given, code=2, short=True):
-    with pytest.raises(SystemExit) as stop:
-        run(*given, short=short)
-    assert stop.value.code == code
-    return one_line(capsys)
+    return refused(capsys, partial(run, short=short), *given, code=code)
 
 
 def row(*values):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import models
 import prune_unstructured
 import training
 from harness import meters, runfolder
-from helpers import TIMES, assert_same_run, lines, one_line, stop_after
+from helpers import TIMES, assert_same_run, lines, one_line, refused, stop_after
 from masks import Masks
 
 ROOT = Path(__file__).parent.parent
@@ -44,10 +45,7 @@ def command(*given):
 
 def wrong(capsys, *given, code=2, short=True):
     """Run a command that must fail; return its one line on stderr."""
-    with pytest.raises(SystemExit) as stop:
-        run(*given, short=short)
-    assert stop.value.code == code
-    return one_line(capsys)
+    return refused(capsys, partial(run, short=short), *given, code=code)
 
 
 # ---- what a run leaves ---------------------------------------------------------------------------

@@ -34,7 +34,7 @@ import prune_structured
 import prune_unstructured
 from harness import setup
 from harness.runfolder import Run
-from helpers import assert_same_run, let_fire, lines, one_line, stop_after
+from helpers import assert_same_run, let_fire, lines, refused, stop_after
 from masks import Masks
 from plans import default_widths
 
@@ -639,10 +639,7 @@ def run(*given, module=prune_unstructured):
 
 def wrong(capsys, *given, module=prune_unstructured, short=SHORT):
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        module.main([*short, *map(str, given)])
-    assert stop.value.code == 2
-    return one_line(capsys)
+    return refused(capsys, module.main, [*short, *map(str, given)])
 
 
 @pytest.fixture
