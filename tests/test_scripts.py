@@ -423,7 +423,8 @@ def test_work_after_the_last_checkpoint_is_done_again(monkeypatch, capsys, once)
 
 @pytest.mark.parametrize("given", [
     ["--no-flip"], ["--metric", "random", "--candidates", "new"],
-    ["--precision", "bf16", "--time-steps", "2", "--crop", "3", "--cutout", "5"],
+    ["--precision", "bf16", "--width", "0.125", "--time-steps", "2", "--crop", "3",
+     "--cutout", "5"],
     ["--metric", "gradient"], ["--init", "dense.pt"]])
 def test_resume_of_other_runs_with_a_smaller_last_batch(given, monkeypatch):
     given = [*given, "--batch-size", "57", "--interval", "3", "--epochs-finetune", "0"]
