@@ -16,7 +16,7 @@ a global ranking is one selection over one vector. Counts are exact also with ti
 further keys break them, and then a seeded permutation.
 """
 from contextlib import contextmanager
-from math import prod
+from math import ceil, prod
 from typing import NamedTuple
 
 import numpy as np
@@ -317,7 +317,7 @@ class Update(NamedTuple):
     """What an update did to the masks."""
 
     pruned: Tensor       # [M] bool, alive before the update and cut in it
-    before: float        # the sparsity between the cut and the regeneration, 0..1
+    between: float       # the sparsity between the cut and the regeneration, 0..1
     regenerated: Tensor  # [M] bool, brought back
     rescued: list        # names of the layers that would have lost all their weights
     plain: Tensor = None  # [M] bool, what a plain cut to the target would have taken
@@ -332,7 +332,7 @@ def change_since(before, masks, rescued=()):
     rescued: the names of layers that would be empty.
     """
     n_between = count(before & masks.flat)
-    return Update(pruned=before & ~masks.flat, before=1 - n_between / masks.total,
+    return Update(pruned=before & ~masks.flat, between=1 - n_between / masks.total,
                   regenerated=masks.flat & ~before, rescued=rescued)
 
 
@@ -370,9 +370,10 @@ def prune_further(sparsity, regen):
     sparsity s (Eq. 7).
 
     sparsity: s. regen: the regeneration rate r. All are 0..1.
-    INTERPRETATION: s' = s + r (1 - s). Then a share r of the weights that are alive at
-    the end are regenerated ones. The paper reports 48 % for r = 0.5 at s = 0.9, which
-    fits; s / (1 - r) would exceed 1. Confirmed by the published code.
+    INTERPRETATION: s' = s + r (1 - s). Then the last regeneration brings back a share r
+    of the weights that are alive at the end; some of earlier updates come on top. The
+    paper reports 48 % for r = 0.5 at s = 0.9, which fits; s / (1 - r) would exceed 1.
+    Confirmed by the published code.
     """
     return sparsity + regen * (1 - sparsity)  # Eq. 7
 
@@ -432,6 +433,12 @@ def count(mask):
     return int(mask.count_nonzero())
 
 
+def ceil_share(share, whole):
+    """Return the share of a whole number, rounded up. What rounding has put just above
+    a whole number is that number: 0.56 of 25 is 14.000000000000002, and 14."""
+    return ceil(share * whole - 1e-9 * whole)
+
+
 def momenta(optimizer, tensor):
     """Return what an optimizer has accumulated of a parameter's gradients, a list of
     one tensor or none: SGD's momentum buffer or Adam's first moment.
@@ -479,14 +486,11 @@ def erk_densities(shapes, density):
 DENSITIES = {"er": equal_densities, "erk": erk_densities}
 
 
-def start_sparse(masks, densities, generator):
-    """Draw masks at random places. densities: of the layers, a list.
-
-    A layer of N weights has exactly round(density * N) alive, and at least one.
-    """
-    for part, density in zip(masks.flat.split(masks.sizes), densities):
-        n_alive = max(1, round(density * len(part)))
-        part.copy_(select(torch.ones_like(part), n_alive, [], generator))
+def start_sparse(masks, keeps, generator):
+    """Draw masks at random places. keeps: how many weights of each layer are alive, a
+    list."""
+    for part, keep in zip(masks.flat.split(masks.sizes), keeps):
+        part.copy_(select(torch.ones_like(part), keep, [], generator))
 
 
 # ---- whole numbers in proportion -----------------------------------------------------

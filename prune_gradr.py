@@ -36,7 +36,6 @@ from pathlib import Path
 
 import harness  # first: what is not installed is then one line
 
-import numpy as np
 import torch
 
 import training
@@ -55,13 +54,13 @@ class Connections:
     sign: [M], +1 or -1. theta: [M], the strength. active: [M] bool; in Grad R
     theta > 0, in Deep R the set of K, whose theta may be 0. first, second: [M], the
     optimiser's moments of the gradient. optimizer: "adam" | "adamw" | "sgd", with its
-    momentum. decay: the weight decay of adamw, which passes by its moments; that of the
+    momentum. decay: the weight decay. That of adamw passes by its moments; that of the
     others is part of the gradient.
     """
 
     def __init__(self, masks, optimizer="adam", momentum=0.0, decay=0.0):
         self.optimizer, self.momentum = optimizer, momentum
-        self.decay = decay if optimizer == "adamw" else 0.0
+        self.decay = decay
         self.weights, self.sizes = list(masks.weights.values()), masks.sizes
         w = torch.cat([weight.detach().reshape(-1) for weight in self.weights])
         self.sign = torch.where(w < 0, -1.0, 1.0)  # never 0: w would stay 0 for ever
@@ -75,11 +74,10 @@ class Connections:
         """Active / all connections."""
         return count(self.active) / len(self.active)
 
-    def gradients(self, decay):
+    def gradients(self):
         """Return dL/dw, dense, [M], with the gradient of weight decay, which acts on w
         and so not on dormant strengths."""
-        if self.optimizer == "adamw":
-            decay = 0.0  # see move()
+        decay = 0.0 if self.optimizer == "adamw" else self.decay  # see move()
         return torch.cat([(weight.grad + decay * weight.detach()).reshape(-1)
                           for weight in self.weights])
 
@@ -100,7 +98,7 @@ class Connections:
         rate = lr / (1 - b1 ** self.steps)
         root = self.second.sqrt() / math.sqrt(1 - b2 ** self.steps)
         move = rate * self.first / (root + EPSILON)
-        if self.decay:
+        if self.optimizer == "adamw":
             move += lr * self.decay * self.sign * self.theta.clamp(min=0) * self.active
         return move, rate
 
@@ -206,14 +204,13 @@ def start_with(keep, masks, wires, generator):
     wires.fix(masks.flat)
 
 
-def deep_r_step(wires, g, lr, l1, temperature, keep=None):
+def deep_r_step(wires, g, lr, l1, temperature, keep):
     """Take one step of Deep R (its Algorithm 1) on the active connections, whose number
     stays the same.
 
-    g: dL/dw, [M]. keep: that number, K; None: it is counted, for which the host waits
-    for the device. INTERPRETATION: the order of the terms, which its code leaves open;
-    and one K over all layers, as in the paper, where its code has one a matrix. A new
-    connection has the sign of the start.
+    g: dL/dw, [M]. keep: that number, K. INTERPRETATION: the order of the terms, which
+    its code leaves open; and one K over all layers, as in the paper, where its code has
+    one a matrix. A new connection has the sign of the start.
     """
     move, _ = wires.move(g * wires.active, lr)
     theta = wires.theta - wires.sign * move  # gradient
@@ -222,8 +219,6 @@ def deep_r_step(wires, g, lr, l1, temperature, keep=None):
     stays = wires.active & ~(theta < 0)  # prune
     # rewire: any dormant one, those that were just pruned too, until K are active again
     n_lost = (wires.active & ~stays).count_nonzero()
-    if keep is None:
-        keep = count(wires.active)
     most = keep
     if theta.device.type == "cpu":  # where a look at the number costs nothing
         most = int(n_lost)
@@ -286,29 +281,24 @@ TUNED_STEPS, TUNED_LR = 752, {"adam": 1e-3, "sgd": 0.1}
 PRIOR["adamw"], TUNED_LR["adamw"] = PRIOR["adam"], TUNED_LR["adam"]
 
 
-def sum_of_rates(optimizer, lr, steps, mode="matched", schedule="cosine"):
-    """Return the sum of the rates over the structure epochs: how far a prior of scale 1
-    moves a strength."""
-    if mode == "paper":
-        schedule = "constant"
-    total = (steps + 1) * training.MEAN_RATE[schedule]
+def reach(optimizer, schedule, lr, steps):
+    """Return how far a prior of scale 1 moves a strength in the structure epochs."""
+    total = training.sum_of_rates(schedule, lr, steps)
     if optimizer != "sgd":
-        total += ADAM_START
-    return lr * total
+        total += lr * ADAM_START
+    return total
 
 
 def default_prior(args, steps):
-    """Return the scale a under which Grad R should end at a density of 1 - sparsity:
-    from PRIOR, by log density.
+    """Return the scale a under which Grad R should end at a density of 1 - sparsity, by
+    PRIOR.
 
     INTERPRETATION: with another number of steps or another lr, a is such that the prior
     moves a strength as far as in PRIOR's runs.
     """
-    densities, scales = np.log(sorted(PRIOR[args.optimizer].items())).T
-    a = math.exp(np.interp(math.log(1 - args.sparsity), densities, scales))
-    tuned = sum_of_rates(args.optimizer, TUNED_LR[args.optimizer], TUNED_STEPS)
-    pull = sum_of_rates(args.optimizer, args.lr, steps, schedule=args.schedule)
-    return a * tuned / pull
+    a = training.setting_for(1 - args.sparsity, PRIOR[args.optimizer])
+    tuned = reach(args.optimizer, "cosine", TUNED_LR[args.optimizer], TUNED_STEPS)
+    return a * tuned / reach(args.optimizer, args.schedule, args.lr, steps)
 
 
 # ---- the script ----------------------------------------------------------------------
@@ -401,11 +391,11 @@ def plan_of(args, keep, steps):
         return (f"Deep R, K = {keep:,}, L1 {args.prior:.4g}, "
                 f"T {args.temperature:.4g}")
     c = centre(args.sparsity, args.prior)
-    pull = args.prior * sum_of_rates(args.optimizer, args.lr, steps, args.mode,
-                                     args.schedule)
-    reach = "within" if pull >= -c else "out of"
+    schedule = "constant" if args.mode == "paper" else args.schedule
+    pull = args.prior * reach(args.optimizer, schedule, args.lr, steps)
+    where = "within" if pull >= -c else "out of"
     return (f"Grad R, prior a = {args.prior:.4g} pulls by {pull:.3g} in all; its "
-            f"centre, {c:.3g}, is {reach} reach")
+            f"centre, {c:.3g}, is {where} reach")
 
 
 def ending(found, keep):
@@ -417,13 +407,6 @@ def ending(found, keep):
     if abs(found - keep) > 0.2 * keep:
         text += ": more than 20 % off. --prior moves it"
     return text
-
-
-def mean_density(run):
-    """Return the mean density over the epochs, each at its start."""
-    densities = [run.notes["first_density"]]
-    densities += [1 - row["sparsity"] for row in run.rows[:-1]]
-    return sum(densities) / len(densities)
 
 
 def main(argv=None):
@@ -441,16 +424,16 @@ def main(argv=None):
         if run.iteration == 0:
             if args.method == "deepr":
                 start_with(keep, masks, wires, run.generator())
-            run.notes["first_density"] = wires.density
+            run.notes["first_sparsity"] = 1 - wires.density
 
         for epoch in run.epochs("prune"):
             for x, y in run.batches(epoch):
                 lr = args.lr  # constant, as in Grad R's code
                 if args.mode == "matched":
                     # INTERPRETATION: a cosine a stage, as in all scripts
-                    lr = training.rate(args.schedule, lr, *run.position)
+                    lr = training.lr_at(args.schedule, lr, *run.position)
                 training.step(run, x, y, lr)  # dL/dw, and a step of BN and biases
-                g = wires.gradients(args.weight_decay)
+                g = wires.gradients()
                 if args.method == "gradr":
                     grad_r_step(wires, g, lr, args.prior, args.sparsity)
                 else:
@@ -479,13 +462,13 @@ def main(argv=None):
 
         for epoch in run.epochs("finetune"):
             for x, y in run.batches(epoch):
-                lr = training.rate(args.schedule, args.lr, *run.position)
+                lr = training.lr_at(args.schedule, args.lr, *run.position)
                 training.step(run, x, y, lr)
-                fixed_mask_step(wires, wires.gradients(args.weight_decay), lr)
+                fixed_mask_step(wires, wires.gradients(), lr)
                 wires.write()
             run.end_epoch()
 
-        return run.finish("prune_gradr", args.method, training_cost=mean_density(run),
+        return run.finish("prune_gradr", args.method,
                           pruned_accuracy=run.last_accuracy("prune"),
                           survived_by_regeneration=masks.share_regenerated)
 

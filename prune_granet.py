@@ -20,7 +20,6 @@ last update reaches --sparsity exactly; there the ramp ends one update early, sh
 it by s / n^3 for n updates (9.0e-4 at s = 0.9, n = 10). An update keeps as many weights
 as asked; there one fewer, and fewer still where |w| are equal.
 """
-import math
 from pathlib import Path
 
 import harness  # first: what is not installed is then one line
@@ -30,7 +29,7 @@ import torch
 import training
 from harness import flags, setup
 from harness.runfolder import Run, finished
-from masks import Masks, Update, count, select
+from masks import Masks, Update, ceil_share, count, select
 
 LOWEST_RATE = 0.005  # the last death rate, in GraNet's code
 
@@ -57,7 +56,7 @@ def swap(masks, rate, magnitudes, gradients, generator):
                    for flat in (masks.flat, magnitudes, gradients)))
     for alive, magnitude, gradient in layers:
         n_alive = count(alive)
-        n_swap = math.ceil(rate * n_alive)
+        n_swap = ceil_share(rate, n_alive)
         stays = select(alive, n_alive - n_swap, [magnitude], generator)
         died.append(alive & ~stays)
         grown.append(select(~stays, n_swap, [gradient, magnitude], generator))
@@ -79,8 +78,8 @@ def prune_and_swap(masks, optimizer, target, rate, generator):
     # cut grows again only at 0
     masks.apply(optimizer)
     died, grown = swap(masks, rate, magnitudes, masks.gradients(), generator)
-    before = 1 - count(masks.flat & ~grown) / masks.total
-    return Update(pruned | died, before, grown, rescued)
+    between = 1 - count(masks.flat & ~grown) / masks.total
+    return Update(pruned | died, between, grown, rescued)
 
 
 # ---- the script ----------------------------------------------------------------------
@@ -92,6 +91,14 @@ def run_name(args):
             f"-d{args.death_rate:g}-seed{args.seed}")
 
 
+def complete(args, explicit):
+    """Check the flags."""
+    if args.death_rate < LOWEST_RATE:
+        raise ValueError(
+            f"--death-rate is {args.death_rate:g}, expected at least {LOWEST_RATE:g}, "
+            f"to which it falls. Raise it")
+
+
 def parse_args(argv):
     """Return all flags, a Namespace."""
     parser = flags.make_parser(__doc__)
@@ -101,14 +108,14 @@ def parse_args(argv):
              "0 and below 1")
     add("--death-rate", type=flags.number(0, 1, above=True), metavar="RATE",
         help="share of the alive weights of each layer that an update swaps at the "
-             "start, a fraction above 0 and below 1; it falls to 0.005")
+             "start, a fraction of at least 0.005 and below 1; it falls to 0.005")
     add("--interval", type=flags.whole(1), metavar="STEPS",
         help="iterations between two updates")
     add("--epochs-prune", type=flags.whole(1), metavar="N",
         help="epochs of the pruning stage")
     add("--epochs-finetune", type=flags.whole(0), metavar="N",
         help="epochs with the mask fixed")
-    return flags.parse(parser, argv, "granet", lambda args, _: None, run_name)
+    return flags.parse(parser, argv, "granet", complete, run_name)
 
 
 def set_up(args):
@@ -144,7 +151,7 @@ def main(argv=None):
     with run.under_way(plan):
         for epoch in run.epochs():
             for x, y in run.batches(epoch):
-                lr = training.rate(args.schedule, args.lr, *run.position)
+                lr = training.lr_at(args.schedule, args.lr, *run.position)
                 training.step(run, x, y, lr)
                 masks.apply(optimizer)  # w <- w * m, and its momentum
 

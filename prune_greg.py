@@ -21,7 +21,6 @@ the stage of growing starts a new SGD, without momentum from before. Fine-tuning
 at --lr, as in prune_structured.py; there at 0.01. GReg-2's moving average of the ratio
 of what stays to what goes starts when it has chosen; there while it still picks.
 """
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,10 +34,7 @@ import training
 from channels import Choice
 from harness import flags, removal
 from harness.runfolder import finished
-
-# the defaults of prune_structured.py, {network: ratio}; of others 0.5
-PRUNE_RATIOS = {"vgg16": 0.4522, "vgg16-avg": 0.4522, "resnet19": 0.512,
-                "resnet19-pre": 0.512}
+from masks import ceil_share
 
 # ---- which filters go ----------------------------------------------------------------
 
@@ -56,9 +52,9 @@ def mean_size(weight):
     return weight.detach().abs().mean((1, 2, 3))
 
 
-def how_many(channels, ratio):
+def how_many(n_filters, ratio):
     """Return how many of so many filters go: ceil(ratio * C), but not all."""
-    return min(math.ceil(ratio * channels), channels - 1)
+    return min(ceil_share(ratio, n_filters), n_filters - 1)
 
 
 def smallest(size, ratio):
@@ -209,26 +205,15 @@ def penalise(state, weights):
 
 def run_name(args):
     """Return the name of the run, and of its folder."""
-    if args.target_macs is None:
-        share = f"{args.prune_ratio:g}"
-    else:
-        share = f"macs{args.target_macs:g}"
-    return (f"{Path(args.dataset).stem}-{args.model}-{args.method}-{share}"
-            f"-seed{args.seed}")
+    return (f"{Path(args.dataset).stem}-{args.model}-{args.method}"
+            f"-{removal.share_name(args)}-seed{args.seed}")
 
 
 def complete(args, explicit):
     """Fill in the defaults that depend on other flags; refuse what leaves nothing to
     train."""
-    if args.prune_ratio is None and args.target_macs is None:
-        args.prune_ratio = PRUNE_RATIOS.get(args.model, 0.5)
-    if args.target_macs is not None:
-        args.prune_ratio = None
-    if args.init is not None and "epochs_pretrain" not in explicit:
-        args.epochs_pretrain = 0
-    if args.epochs_pretrain == 0 and args.init is None:
-        raise ValueError("--epochs-pretrain is 0, expected at least 1, or a network by "
-                         "--init")
+    removal.complete_share(args)
+    removal.complete_pretraining(args, explicit)
 
 
 def parse_args(argv):
@@ -295,7 +280,7 @@ def main(argv=None):
     with run.under_way(f"{args.method}: {removal.goal(args)}"):
         for epoch in run.epochs("pretrain"):
             for x, y in run.batches(epoch):
-                lr = training.rate(args.schedule, args.lr, *run.position)
+                lr = training.lr_at(args.schedule, args.lr, *run.position)
                 training.step(run, x, y, lr)
             removal.end_epoch(run)
 
@@ -322,7 +307,7 @@ def main(argv=None):
 
         for epoch in run.epochs("finetune"):
             for x, y in run.batches(epoch):
-                lr = training.rate(args.schedule, args.lr, *run.position)
+                lr = training.lr_at(args.schedule, args.lr, *run.position)
                 training.step(run, x, y, lr)
             removal.end_epoch(run)
 

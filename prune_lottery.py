@@ -222,8 +222,8 @@ def train_epoch(run, epoch, lr, rewind_at=None):
     for x, y in run.batches(epoch):
         # INTERPRETATION: one cosine a training, each from the full lr. The loss is a
         # mean over T', not over T
-        now = training.rate(run.args.schedule, lr, *run.position)
-        training.step(run, x, y, now)
+        lr_now = training.lr_at(run.args.schedule, lr, *run.position)
+        training.step(run, x, y, lr_now)
         run.masks.apply(run.optimizer)  # w <- w * m, and its momentum
         if run.iteration == rewind_at:
             run.notes["rewind"] = snapshot(run.net)  # theta_r

@@ -39,7 +39,6 @@ The run folder is that of prune_unstructured.py. In updates.jsonl each row has t
 rate too. After the last update a line names the layers that grew nothing in some
 updates: there the ramp asked for more than the drop rate.
 """
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -50,7 +49,8 @@ import torch
 import training
 from harness import flags, presets, setup
 from harness.runfolder import Run, finished
-from masks import DENSITIES, Masks, Update, apportion, count, select, start_sparse
+from masks import (DENSITIES, Masks, Update, apportion, ceil_share, count, select,
+                   start_sparse)
 
 LOWEST_RATE = 0.005  # INTERPRETATION: d_min, the last drop rate, is that of GraNet
 
@@ -62,13 +62,14 @@ def layer_sparsities(first, final, update, num_updates):
 
         theta_l(q) = final_l + (first_l - final_l) (1 - q / n)^3
 
-    first, final: densities of the layers, at the start and in the end. update: q, 0..n.
+    first, final: sparsities of the layers, at the start and in the end. update: q, from
+    0 to n.
     INTERPRETATION: the abstract has a decreasing number of weights; this is the cubic
     ramp of all methods here, in each layer by itself.
     """
     if update == 0:
-        return [1 - density for density in first]
-    return [training.sparsity_at(update, num_updates, 1 - last, 1 - start)
+        return first
+    return [training.sparsity_at(update, num_updates, last, start)
             for start, last in zip(first, final)]
 
 
@@ -115,8 +116,7 @@ def turnover(n_alive, keep, rate):
     INTERPRETATION: one drop serves both, the ramp and the search. Late in a steep ramp
     the rate asks for less than the ramp: then nothing grows, and this is pruning.
     """
-    n_drop = math.ceil(rate * n_alive - 1e-9 * n_alive)  # 7.0000001 is 7, not 8
-    n_drop = max(n_drop, n_alive - keep)
+    n_drop = max(ceil_share(rate, n_alive), n_alive - keep)
     return n_drop, keep - (n_alive - n_drop)
 
 
@@ -163,9 +163,9 @@ def drop_and_grow(masks, keeps, rate, score, generator):
     dropped, grown = torch.cat(dropped), torch.cat(grown)
 
     masks.flat &= ~dropped
-    before = masks.sparsity
+    between = masks.sparsity
     masks.flat |= grown
-    return Update(dropped, before, grown, rescued=[])  # keeps are at least 1
+    return Update(dropped, between, grown, rescued=[])  # keeps are at least 1
 
 
 def without_growth(updates):
@@ -283,8 +283,8 @@ def main(argv=None):
     method = method_of(args)
 
     shapes = [weight.shape for weight in masks.weights.values()]
-    first = DENSITIES[args.densities](shapes, args.density)
-    final = DENSITIES[args.densities](shapes, 1 - args.sparsity)
+    first, final = ([1 - density for density in DENSITIES[args.densities](shapes, mean)]
+                    for mean in (args.density, 1 - args.sparsity))
 
     plan = (f"{method}: {num_updates} updates from {100 * args.density:g} % dense to "
             f"{100 * args.sparsity:g} % sparse, growth by {args.growth}")
@@ -293,14 +293,13 @@ def main(argv=None):
             # The weights that any method has at this seed, masked
             thetas = layer_sparsities(first, final, 0, num_updates)
             keeps = layer_counts(masks.sizes, thetas, masks.keep_at(1 - args.density))
-            start_sparse(masks, [keep / size for keep, size in zip(keeps, masks.sizes)],
-                         run.generator())
+            start_sparse(masks, keeps, run.generator())
             masks.apply(optimizer)
             run.notes["first_sparsity"] = masks.sparsity
 
         for epoch in run.epochs():
             for x, y in run.batches(epoch):
-                lr = training.rate(args.schedule, args.lr, *run.position)
+                lr = training.lr_at(args.schedule, args.lr, *run.position)
                 training.step(run, x, y, lr)
                 masks.apply(optimizer)  # w <- w * m, and its momentum
 

@@ -204,9 +204,9 @@ def rewire(masks, scope, n_prune, n_grow, score, generator):
     pruned, grown = torch.cat(pruned), torch.cat(grown)
 
     masks.flat &= ~pruned
-    before = masks.sparsity
+    between = masks.sparsity
     masks.flat |= grown
-    return Update(pruned, before, grown, rescued=[])  # each scope has kept a weight
+    return Update(pruned, between, grown, rescued=[])  # each scope has kept a weight
 
 
 def largest_in_rows(eligible, counts, keys, generator):
@@ -225,6 +225,18 @@ def largest_in_rows(eligible, counts, keys, generator):
     ranks = torch.arange(len(places), device=keys.device)
     is_first = ranks < counts.to(keys.device)[:, None]
     return torch.zeros_like(eligible).scatter_(1, order, is_first)
+
+
+def counts_at_start(masks, start, density):
+    """Return how many weights of each layer are alive at the start, a list: exactly
+    round(D N), and at least one.
+
+    start: a key of DENSITIES. INTERPRETATION: the paper's Erdős–Rényi start at a
+    density of 0.50 is one density for all layers.
+    """
+    shapes = [weight.shape for weight in masks.weights.values()]
+    return [max(1, round(share * size)) for share, size in zip(
+        DENSITIES[start](shapes, density), masks.sizes)]
 
 
 # ---- the script ----------------------------------------------------------------------
@@ -317,12 +329,6 @@ def set_up(args):
     return run, num_updates
 
 
-def training_cost(run):
-    """Return the mean density at the start of an epoch, over the epochs."""
-    densities = [run.notes["density"]] + [1 - row["sparsity"] for row in run.rows[:-1]]
-    return sum(densities) / len(densities)
-
-
 def main(argv=None):
     args = parse_args(argv)
     if (summary := finished(args)) is not None:
@@ -335,13 +341,10 @@ def main(argv=None):
                        f"{args.growth}"):
         if run.iteration == 0:
             # The weights that any method has at this seed, masked; V = 0.
-            # INTERPRETATION: the paper's Erdős–Rényi start at a density of 0.50 is one
-            # density for all layers, and counts are exact
-            shapes = [weight.shape for weight in masks.weights.values()]
-            densities = DENSITIES[args.start](shapes, args.density)
-            start_sparse(masks, densities, run.generator())
+            keeps = counts_at_start(masks, args.start, args.density)
+            start_sparse(masks, keeps, run.generator())
             masks.apply(optimizer)
-            run.notes["density"] = 1 - masks.sparsity
+            run.notes["first_sparsity"] = masks.sparsity
             run.notes["velocity"] = torch.zeros(masks.total)
         velocity = run.notes["velocity"].to(run.device)
         run.notes["velocity"] = velocity  # each checkpoint has it
@@ -349,7 +352,7 @@ def main(argv=None):
 
         for epoch in run.epochs():
             for x, y in run.batches(epoch):
-                lr = training.rate(args.schedule, args.lr, *run.position)
+                lr = training.lr_at(args.schedule, args.lr, *run.position)
                 training.step(run, x, y, lr)
                 masks.apply(optimizer)  # w <- w * m, and its momentum
                 if args.growth == "momentum" and run.iteration <= last_update:
@@ -378,7 +381,6 @@ def main(argv=None):
             run.end_epoch()
 
         return run.finish("prune_pq", "pq", pruned_accuracy=run.last_accuracy("prune"),
-                          training_cost=training_cost(run),
                           survived_by_regeneration=masks.share_regenerated)
 
 

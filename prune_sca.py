@@ -61,7 +61,7 @@ import channels
 import models
 import training
 from channels import Choice
-from harness import flags, presets, removal, setup
+from harness import flags, removal, setup
 from harness.runfolder import finished
 from masks import computing_with, count, momenta, prune_further, select
 
@@ -257,11 +257,8 @@ def all_live(net):
 
 def run_name(args):
     """Return the name of the run, and of its folder."""
-    if args.target_macs is None:
-        share = f"{args.prune_ratio:g}"
-    else:
-        share = f"macs{args.target_macs:g}"
-    name = f"{Path(args.dataset).stem}-{args.model}-sca-{share}-r{args.regen:g}"
+    name = (f"{Path(args.dataset).stem}-{args.model}-sca-{removal.share_name(args)}"
+            f"-r{args.regen:g}")
     if args.potential == "pre":
         name += "-pre"
     return f"{name}-seed{args.seed}"
@@ -269,10 +266,7 @@ def run_name(args):
 
 def complete(args, explicit):
     """Fill in the share that goes, where none is given."""
-    if args.prune_ratio is None and args.target_macs is None:
-        args.prune_ratio = next(iter(presets.channel_rates(args.model)))
-    if args.target_macs is not None:
-        args.prune_ratio = None
+    removal.complete_share(args)
 
 
 def parse_args(argv):
@@ -345,7 +339,7 @@ def main(argv=None):
                     else:
                         with living.computing():  # with gamma m and beta m
                             training.backward(run, x, y)
-                    lr = training.rate(args.schedule, args.lr, *run.position)
+                    lr = training.lr_at(args.schedule, args.lr, *run.position)
                     training.descend(optimizer, lr)
                     living.put_back(optimizer)  # what is dead does not move
 
@@ -361,7 +355,7 @@ def main(argv=None):
 
         for epoch in run.epochs("finetune"):
             for x, y in run.batches(epoch):
-                lr = training.rate(args.schedule, args.lr, *run.position)
+                lr = training.lr_at(args.schedule, args.lr, *run.position)
                 training.step(run, x, y, lr)
             removal.end_epoch(run)
 

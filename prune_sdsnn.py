@@ -386,7 +386,7 @@ def learning_rate(args, stages, iteration):
     if args.optimizer == "adam" and args.mode == "official":
         epoch = step // stages.steps_per_epoch  # from 0
         return args.lr * 0.1 ** (max(0, epoch - 1) // STEP_DOWN)
-    lr = training.rate(args.schedule, args.lr, step, steps)
+    lr = training.lr_at(args.schedule, args.lr, step, steps)
     if args.optimizer == "adamw":
         lr *= min(1, (step + 1) / (WARM_UP * stages.steps_per_epoch))
     return lr

@@ -42,7 +42,6 @@ from pathlib import Path
 
 import harness  # first: what is not installed is then one line
 
-import numpy as np
 import torch
 
 import training
@@ -161,17 +160,9 @@ DEAD_ZONE["adamw"] = DEAD_ZONE["adam"]
 TUNED_LR["adamw"] = TUNED_LR["adam"]
 
 
-def sum_of_rates(lr, steps, schedule):
-    """Return the sum of the learning rates of the structure epochs: how far a gradient
-    of 1 moves theta."""
-    return steps * sum(training.rate(schedule, lr, step, 1000)
-                       for step in range(1000)) / 1000
-
-
 def default_dead_zone(args, steps):
-    """Return the D that should leave a share 1 - sparsity of the weights: from the two
-    nearest of DEAD_ZONE, on a line of log D over log density. With --mode paper it is
-    the paper's.
+    """Return the D that should leave a share 1 - sparsity of the weights, by DEAD_ZONE.
+    With --mode paper it is the paper's.
 
     INTERPRETATION: with another number of steps or another lr, D is to the sum of the
     rates as in these runs, since it works against what the gradients move. That holds
@@ -179,18 +170,14 @@ def default_dead_zone(args, steps):
     leaves 4.6 %, where this rule has D = 200. So a run on other data says where its D
     is from.
     """
+    total = training.sum_of_rates(args.schedule, args.lr, steps)
     if args.mode == "paper":
-        total = sum_of_rates(args.lr, steps, args.schedule)
         return PAPER_DEAD_ZONE * total / PAPER_SUM
     if args.sparsity == 0:
         return 0.0
-    densities, widths = np.log(sorted(DEAD_ZONE[args.optimizer].items())).T
-    density = math.log(1 - args.sparsity)
-    i = np.clip(np.searchsorted(densities, density), 1, len(densities) - 1)
-    slope = (widths[i] - widths[i - 1]) / (densities[i] - densities[i - 1])
-    width = math.exp(widths[i] + slope * (density - densities[i]))
-    tuned = sum_of_rates(TUNED_LR[args.optimizer], TUNED_STEPS, "cosine")
-    return width * sum_of_rates(args.lr, steps, args.schedule) / tuned
+    width = training.setting_for(1 - args.sparsity, DEAD_ZONE[args.optimizer])
+    tuned = training.sum_of_rates("cosine", TUNED_LR[args.optimizer], TUNED_STEPS)
+    return width * total / tuned
 
 
 # ---- the script ----------------------------------------------------------------------
@@ -288,13 +275,6 @@ def ending(args, masks):
     return text
 
 
-def mean_density(run):
-    """Return the mean density over the epochs, each at its start."""
-    densities = [run.notes["first_density"]]
-    densities += [1 - row["sparsity"] for row in run.rows[:-1]]
-    return sum(densities) / len(densities)
-
-
 def main(argv=None):
     """Run the script. Return its summary, a dict."""
     args = parse_args(argv)
@@ -310,7 +290,7 @@ def main(argv=None):
 
     with run.under_way(f"STDS, dead zone 0 to {args.dead_zone:.4g}, {args.ramp}"):
         if run.iteration == 0:
-            run.notes["first_density"] = share_alive(masks, 0.0)
+            run.notes["first_sparsity"] = 1 - share_alive(masks, 0.0)
         if is_scaled and args.dataset != presets.of("default")["dataset"]:
             run.say(f"note: D = {args.dead_zone:.4g} is scaled from short runs on the "
                     f"embedded data. If it is far too large, the cut keeps weights of "
@@ -322,7 +302,7 @@ def main(argv=None):
             run.computes = lambda: computing_with(theta, synapses(theta, dead_zone))
         for epoch in run.epochs("prune"):
             for x, y in run.batches(epoch):
-                lr = training.rate(args.schedule, args.lr, *run.position)
+                lr = training.lr_at(args.schedule, args.lr, *run.position)
                 w = synapses(theta, dead_zone)  # 1: by the D of the step before
                 with computing_with(theta, w):
                     training.backward(run, x, y)  # 2: dL/dtheta is dL/dw, dense
@@ -347,12 +327,12 @@ def main(argv=None):
         optimizer.param_groups[0]["weight_decay"] = args.weight_decay
         for epoch in run.epochs("finetune"):
             for x, y in run.batches(epoch):
-                lr = training.rate(args.schedule, args.lr, *run.position)
+                lr = training.lr_at(args.schedule, args.lr, *run.position)
                 training.step(run, x, y, lr)
                 masks.apply(optimizer)  # w <- w * m, and its momentum
             run.end_epoch()
 
-        return run.finish("prune_stds", "stds", training_cost=mean_density(run),
+        return run.finish("prune_stds", "stds",
                           pruned_accuracy=run.last_accuracy("prune"),
                           survived_by_regeneration=masks.share_regenerated)
 

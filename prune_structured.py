@@ -162,11 +162,7 @@ def complete(args, explicit):
     elif args.regen is None:
         args.regen = rates[min(rates, key=lambda listed: abs(listed - ratio))]
 
-    if args.init is not None and "epochs_pretrain" not in explicit:
-        args.epochs_pretrain = 0
-    if args.epochs_pretrain == 0 and args.init is None:
-        raise ValueError("--epochs-pretrain is 0, expected at least 1, or a network by "
-                         "--init")
+    removal.complete_pretraining(args, explicit)
     if args.l1 == 0:
         flags.set_unused(args, explicit, dict(finetune_l1=False), "--l1 0")
     if args.epochs_finetune == 0:
@@ -234,7 +230,7 @@ def main(argv=None):
                 training.backward(run, x, y)  # Eqs. 1-4
                 for scale in channels.scales(run.net):
                     scale.grad += args.l1 * scale.detach().sign()  # Eq. 10
-                lr = training.rate(args.schedule, args.lr, *run.position)
+                lr = training.lr_at(args.schedule, args.lr, *run.position)
                 training.descend(run.optimizer, lr)
             removal.end_epoch(run)
 
@@ -262,7 +258,7 @@ def main(argv=None):
                 if args.finetune_l1:
                     for scale in channels.scales(run.net):
                         scale.grad += args.l1 * scale.detach().sign()
-                lr = training.rate(args.schedule, args.lr, *run.position)
+                lr = training.lr_at(args.schedule, args.lr, *run.position)
                 training.descend(run.optimizer, lr)
             removal.end_epoch(run)
 

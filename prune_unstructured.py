@@ -73,7 +73,7 @@ def prune_and_regenerate(masks, target, regen, score, candidates, generator):
     # Eq. 7: prune further than asked, to leave room for the regeneration
     keep = masks.keep_at(prune_further(target, regen))
     pruned = masks.prune(keep, magnitudes, generator)
-    before = masks.sparsity
+    between = masks.sparsity
 
     # Eq. 5: regenerate the highest-scored pruned weights, until the sparsity is s.
     # INTERPRETATION: "all pruned units in the pruned model" are candidates, those of
@@ -83,7 +83,7 @@ def prune_and_regenerate(masks, target, regen, score, candidates, generator):
     dead = ~masks.flat if candidates == "all" else pruned
     count = masks.keep_at(target) - masks.n_alive
     regenerated = masks.regenerate(count, dead, [score, magnitudes], generator)
-    return Update(pruned, before, regenerated, masks.rescue_empty_layers(), plain)
+    return Update(pruned, between, regenerated, masks.rescue_empty_layers(), plain)
 
 
 # ---- the same, as published ----------------------------------------------------------
@@ -118,6 +118,8 @@ def prune_and_regenerate_as_published(masks, target, regen, score, candidates,
             return select(places & masks.flat, count, [magnitudes], generator)
         if count == 0:
             return torch.zeros_like(places)
+        if count > int(places.count_nonzero()):  # beside a large classifier: all stay
+            return places & masks.flat
         return places & (magnitudes > magnitudes[places].topk(count).values[-1])
 
     # published code, "classifier": it keeps what a plain cut to the target leaves it
@@ -132,7 +134,7 @@ def prune_and_regenerate_as_published(masks, target, regen, score, candidates,
     rest = keep - int(fixed.count_nonzero())
     count = int(rest * regen) if has_ties else round(rest * regen)
     masks.flat.copy_(fixed | largest(others, rest - count))
-    pruned, before = alive_before & ~masks.flat, masks.sparsity
+    pruned, between = alive_before & ~masks.flat, masks.sparsity
     # published code: what comes back now has lost its value. So an update sets a share
     # r of the weights to 0, from the first one on. In the paper they have 2,000 steps
     # to grow again; with 2 steps a network falls to chance, by this item alone
@@ -149,7 +151,7 @@ def prune_and_regenerate_as_published(masks, target, regen, score, candidates,
         masks.flat |= regenerated
     else:
         regenerated = masks.regenerate(count, dead, [score, magnitudes], generator)
-    return Update(pruned, before, regenerated, masks.rescue_empty_layers(), plain)
+    return Update(pruned, between, regenerated, masks.rescue_empty_layers(), plain)
 
 
 # ---- the script ----------------------------------------------------------------------
@@ -293,18 +295,18 @@ def main(argv=None):
                 # Confirmed by the published code
                 record = args.aggregate if is_update else None
                 # INTERPRETATION of "cosine": one for each stage, from lr to 0
-                lr = training.rate(args.schedule, args.lr, *run.position)
+                lr = training.lr_at(args.schedule, args.lr, *run.position)
                 if "cosine" in items:  # published code: one over both, a step an epoch
                     lr = training.cosine(args.lr, epoch, run.stages.epochs)
                 scores = training.step(run, x, y, lr, record, by)  # Eqs. 1-4, 6
                 masks.apply(optimizer)  # w <- w * m, and its momentum
 
                 if is_update:
-                    generator = run.generator()
-                    score = SCORES[args.metric](masks, scores, generator)
                     # Eq. 9: the sparsity to reach
                     target = training.sparsity_at(update, num_updates, args.sparsity,
                                                   first)
+                    generator = run.generator()
+                    score = SCORES[args.metric](masks, scores, generator)
                     # Eqs. 7, 5: prune further, then regenerate by the score
                     if items & PUBLISHED_UPDATE:
                         change = prune_and_regenerate_as_published(

@@ -260,7 +260,7 @@ def fix_masks(keep, masks, soft, generator):
         masks.flat.copy_(select(before, keep, keys, generator))
     between = masks.sparsity
     rescued = masks.rescue_empty_layers(soft.of_weights)
-    return Update(pruned=before & ~masks.flat, before=between,
+    return Update(pruned=before & ~masks.flat, between=between,
                   regenerated=torch.zeros_like(before), rescued=rescued)
 
 
@@ -338,7 +338,7 @@ def default_mask_lr(args, steps):
     1e-3 a search of 752 steps keeps its masks soft until beta is large. BN hides how
     small the weights of a layer have become, and the cut then empties the layer.
     """
-    return REACH / (steps * training.MEAN_RATE[args.schedule])
+    return REACH / training.sum_of_rates(args.schedule, 1, steps)
 
 
 # {share of the weights whose alpha is above 0 after the search: the price lambda},
@@ -368,7 +368,9 @@ def method_of(args):
 
 def run_name(args):
     """Return the name of the run's folder."""
-    name = f"{Path(args.dataset).stem}-{args.model}-{method_of(args)}-{args.sparsity:g}"
+    name = f"{Path(args.dataset).stem}-{args.model}-{method_of(args)}"
+    if args.sparsity is not None:
+        name += f"-{args.sparsity:g}"
     if args.mode == "paper":
         name += "-paper"
     if args.price is not None:
@@ -381,6 +383,9 @@ def run_name(args):
 def complete(args, explicit):
     """Set what --as-published implies; refuse what does not fit."""
     published.complete(args, explicit, "upr")
+    if args.mode == "paper" and args.price is not None:
+        flags.set_unused(args, explicit, dict(sparsity=None),
+                         "--mode paper with a --price")
 
 
 def parse_args(argv):
@@ -390,7 +395,7 @@ def parse_args(argv):
     add("--sparsity", type=flags.number(0, 1, above=True),
         help="share of the prunable weights that is dead in the end, a fraction above "
              "0 and below 1, by a top-K of alpha after the search; with --mode paper "
-             "it only chooses the default price")
+             "it only chooses the default price: leave it out beside --price")
     add("--neurons", action="store_true",
         help="single neurons have masks too, those of all maps but the first; one is "
              "alive where its alpha is above 0, however many these are")
@@ -435,7 +440,8 @@ def set_up(args):
         net = setup.build(args, images)
         check_network(args, net)
         masks = Masks(net)
-        masks.check_sparsity(args.sparsity)
+        if args.sparsity is not None:
+            masks.check_sparsity(args.sparsity)
         soft = SoftMasks(net, masks, args.neurons)
         optimizer = training.optimizer(args, net.parameters())
         stages = setup.stages(args, images, prune=args.epochs_prune,
@@ -459,9 +465,9 @@ def ending(args, masks, soft):
         raise TooFew(f"the search ended with {found} masks of weights above 0, "
                      f"expected at least one for each of the {n_layers} layers. Start "
                      f"again with a lower --price")
-    keep = masks.keep_at(args.sparsity)
     text = f"  the search ended with {found:,} masks of weights above 0"
     if args.mode == "matched":
+        keep = masks.keep_at(args.sparsity)
         text += f", {keep:,} are asked for"
     n_soft = count(soft.of_weights.abs() < SOFT)
     text += (f"; {100 * n_soft / masks.total:.1f} % of all are still soft, |alpha| < "
@@ -491,9 +497,9 @@ def main(argv=None):
     net, masks, optimizer = run.net, run.masks, run.optimizer
     soft, mask_optimizer = run.parts["soft"], run.parts["mask_optimizer"]
     last = run.stages.steps("prune")
-    target, keep = args.sparsity, masks.keep_at(args.sparsity)
-    if args.mode == "paper":  # outcomes
-        target = keep = None
+    target = keep = None  # outcomes
+    if args.mode == "matched":
+        target, keep = args.sparsity, masks.keep_at(args.sparsity)
 
     with run.under_way(f"UPR, price {args.price:.4g}, lr of the masks "
                        f"{args.mask_lr:.3g}, beta {FIRST_SLOPE} to {LAST_SLOPE}"):
@@ -507,8 +513,8 @@ def main(argv=None):
         for epoch in run.epochs("prune"):
             for x, y in run.batches(epoch):
                 # INTERPRETATION: one schedule a stage for both, as in all scripts
-                lr = training.rate(args.schedule, args.lr, *run.position)
-                mask_lr = training.rate(args.schedule, args.mask_lr, *run.position)
+                lr = training.lr_at(args.schedule, args.lr, *run.position)
+                mask_lr = training.lr_at(args.schedule, args.mask_lr, *run.position)
                 training.backward(run, x, y)  # 1 forward with soft masks, 2 backward
                 soft.gradients(args.price)  # dJ/dw and dJ/dalpha
                 training.descend(mask_optimizer, mask_lr)  # 3 the masks
@@ -534,7 +540,7 @@ def main(argv=None):
 
         for epoch in run.epochs("finetune"):
             for x, y in run.batches(epoch):
-                lr = training.rate(args.schedule, args.lr, *run.position)
+                lr = training.lr_at(args.schedule, args.lr, *run.position)
                 training.step(run, x, y, lr)
                 masks.apply(optimizer)  # w <- w * m, and its momentum
             run.end_epoch()

@@ -944,6 +944,17 @@ def test_each_item_of_the_published_update_by_itself():
     assert flat_indices(new.flat) == [4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 17]
 
 
+def test_a_published_update_beside_a_classifier_that_is_nearly_all():
+    """T1 keeps three, strictly above the fourth; one of them is the classifier's. The rest is
+    three, and there are two others: both stay."""
+    net = TwoLayers([[.9, .8]], [[.5, .4], [.3, .2]])
+    masks = Masks(net)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9)
+    change = script.prune_and_regenerate_as_published(
+        masks, 0.3, 0.0, torch.rand(6), "all", generator(0), PUBLISHED_UPDATE, optimizer)
+    assert flat_indices(masks.flat) == [0, 1, 2] and flat_indices(change.pruned) == [3, 4, 5]
+
+
 def test_a_published_update_that_cuts_nothing_brings_nothing_new_back():
     """With a tenth alive and 80 % to be kept all weights that could come back died earlier."""
     for candidates, grows in (("new", False), ("all", True)):
@@ -1043,7 +1054,7 @@ def test_the_steps_of_an_update_have_one_order():
     # s = 3/9, s' = 6/9: the three largest stay, then three of the six best come back by score
     assert flat_indices(change.pruned) == [1, 3, 5, 6, 7, 8]
     assert flat_indices(change.regenerated) == [1, 6, 7]  # channel 0: 0.6, 0.1; channel 1: 0.5
-    assert change.before == pytest.approx(6 / 9) and flat_indices(masks.flat) == [0, 1, 2, 4, 6, 7]
+    assert change.between == pytest.approx(6 / 9) and flat_indices(masks.flat) == [0, 1, 2, 4, 6, 7]
 
 
 def test_a_run_of_the_script_is_algorithm_1(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ A method that adds to the gradient calls the two halves of a step:
 """
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -212,7 +213,26 @@ SCHEDULES = {"cosine": cosine, "step": step_down, "constant": constant}
 MEAN_RATE = {"cosine": 1 / 2, "step": 1 / 2 + 0.1 / 4 + 0.01 / 4, "constant": 1}
 
 
-def rate(schedule, lr, step, steps):
+def sum_of_rates(schedule, lr, steps):
+    """Return the sum of the learning rates of a long stage: how far a gradient of 1
+    moves a weight, by SGD without momentum."""
+    return lr * steps * MEAN_RATE[schedule]
+
+
+def setting_for(density, measured):
+    """Return the setting under which a run should end at a density, by measured ones:
+    on a line of log setting over log density, through the two nearest.
+
+    density: the share of the weights that is alive, 0..1. measured: {density: setting}.
+    """
+    densities, settings = np.log(sorted(measured.items())).T
+    wanted = math.log(density)
+    i = np.clip(np.searchsorted(densities, wanted), 1, len(densities) - 1)
+    slope = (settings[i] - settings[i - 1]) / (densities[i] - densities[i - 1])
+    return math.exp(settings[i] + slope * (wanted - densities[i]))
+
+
+def lr_at(schedule, lr, step, steps):
     """Return the learning rate of a step, from the lr at the start of its stage.
 
     schedule: that of --schedule, a key of SCHEDULES. step: from 0. steps: of the stage.

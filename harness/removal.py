@@ -16,9 +16,35 @@ import torch
 import channels
 import metrics
 import training
-from harness import board, files, flags, processes, setup
+from harness import board, files, flags, presets, processes, setup
 from harness.runfolder import Run
 from masks import count
+
+
+def complete_share(args):
+    """Set --prune-ratio to that of the paper for the network, where neither it nor
+    --target-macs is given."""
+    if args.target_macs is not None:
+        args.prune_ratio = None
+    elif args.prune_ratio is None:
+        args.prune_ratio = next(iter(presets.channel_rates(args.model)))
+
+
+def complete_pretraining(args, explicit):
+    """Set --epochs-pretrain to 0 with --init. Raise ValueError if nothing would be
+    trained before the cut."""
+    if args.init is not None and "epochs_pretrain" not in explicit:
+        args.epochs_pretrain = 0
+    if args.epochs_pretrain == 0 and args.init is None:
+        raise ValueError("--epochs-pretrain is 0, expected at least 1, or a network by "
+                         "--init")
+
+
+def share_name(args):
+    """Return what is to be removed, for the name of a run."""
+    if args.target_macs is not None:
+        return f"macs{args.target_macs:g}"
+    return f"{args.prune_ratio:g}"
 
 
 def set_up(args, least=channels.fewest, check=None, **epochs):

@@ -351,7 +351,7 @@ class Run:
         counts = self.masks.record_update(update.pruned, update.regenerated,
                                           update.plain)
         row = dict(update=len(self.updates) + 1, iteration=self.iteration,
-                   target=target, before=update.before, **counts, **more)
+                   target=target, before=update.between, **counts, **more)
         for key, values in (layers or {}).items():
             for layer, value in zip(row["layers"], values):
                 layer[key] = value

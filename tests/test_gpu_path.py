@@ -309,7 +309,7 @@ def test_a_step_of_deep_r_and_grad_r_waits_for_nothing(without_numbers):
     keep = masks.total // 10
     with Waits() as waits:
         training.step(run, x, torch.zeros(4, dtype=torch.int64, device=CUDA), 0.1)
-        g = wires.gradients(0.0)
+        g = wires.gradients()
         prune_gradr.deep_r_step(wires, g, 0.1, 1e-5, 1e-9, keep)
         prune_gradr.grad_r_step(wires, g, 0.1, 1e-3, 0.9)
         prune_gradr.fixed_mask_step(wires, g, 0.1)

@@ -19,7 +19,8 @@ import training
 from helpers import assert_same_run, lines, one_line, refused, stop_after
 from masks import Masks, seeded
 from prune_gradr import (REVIVED, Connections, centre, choose_at_random, deep_r_step, default_prior,
-                         ending, enough_draws, fix_mask, fixed_mask_step, follow, grad_r_step, sum_of_rates)
+                         ending, enough_draws, fix_mask, fixed_mask_step, follow, grad_r_step,
+                         reach)
 
 ROOT = Path(prune_gradr.__file__).parent
 SHORT = ["--dataset", "mine.npz", "--epochs-prune", "2", "--epochs-finetune", "1", "--interval",
@@ -186,12 +187,12 @@ def test_a_weight_that_starts_at_0_can_wake_up():
 
 
 def test_weight_decay_acts_on_the_weight_and_not_on_a_dormant_strength():
-    wires = Connections(Weights([0.5, -0.25], [1.0]))
+    wires = Connections(Weights([0.5, -0.25], [1.0]), decay=0.1)
     wires.theta[1] = -3.0
     wires.write()
     for weight in wires.weights:
         weight.grad = torch.zeros_like(weight)
-    assert wires.gradients(0.1).tolist() == pytest.approx([0.05, 0.0, 0.1])
+    assert wires.gradients().tolist() == pytest.approx([0.05, 0.0, 0.1])
 
 
 def test_writing_keeps_the_storage_and_the_memory_format():
@@ -228,7 +229,7 @@ def test_as_many_connections_after_every_step(optimizer, temperature):
     wires, changed = some_wires(optimizer=optimizer), 0
     for _ in range(200):
         before = wires.active.clone()
-        deep_r_step(wires, torch.randn(200), 0.01, 0.1, temperature)
+        deep_r_step(wires, torch.randn(200), 0.01, 0.1, temperature, 40)
         changed += int((before ^ wires.active).sum())
         assert wires.active.sum() == 40
         assert (wires.theta[~wires.active] == 0).all() and (wires.theta[wires.active] >= 0).all()
@@ -246,7 +247,7 @@ def test_deep_r_equals_a_plain_loop(optimizer):
         state = torch.get_rng_state()
         noise, order = torch.randn(60).tolist(), torch.randperm(60).tolist()
         torch.set_rng_state(state)
-        deep_r_step(wires, g, lr, l1, temperature)
+        deep_r_step(wires, g, lr, l1, temperature, 20)
         died = []
         for i in range(60):
             if not active[i]:
@@ -282,7 +283,7 @@ def test_a_new_connection_starts_after_l1_noise_and_pruning_and_then_grows():
     wires.theta[loser] = 1e-6  # the L1 takes it below 0
     before = wires.active.clone()
     zero = torch.zeros(200)
-    deep_r_step(wires, zero, 0.01, 0.01, 0.0)
+    deep_r_step(wires, zero, 0.01, 0.01, 0.0, 40)
     born = wires.theta == torch.tensor(REVIVED)
     assert born.sum() == 1 and wires.active[born].all()
     assert (wires.first[born] == 0).all()
@@ -292,7 +293,7 @@ def test_a_new_connection_starts_after_l1_noise_and_pruning_and_then_grows():
     assert w != 0 and w.sign() == wires.sign[born]  # the sign of the start, not +
     g = torch.where(born, -wires.sign, 0.0)  # along its sign
     wires.optimizer = "adam"
-    deep_r_step(wires, g, 0.01, 0.01, 0.0)
+    deep_r_step(wires, g, 0.01, 0.01, 0.0, 40)
     wires.write()
     assert wires.active[born].all()
     assert wires.weights[0][born] * wires.sign[born] > 0.005
@@ -303,7 +304,7 @@ def test_without_noise_and_learning_rate_only_rewiring_moves():
     dead = wires.active.nonzero()[:3].flatten()
     wires.theta[dead] = -0.1
     theta, active = wires.theta.clone(), wires.active.clone()
-    deep_r_step(wires, torch.randn(200), 0.0, 1e-3, 0.0)
+    deep_r_step(wires, torch.randn(200), 0.0, 1e-3, 0.0, 40)
     stayed = active.clone()
     stayed[dead] = False
     assert torch.equal(wires.theta[stayed], theta[stayed]) and wires.active[stayed].all()
@@ -314,7 +315,7 @@ def test_without_noise_and_learning_rate_only_rewiring_moves():
 
 def test_noise_has_the_size_that_temperature_gives():
     wires = Connections(Weights([5.0] * 40_000))
-    deep_r_step(wires, torch.zeros(40_000), 0.1, 0.0, 0.02)
+    deep_r_step(wires, torch.zeros(40_000), 0.1, 0.0, 0.02, 40_000)
     moved = wires.theta - 5
     assert moved.std().item() == pytest.approx(math.sqrt(2 * 0.1 * 0.02), rel=0.02)
     assert abs(moved.mean().item()) < 0.002
@@ -430,7 +431,7 @@ def test_exactly_k_largest_strengths_stay(shift):
     assert masks.n_alive == keep and not change.rescued
     assert torch.equal(change.pruned, before & ~expected)
     assert torch.equal(change.regenerated, expected & ~before)
-    assert change.before == pytest.approx(1 - int((before & expected).sum()) / masks.total)
+    assert change.between == pytest.approx(1 - int((before & expected).sum()) / masks.total)
     for name, weight in masks.weights.items():
         assert weight[~masks.alive[name]].count_nonzero() == 0
 
@@ -474,7 +475,7 @@ def test_the_masks_follow_the_connections():
     assert torch.equal(masks.flat, wires.active)
     assert torch.equal(change.pruned, before & ~wires.active)
     assert torch.equal(change.regenerated, wires.active & ~before)
-    assert change.before == pytest.approx(1 - int((before & wires.active).sum()) / masks.total)
+    assert change.between == pytest.approx(1 - int((before & wires.active).sum()) / masks.total)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
@@ -505,18 +506,21 @@ def test_the_sum_of_the_rates_is_what_the_prior_moves():
         for step in range(steps):
             grad_r_step(wires, torch.zeros(1), training.cosine(lr, step, steps), 0.5, 0.95)
         moved = 1 - wires.theta.item()
-        assert moved == pytest.approx(0.5 * sum_of_rates(optimizer, lr, steps), rel=0.01)
+        assert moved == pytest.approx(0.5 * reach(optimizer, "cosine", lr, steps), rel=0.01)
     assert sum(0.9 ** t / (1 - 0.9 ** t) for t in range(1, 999)) == pytest.approx(27, abs=0.1)
 
 
 def test_the_default_prior():
-    measured = prune_gradr.PRIOR["adam"]
-    for density, a in measured.items():
-        assert default_prior(settings(sparsity=1 - density), 752) == pytest.approx(a)
-    scales = [default_prior(settings(sparsity=s), 752) for s in (0.5, 0.75, 0.8, 0.9, 0.95, 0.98)]
-    assert scales == sorted(scales)
-    pulls = [default_prior(settings(sparsity=0.9, lr=lr), steps) * sum_of_rates(
-        "adam", lr, steps) for lr, steps in ((1e-3, 752), (1e-4, 78_200))]
+    for optimizer, lr in prune_gradr.TUNED_LR.items():
+        def of(sparsity):
+            return default_prior(settings(sparsity=sparsity, optimizer=optimizer, lr=lr), 752)
+
+        for density, a in prune_gradr.PRIOR[optimizer].items():
+            assert of(1 - density) == pytest.approx(a)
+        scales = [of(s) for s in (0.5, 0.75, 0.8, 0.9, 0.95, 0.98, 0.995)]
+        assert scales == sorted(set(scales))  # beyond the table too
+    pulls = [default_prior(settings(sparsity=0.9, lr=lr), steps) * reach(
+        "adam", "cosine", lr, steps) for lr, steps in ((1e-3, 752), (1e-4, 78_200))]
     assert pulls[0] == pytest.approx(pulls[1])
 
 

@@ -226,6 +226,7 @@ def test_resume_with_a_smaller_last_batch_and_other_flags(monkeypatch):
 
 @pytest.mark.parametrize("given, words", [
     ("--death-rate 0", "--death-rate is 0, expected a number above 0 and below 1"),
+    ("--death-rate 0.004", "--death-rate is 0.004, expected at least 0.005, to which it falls"),
     ("--death-rate 1", "--death-rate is 1,"), ("--death-rate nan", "--death-rate is nan"),
     ("--sparsity 0", "--sparsity is 0, expected a number above 0 and below 1"),
     ("--sparsity 90", "--sparsity is 90,"), ("--sparsity 0.9999", "one for each of the 5 layers"),

@@ -459,7 +459,7 @@ def test_a_layer_is_never_emptied():
     (change, keep), = logged
     assert change.rescued == ["convs.0.conv.weight"] and keep == int(chosen.sum())
     assert torch.equal(change.pruned, ~chosen) and not change.regenerated.any()
-    assert change.before == masks.sparsity
+    assert change.between == masks.sparsity
 
 
 # ---- the command line ----------------------------------------------------------------------------

@@ -61,7 +61,8 @@ def plan(shapes, sparsity, n, density=0.5, densities="erk", rate=0.5):
     """Return what main asks of each update: [[(alive before, dropped, grown, alive after), one a
     layer], one an update]."""
     sizes = [shape.numel() for shape in shapes]
-    first, final = (DENSITIES[densities](shapes, d) for d in (density, 1 - sparsity))
+    first, final = ([1 - share for share in DENSITIES[densities](shapes, d)]
+                    for d in (density, 1 - sparsity))
     total = sum(sizes)
     alive = layer_counts(sizes, layer_sparsities(first, final, 0, n),
                          total - round((1 - density) * total))
@@ -84,7 +85,7 @@ def test_a_layer_of_1000_weights_by_hand():
     assert rows == [(500, 241, 109, 368), (368, 158, 59, 269), (269, 94, 23, 198),
                     (198, 50, 2, 150), (150, 29, 0, 121), (121, 15, 0, 106), (106, 5, 0, 101),
                     (101, 1, 0, 100)]
-    thetas = [layer_sparsities([0.5], [0.1], q, 8)[0] for q in range(9)]
+    thetas = [layer_sparsities([0.5], [0.9], q, 8)[0] for q in range(9)]
     assert thetas == pytest.approx([0.5, .632031, .73125, .802344, .85, .878906, .89375, .899219,
                                     0.9], abs=5e-7)
     assert thetas[8] == 0.9  # the ramp ends where it should
@@ -101,7 +102,7 @@ def test_a_layer_by_hand():
     update = drop_and_grow(masks, [4], 0.4, g, seeded(0))
     assert update.pruned.nonzero().flatten().tolist() == [3, 4]
     assert update.regenerated.nonzero().flatten().tolist() == [6]
-    assert update.before == pytest.approx(0.7) and update.rescued == []
+    assert update.between == pytest.approx(0.7) and update.rescued == []
     masks.apply(sgd)
     (weight,), (momentum,) = masks.weights.values(), [
         state["momentum_buffer"] for state in sgd.state.values()]
@@ -216,7 +217,7 @@ def test_the_start_has_exact_counts():
     seen = []
     for seed in range(30):
         masks, _ = net_of(*([[1.] * size] for size in sizes))
-        start_sparse(masks, [keep / size for keep, size in zip(keeps, sizes)], seeded(seed, 0))
+        start_sparse(masks, keeps, seeded(seed, 0))
         assert masks.per_layer(masks.flat) == keeps and masks.n_alive == 241
         seen.append(masks.flat.double())
     mean = torch.stack(seen).mean(0)
@@ -232,7 +233,7 @@ def test_an_update_against_a_loop(keeps, rate):
     generator = torch.Generator().manual_seed(4)
     masks, sgd = net_of(*(torch.randn(size, generator=generator).tolist()
                           for size in ((6, 9), (4, 30), (3, 4))))
-    start_sparse(masks, [0.5] * 3, seeded(1))
+    start_sparse(masks, [27, 60, 6], seeded(1))
     masks.apply(sgd)
     g = torch.rand(masks.total, generator=generator)
     before = [part.tolist() for part in masks.flat.clone().split(masks.sizes)]
@@ -251,7 +252,7 @@ def test_an_update_against_a_loop(keeps, rate):
     assert masks.flat.tolist() == wanted and masks.per_layer(masks.flat) == keeps
     assert (count(update.pruned), count(update.regenerated)) == (pruned, grown)
     n_before = sum(map(sum, before))
-    assert update.before == pytest.approx(1 - (n_before - pruned) / masks.total)
+    assert update.between == pytest.approx(1 - (n_before - pruned) / masks.total)
 
 
 def test_ties():
@@ -401,10 +402,11 @@ def test_a_run_bit_by_bit(images):
     weights = {name: p for name, p in net.named_parameters() if p.dim() > 1}
     sizes = [w.numel() for w in weights.values()]
     total = sum(sizes)
-    first, final = (DENSITIES["erk"]([w.shape for w in weights.values()], d) for d in (0.5, 0.25))
+    first, final = ([1 - d for d in DENSITIES["erk"]([w.shape for w in weights.values()], mean)]
+                    for mean in (0.5, 0.25))
     masks = Masks(net)
-    keeps = layer_counts(sizes, [1 - d for d in first], total - round(0.5 * total))
-    start_sparse(masks, [k / n for k, n in zip(keeps, sizes)], seeded(0, 0))
+    keeps = layer_counts(sizes, first, total - round(0.5 * total))
+    start_sparse(masks, keeps, seeded(0, 0))
     alive = {name: mask.clone() for name, mask in masks.alive.items()}
     for name, w in weights.items():
         w.data *= alive[name]
@@ -426,7 +428,7 @@ def test_a_run_bit_by_bit(images):
                 continue
             q = iteration // 4
             rate = 0.005 + 0.495 * (1 + math.cos(math.pi * q / 5)) / 2
-            thetas = [(1 - b) + (b - a) * (1 - q / 5) ** 3 for a, b in zip(first, final)]
+            thetas = [b + (a - b) * (1 - q / 5) ** 3 for a, b in zip(first, final)]
             s = 0.75 - 0.25 * (1 - q / 5) ** 3
             keeps = layer_counts(sizes, thetas, total - round(s * total))
             for (name, w), keep in zip(weights.items(), keeps):

@@ -413,9 +413,9 @@ def test_a_trial_that_fails_says_why(capfd):
 
 def test_schedules():
     for step in range(8):
-        assert training.rate("cosine", 0.3, step, 8) == training.cosine(0.3, step, 8)
-        assert training.rate("step", 0.3, step, 8) == training.step_down(0.3, step, 8)
-        assert training.rate("constant", 0.3, step, 8) == 0.3
+        assert training.lr_at("cosine", 0.3, step, 8) == training.cosine(0.3, step, 8)
+        assert training.lr_at("step", 0.3, step, 8) == training.step_down(0.3, step, 8)
+        assert training.lr_at("constant", 0.3, step, 8) == 0.3
 
 
 @pytest.mark.parametrize("script", presets.LENGTH)
@@ -523,7 +523,7 @@ def test_decay_of_adamw_passes_by_the_moments_of_a_strength():
         parameter.grad = torch.zeros_like(parameter)
     wires = prune_gradr.Connections(Masks(net), "adamw", decay=0.1)
     before = wires.theta.clone()
-    prune_gradr.fixed_mask_step(wires, wires.gradients(0.1), 0.5)
+    prune_gradr.fixed_mask_step(wires, wires.gradients(), 0.5)
     assert torch.allclose(wires.theta, before * (1 - 0.5 * 0.1), rtol=1e-6)
     assert not wires.first.any() and not wires.second.any()
 
@@ -533,9 +533,8 @@ def test_the_prior_is_scaled_by_the_schedule():
     args = dict(optimizer="sgd", sparsity=0.9, lr=0.1)
     moved = []
     for schedule in training.SCHEDULES:
-        rates = sum(training.rate(schedule, 0.1, step, 4000) for step in range(4000))
-        assert prune_gradr.sum_of_rates("sgd", 0.1, 4000, schedule=schedule) == pytest.approx(
-            rates, rel=1e-3)
+        rates = sum(training.lr_at(schedule, 0.1, step, 4000) for step in range(4000))
+        assert training.sum_of_rates(schedule, 0.1, 4000) == pytest.approx(rates, rel=1e-3)
         moved.append(rates * prune_gradr.default_prior(
             SimpleNamespace(**args, schedule=schedule), 4000))
     assert moved == pytest.approx(moved[:1] * 3, rel=1e-3)

@@ -18,9 +18,9 @@ import models
 import prune_pq
 from harness import runfolder
 from helpers import TIMES, assert_same_run, lines, refused, stop_after
-from masks import DENSITIES, Masks, apportion, erk_densities, seeded, start_sparse
-from prune_pq import (Scopes, accumulate, counts_at_ratio, counts_at_target, in_scopes,
-                      largest_in_rows, measure_scopes, pq_index, retention_bound, rewire,
+from masks import Masks, apportion, erk_densities, seeded, start_sparse
+from prune_pq import (Scopes, accumulate, counts_at_ratio, counts_at_start, counts_at_target,
+                      in_scopes, largest_in_rows, measure_scopes, pq_index, retention_bound, rewire,
                       rewiring_count)
 from training import sparsity_at
 
@@ -61,8 +61,7 @@ def of_one(w, p=0.5, q=1.0):
 
 
 def draw_start(masks, start="er", density=0.5, seed=0):
-    shapes = [weight.shape for weight in masks.weights.values()]
-    start_sparse(masks, DENSITIES[start](shapes, density), seeded(seed, 0))
+    start_sparse(masks, counts_at_start(masks, start, density), seeded(seed, 0))
 
 
 def turnover(c, d, dead, keep, rho=0.9):

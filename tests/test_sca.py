@@ -378,7 +378,7 @@ def test_the_stage_is_that_of_a_plain_loop(monkeypatch):
         return found
 
     def batch(the_run, x, y, *rest):
-        batches.append((x.clone(), y.clone(), training.rate(
+        batches.append((x.clone(), y.clone(), training.lr_at(
             "cosine", the_run.args.lr, *the_run.position)))
         return backward(the_run, x, y, *rest)
 

@@ -21,7 +21,7 @@ from harness import runfolder
 from helpers import assert_same_run, lines, refused, save_half_images, stop_after
 from masks import Masks, computing_with, seeded
 from prune_stds import (DEAD_ZONE, dead_zone_after, decay_synapses, default_dead_zone, ending,
-                        fix_mask, follow, share_alive, sum_of_rates, synapses)
+                        fix_mask, follow, share_alive, synapses)
 
 SHORT = ["--dataset", "mine.npz", "--epochs-prune", "2", "--epochs-finetune", "1", "--interval",
          "6", "--width", "0.25", "--time-steps", "2", "--batch-size", "10",  # 16 steps an epoch
@@ -252,7 +252,7 @@ def test_the_masks_follow_the_dead_zone():
     assert torch.equal(change.pruned, (theta.abs() > 0.05) & (theta.abs() <= 0.1))
     back = follow(masks, 0.07)
     assert torch.equal(back.regenerated, (theta.abs() > 0.07) & (theta.abs() <= 0.1))
-    assert back.before == pytest.approx(change.before)
+    assert back.between == pytest.approx(change.between)
 
 
 def test_the_default_dead_zone():
@@ -267,8 +267,6 @@ def test_the_default_dead_zone():
     assert default_dead_zone(settings(lr=0.05), 1504) == pytest.approx(usual)
     assert default_dead_zone(settings(), 1504) == pytest.approx(2 * usual)
     assert default_dead_zone(settings(schedule="constant"), 376) == pytest.approx(usual, rel=2e-3)
-    assert sum_of_rates(0.1, 400, "cosine") == pytest.approx(
-        sum(training.cosine(0.1, step, 400) for step in range(400)), rel=2e-3)
 
 
 # ---- the script ----------------------------------------------------------------------------------
