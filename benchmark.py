@@ -4,7 +4,7 @@ neurons.
     pip install -r requirements-benchmark.txt     # the frameworks
     python benchmark.py --quick                   # VGG-16 only: 4 minutes on two cores
     python benchmark.py --quick --report speed    # and a table, a picture, a JSON file
-    python benchmark.py --json all.json --figures figures    # everything: 40 minutes
+    python benchmark.py --json all.json --figures figures    # everything: 25 minutes
 
 A framework that is not installed has rows that say so, and so has a row that fails.
 
