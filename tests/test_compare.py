@@ -831,7 +831,6 @@ def test_the_tables_in_the_text_are_those_of_the_logs(monkeypatch):
     for kind in ("md", "csv"):
         shipped = (ROOT / f"results/figures/compare.{kind}").read_text()
         assert Path(f"out/compare.{kind}").read_text() == shipped
-    assert made.strip() in text
     for line in beside_the_paper(tables):
         assert line in text
     monkeypatch.setattr(compare.plots, "save", lambda *_: None)  # once is enough
