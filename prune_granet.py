@@ -17,8 +17,9 @@ The stages and the run folder are those of prune_unstructured.py.
 Differences from GraNet's code. The network starts dense, or as sparse as the one of
 --init; there half of the weights are alive at the start by default, spread by ERK. The
 last update reaches --sparsity exactly; there the ramp ends one update early, short of
-it by s / n^3 for n updates (9.0e-4 at s = 0.9, n = 10). An update keeps as many weights
-as asked; there one fewer, and fewer still where |w| are equal.
+it by s / n^3 for n updates (9.0e-4 at s = 0.9, n = 10). Swaps end with the pruning
+stage; there they go on to the last iteration. An update keeps as many weights as asked;
+there one fewer, and fewer still where |w| are equal.
 """
 from pathlib import Path
 
