@@ -276,7 +276,8 @@ ADAM_START = 27  # the sum over t of 0.9^t / (1 - 0.9^t): its bias correction, i
 # {share of the weights that is active after the structure epochs: scale a of Grad R's
 # prior}, measured on fashion-mini with `small`, TUNED_STEPS steps, TUNED_LR, seed 3
 PRIOR = {"adam": {0.0214: 0.8, 0.0938: 0.4, 0.2785: 0.2, 0.5110: 0.1},
-         "sgd": {0.1019: 0.006, 0.2111: 0.003, 0.5250: 0.001}}
+         "sgd": {0.0213: 0.03, 0.0496: 0.012, 0.1019: 0.006, 0.2111: 0.003,
+                 0.5250: 0.001}}
 TUNED_STEPS, TUNED_LR = 752, {"adam": 1e-3, "sgd": 0.1}
 PRIOR["adamw"], TUNED_LR["adamw"] = PRIOR["adam"], TUNED_LR["adam"]
 
