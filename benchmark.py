@@ -57,6 +57,7 @@ from harness.files import write_json, write_whole
 from harness.frameworks import (Floor, SnnTorch, SpikingJelly, SpikingJellyFused,
                                 over_time, spikingjelly_kernels)
 from harness.machine import device_name, forbid_tf32
+from harness.output import in_a_line
 from kernels import FastLIF
 from masks import Masks, seeded
 from neurons import LIF
@@ -279,8 +280,7 @@ def take_turns(actions, seconds, device, at_least=5, failed=None):
 
 def reason(error):
     """Return in a line why a row has no numbers."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"not measured: {text[:80]}"
+    return f"not measured: {in_a_line(error, 80)}"
 
 
 def launch_ms(step, rounds=7):

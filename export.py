@@ -56,6 +56,7 @@ import models
 import sparsefile
 from harness import chip, files, flags, presets, processes, setup
 from harness.files import Disagrees
+from harness.output import in_a_line
 
 IMAGES = 256  # of the test set, on which an export is run
 BATCHES = (1, 3, 64)  # sizes at which onnx and torch are compared
@@ -207,10 +208,10 @@ def by_others(what):
     except Disagrees:
         raise
     except Exception as error:  # their errors have no class in common
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise Failed(f"{what} has failed ({type(error).__name__}: {reason}), expected "
-                     f"a network that it knows. Try another release of its package, "
-                     f"or another format") from error
+        reason = f"{type(error).__name__}: {in_a_line(error, 300)}"
+        raise Failed(f"{what} has failed ({reason}), expected a network that it knows. "
+                     f"Try another release of its package, or another format"
+                     ) from error
 
 
 def to_onnx(job):

@@ -52,7 +52,7 @@ from torch import nn
 import inputs
 import metrics
 import models
-from harness.files import write_json, write_whole
+from harness.files import why_not_drawn, write_json, write_whole
 
 CORE_NEURONS, CORE_SYNAPSES, CHIP_CORES = 1024, 128 * 1024, 128  # Loihi
 BITS = (32, 8, 4)
@@ -362,24 +362,23 @@ def cores_shared(kernels, neurons, core_neurons, core_synapses):
 
 def report(net, images, folder, core_neurons=CORE_NEURONS, core_synapses=CORE_SYNAPSES):
     """Write report.json, report.md and report.png into a folder, and return the lines
-    to print. For the arguments and errors see needs()."""
+    to print. What matplotlib cannot draw is a note. For the arguments and errors see
+    needs()."""
     found = needs(net, images, core_neurons, core_synapses)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [*table(found), ""]
     lines += [f"{subject:<25}{text}" for subject, text in sentences(found)]
     write_json(folder / "report.json", found)
-    try:
-        draw(found, folder / "report.png")
-    except OSError:
-        raise
-    except Exception as error:  # of matplotlib, its fonts, its settings
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    names, picture = ["report.json", "report.md"], folder / "report.png"
+    if reason := why_not_drawn(picture, lambda: draw(found, picture)):
         lines.append(f"note: report.png could not be drawn ({reason}). report.json has "
                      f"its numbers")
-    text = "\n".join(markdown(found, net)) + "\n"
+    else:
+        names.append(picture.name)
+    text = "\n".join(markdown(found, net, has_picture=reason is None)) + "\n"
     write_whole(folder / "report.md", lambda file: file.write(text))
-    return [*lines, f"{'written':<25}report.json, report.md, report.png in {folder}"]
+    return [*lines, f"{'written':<25}{', '.join(names)} in {folder}"]
 
 
 def number(value, digits=0):
@@ -483,7 +482,7 @@ COLUMNS = {  # of report.md: (head, what stands there)
 }
 
 
-def markdown(found, net):
+def markdown(found, net, has_picture):
     """Return the lines of report.md."""
     assumed = __doc__.split("What is assumed:")[1].strip("\n")
     heads = [head.strip() for head in COLUMNS]
@@ -494,7 +493,8 @@ def markdown(found, net):
             *[f"- {subject}: {text}" for subject, text in sentences(found)], "",
             "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
             *["| " + " | ".join(row) + " |" for row in rows], "",
-            "![Neurons, synapses and spikes of each layer](report.png)", "",
+            *["![Neurons, synapses and spikes of each layer](report.png)",
+              ""] * has_picture,
             "## What is assumed", "", assumed]
 
 
@@ -533,4 +533,4 @@ def draw(found, path):
             axis.spines[side].set_visible(False)
     panels[0].set_yticks(places, [row["layer"] for row in rows])
     panels[0].set_ylim(len(rows) - 0.4, -0.6)  # the first layer on top
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=200), "wb")
+    plots.save_picture(figure, path)

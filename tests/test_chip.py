@@ -339,6 +339,9 @@ def test_a_picture_that_cannot_be_drawn_is_a_note(tmp_path, monkeypatch):
 
     monkeypatch.setattr(plots, "Figure", fail)
     net = network("small", size=8)
+    (tmp_path / "report.png").write_bytes(b"of another network")
     lines = chip.report(net, some_images(net), tmp_path)
     assert "note: report.png could not be drawn (no font at all). report.json has its numbers" in lines
-    assert (tmp_path / "report.md").exists()
+    assert lines[-1].endswith(f" report.json, report.md in {tmp_path}")
+    assert not (tmp_path / "report.png").exists()
+    assert "report.png" not in (tmp_path / "report.md").read_text()
