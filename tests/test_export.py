@@ -303,6 +303,15 @@ def test_a_sparse_file_holds_the_network(net):
     assert Path("s.gz").read_bytes() == content
 
 
+def test_a_write_that_fails_keeps_the_sparse_file_that_was_there(monkeypatch):
+    sparsefile.save(network(), "s.gz")
+    before = everything_in(Path())
+    monkeypatch.setattr(sparsefile, "content_of", lambda *_: "no bytes")
+    with pytest.raises(TypeError):
+        sparsefile.save(network(), "s.gz")
+    assert everything_in(Path()) == before
+
+
 @pytest.mark.parametrize("alive, gaps, kind", [
     ([], [], np.uint8), ([0], [1], np.uint8), ([3, 4, 9], [4, 1, 5], np.uint8),
     ([254, 510], [255, 256], np.uint16), ([70_000], [70_001], np.uint32)])
