@@ -40,6 +40,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,6 +58,7 @@ from harness.files import write_json, write_whole
 from harness.frameworks import (Floor, SnnTorch, SpikingJelly, SpikingJellyFused,
                                 over_time, spikingjelly_kernels)
 from harness.machine import device_name, forbid_tf32
+from harness.output import in_a_line
 from kernels import FastLIF
 from masks import Masks, seeded
 from neurons import LIF
@@ -126,6 +128,7 @@ GPU_ROWS = ROWS | {  # on a GPU
     "SpikingJelly, bf16, channels_last, fused": Row(SpikingJellyFused, "bf16"),
     "snnTorch, bf16": Row(SnnTorch, "bf16")}
 OURS, FLOOR, THEIRS = "this project, fp32", "ReLU floor, fp32", "SpikingJelly, fp32"
+RECORDING = f"{OURS}, recording"
 
 
 class Candidate:
@@ -279,8 +282,7 @@ def take_turns(actions, seconds, device, at_least=5, failed=None):
 
 def reason(error):
     """Return in a line why a row has no numbers."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"not measured: {text[:80]}"
+    return f"not measured: {in_a_line(error, 80)}"
 
 
 def launch_ms(step, rounds=7):
@@ -380,11 +382,17 @@ def median_and_middle_half(times, key):
 
 def peak_memory(network, row, device, time_steps):
     """Return by how many MiB two training steps raise the memory, with the network and
-    its optimiser. On a CPU a process of its own measures it (Linux)."""
-    if on_gpu(device):
-        return _peak(network, row, str(device), time_steps)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (network, row, "cpu", time_steps))
+    its optimiser. On a CPU a process of its own measures it (Linux). None, after a line
+    on stderr, if that fails."""
+    try:
+        if on_gpu(device):
+            return _peak(network, row, str(device), time_steps)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            return pool.submit(_peak, network, row, "cpu", time_steps).result()
+    except Exception as error:  # no memory; then the process may be killed
+        print(f"{row}, T = {time_steps}: memory {reason(error)}", file=sys.stderr)
+        return None
 
 
 def _peak(network, row, device, time_steps):
@@ -492,79 +500,100 @@ def differing_spikes(candidates):
 def measure(network, device, quick, rates):
     """Return (rows, ratios) of one network: dicts, and {name of a ratio: number}.
     rates: of measure_rates."""
-    T, N = size_of(network, device)[3:]
     # networks share the code of their class, and its limit of compilations
     torch.compiler.reset()
+    found = times_of(network, device, quick)
+    memory = memory_of(network, found["step"], device, quick, found["built"])
+    return (rows_of(network, device, rates, found, memory),
+            ratios_of(network, device, found, memory))
+
+
+def times_of(network, device, quick):
+    """Let the rows of a network take turns. Return what they took, a dict:
+
+    step, infer     {row: seconds of the rounds}, of training steps and of inference
+    pair            the same of further steps of OURS and RECORDING alone
+    masks           the same of what is done with masks
+    launches        see launches_of
+    built, missing  see build_candidates; missing: {row that was not measured: why}
+    differing       see differing_spikes
+    """
     installed, missing = available(rows_on(device, quick))
     candidates, failed, built = build_candidates(network, installed, device)
     missing |= failed
-    differing = differing_spikes(candidates)
+    found = dict(built=built, missing=missing, differing=differing_spikes(candidates),
+                 pair={}, masks={}, launches={})
 
     seconds = (GPU_SECONDS if on_gpu(device) else SECONDS)["quick" if quick else "full"]
     print(f"{network}: training steps, {seconds} s and more", file=sys.stderr)
     steps = {row: candidate.step for row, candidate in candidates.items()}
-    step_times = take_turns(steps, seconds, device, failed=missing)
-    with_recording = f"{OURS}, recording"
-    pair = {row: steps[row] for row in (OURS, with_recording) if row in step_times}
-    pair_times = {}
+    found["step"] = take_turns(steps, seconds, device, failed=missing)
+    pair = {row: steps[row] for row in (OURS, RECORDING) if row in found["step"]}
     if len(pair) == 2:
-        pair_times = take_turns(pair, seconds / 4, device)
+        found["pair"] = take_turns(pair, seconds / 4, device)
     print(f"{network}: inference and memory", file=sys.stderr)
     predictions = {row: candidate.predict for row, candidate in candidates.items()
                    if candidate.row.recorded is None}
-    inference_times = take_turns(predictions, seconds / 4, device, at_least=4,
-                                 failed=missing)
-    mask_times = {}
-    if OURS in step_times:
+    found["infer"] = take_turns(predictions, seconds / 4, device, at_least=4,
+                                failed=missing)
+    if OURS in found["step"]:
         ours = candidates[OURS]
         masks = Masks(ours.net)
-        mask_times = take_turns(
+        found["masks"] = take_turns(
             {"a mask update": mask_update_of(ours.net),
              "masks after a step": lambda: masks.apply(ours.optimizer)}, 1, device)
-    launches = launches_of(steps) if on_gpu(device) else {}
-    theirs = [row for row in candidates if row.startswith("SpikingJelly")]
-    candidates.clear()  # before the memory is measured
-    steps, pair, predictions, ours, masks = {}, {}, {}, None, None
+    if on_gpu(device):
+        found["launches"] = launches_of(steps)
+    return found
 
-    memory = memory_of(network, step_times, device, quick, built)
+
+def rows_of(network, device, rates, found, memory):
+    """Return the rows of a network, dicts. rates: of measure_rates. found: of times_of.
+    memory: of memory_of."""
+    T, N = size_of(network, device)[3:]
     work = {itemsize: work_of(network, device, rates, itemsize) for itemsize in (2, 4)}
     table = []
-    for row, times in step_times.items():
+    for row, times in found["step"].items():
         cells = dict(network=network, row=row, batch=N, time_steps=T,
-                     spikes_differing=differing.get(row))
-        cells |= built[row] | dict(memory_mib=memory.get((row, T)))
+                     spikes_differing=found["differing"].get(row))
+        cells |= found["built"][row] | dict(memory_mib=memory.get((row, T)))
         cells |= speed_of(times, N, work[GPU_ROWS[row].itemsize])
-        if row in inference_times:
-            cells |= median_and_middle_half(inference_times[row], "infer")
-        table.append(cells | launches.get(row, {}))
-    table += [dict(network=network, row=row, note=why) for row, why in missing.items()
-              if row not in step_times]
+        if row in found["infer"]:
+            cells |= median_and_middle_half(found["infer"][row], "infer")
+        table.append(cells | found["launches"].get(row, {}))
+    table += [dict(network=network, row=row, note=why)
+              for row, why in found["missing"].items() if row not in found["step"]]
     table += [dict(network=network, row=row, time_steps=time_steps, memory_mib=mib)
               for (row, time_steps), mib in memory.items() if time_steps != T]
     table += [dict(network=network, row=row, **median_and_middle_half(times, "step"))
-              for row, times in mask_times.items()]
+              for row, times in found["masks"].items()]
+    return table
 
-    ratios = {}
-    if pair_times:
-        recording_times = step_times[with_recording] + pair_times[with_recording]
-        ratios["criticality_overhead"] = ratio(
-            recording_times, step_times[OURS] + pair_times[OURS]) - 1
-    if mask_times:
-        ratios["update_vs_step"] = (statistics.median(mask_times["a mask update"])
-                                    / statistics.median(step_times[OURS]))
-    kinds = {"step": step_times, "infer": inference_times}
+
+def ratios_of(network, device, found, memory):
+    """Return the ratios of a network, {name: number}. For the arguments see rows_of."""
+    T, steps, ratios = size_of(network, device)[3], found["step"], {}
+    if found["pair"]:
+        recording, alone = (steps[row] + found["pair"][row]
+                            for row in (RECORDING, OURS))
+        ratios["criticality_overhead"] = ratio(recording, alone) - 1
+    if found["masks"]:
+        ratios["update_vs_step"] = (statistics.median(found["masks"]["a mask update"])
+                                    / statistics.median(steps[OURS]))
+    kinds = {"step": steps, "infer": found["infer"]}
     for precision in ("fp32", "bf16"):
-        ratios |= ratios_of(precision, kinds, theirs)
-        ours = step_times.get(f"this project, {precision}")
-        plain = step_times.get(f"this project, {precision}, without Triton")
+        ratios |= ratios_in(precision, kinds)
+        ours = steps.get(f"this project, {precision}")
+        plain = steps.get(f"this project, {precision}, without Triton")
         if ours and plain:
             ratios[f"step_{precision}_without_triton"] = ratio(plain, ours)
     if (OURS, T) in memory and (THEIRS, T) in memory:
         ratios["memory_vs_spikingjelly"] = memory[OURS, T] / memory[THEIRS, T]
     if on_gpu(device):
-        in_mib = {row: mib for (row, steps), mib in memory.items() if steps == T}
-        ratios |= gpu_ratios(step_times, in_mib, launches)
-    return table, ratios
+        in_mib = {row: mib for (row, time_steps), mib in memory.items()
+                  if time_steps == T}
+        ratios |= gpu_ratios(steps, in_mib, found["launches"])
+    return ratios
 
 
 def gpu_ratios(times, memory, launches):
@@ -602,7 +631,8 @@ def launches_of(steps):
 
 
 def memory_of(network, rows, device, quick, built):
-    """Return {(row, T): MiB} at the peak of training. built: of build_candidates."""
+    """Return {(row, T): MiB} at the peak of training, of what could be measured. built:
+    of build_candidates."""
     T = size_of(network, device)[3]
     memory = {(row, T): built[row]["memory_mib"] for row in rows
               if "memory_mib" in built[row]}
@@ -613,7 +643,7 @@ def memory_of(network, rows, device, quick, built):
         for time_steps in ([T] if quick else [1, T, 2 * T]):
             if row in rows and (row, time_steps) not in memory:
                 memory[row, time_steps] = peak_memory(network, row, device, time_steps)
-    return memory
+    return {key: mib for key, mib in memory.items() if mib is not None}
 
 
 def measure_compiled(network, device, quick, rates):
@@ -647,11 +677,11 @@ def measure_compiled(network, device, quick, rates):
     return table, ratios
 
 
-def ratios_of(precision, kinds, theirs):
+def ratios_in(precision, kinds):
     """Return the ratios of this project's times in a precision, {name: number}. A ratio
     to a row without times is left out.
 
-    kinds: {"step" | "infer": {row: times}}. theirs: the rows of SpikingJelly.
+    kinds: {"step" | "infer": {row: times}}.
     """
     ours = f"this project, {precision}"
     floor = f"ReLU floor, {precision}"
@@ -667,7 +697,8 @@ def ratios_of(precision, kinds, theirs):
         if THEIRS in times:
             ratios[f"{kind}_{precision}_vs_spikingjelly"] = ratio(
                 times[THEIRS], times[ours])
-        alike = [row for row in theirs if precision in row and row in times]
+        alike = [row for row in times
+                 if row.startswith("SpikingJelly") and precision in row]
         if alike:
             ratios[f"{kind}_{precision}_like_for_like"] = min(
                 ratio(times[row], times[ours]) for row in alike)
@@ -730,29 +761,28 @@ def measure_scaling(device):
         times = take_turns({"update": mask_update_of(net)}, 2, device)["update"]
         rows.append(dict(scaling="weights", row="mask update", weights=Masks(net).total,
                          seconds=statistics.median(times)))
-    for processes in (1, 2):
+    for count in (1, 2):
         rows.append(dict(scaling="processes", row="torchrun, prune_unstructured.py",
-                         processes=processes,
-                         images_per_second=torchrun(processes, device)))
+                         processes=count, images_per_second=torchrun(count, device)))
     return rows
 
 
-def torchrun(processes, device):
+def torchrun(count, device):
     """Return the training images a second of an epoch of prune_unstructured.py, its
-    evaluation included, over processes that share the processor's threads (on GPUs: one
-    GPU each). None, after a line on stderr, if that fails."""
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    evaluation included, over so many processes that share the processor's threads (on
+    GPUs: one GPU each). None, after a line on stderr, if that fails."""
+    threads = max(1, (os.cpu_count() or 1) // count)
     root = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                   f"--nproc-per-node={processes}", str(root / "prune_unstructured.py"),
+                   f"--nproc-per-node={count}", str(root / "prune_unstructured.py"),
                    "--run-dir", f"{folder}/run", "--epochs-prune", "3",
                    "--epochs-finetune", "0", "--device", device.type]
         done = subprocess.run(command, capture_output=True, text=True, cwd=root,
                               env=os.environ | {"OMP_NUM_THREADS": str(threads)})
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["no message"]
-            print(f"torchrun with {processes} processes failed: {said[-1]}",
+            print(f"torchrun with {count} processes failed: {said[-1]}",
                   file=sys.stderr)
             return None
         lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
@@ -767,13 +797,12 @@ def draw_scaling(rows, folder):
         ("time_steps", "Time steps", "Images a second", True),
         ("weights", "Weights", "Seconds an update", True),
         ("processes", "Processes", "Images a second", False))
-    colours = ("#0072B2", "#009E73", "#D55E00")  # Okabe-Ito, as in all figures
     figure, axes = plots.canvas(2, 2)
     for axis, (key, x, y, is_logarithmic) in zip(axes.flat, panels):
         own = [row for row in rows if row["scaling"] == key]
         value = "seconds" if key == "weights" else "images_per_second"
         names = list(dict.fromkeys(row["row"] for row in own))
-        for name, colour in zip(names, colours):
+        for name, colour in zip(names, (plots.BLUE, plots.GREEN, plots.RED)):
             points = [(row[key], row[value]) for row in own
                       if row["row"] == name and row[value]]
             if points:
@@ -983,6 +1012,17 @@ def set_precision():
     torch.backends.cudnn.deterministic = True
 
 
+def parts_of(networks, device, quick, rates):
+    """Yield (rows, ratios) of one part of the measurement after the other."""
+    parts = [measure, measure_compiled] if on_gpu(device) else [measure]
+    for network in networks:
+        prefix = "" if network == "vgg16" else f"{network}_"
+        for part in parts:
+            rows, ratios = part(network, device, quick, rates)
+            yield rows, {prefix + name: value for name, value in ratios.items()}
+        yield measure_pruned_inference(network, device), {}
+
+
 def main(argv=None):
     args = parse_args(argv)
     with flags.exits(2, ValueError, OSError):
@@ -990,16 +1030,14 @@ def main(argv=None):
         if args.json and not Path(args.json).absolute().parent.is_dir():
             raise ValueError(f"the folder of --json {args.json} does not exist, "
                              f"expected one. Make it")
+        if args.json and Path(args.json).is_dir():
+            raise ValueError(f"--json is {args.json}, a folder, expected a file. Name "
+                             f"one in it, such as {Path(args.json, 'all.json')}")
         if args.report:
-            if Path(args.report).exists() and not Path(args.report).is_dir():
-                raise ValueError(f"--report {args.report} is a file, expected a "
-                                 f"folder. Name another")
             Path(args.report).mkdir(parents=True, exist_ok=True)
         device = setup.choose_device(args.device)
     if device.type == "cpu" and sys.platform == "linux":
         setup.keep_freed_memory()  # in all rows, those of the frameworks too
-    if on_gpu(device) and device.index is not None:
-        torch.cuda.set_device(device)  # its events and its memory
     set_precision()
     started = time.perf_counter()
     result = dict(
@@ -1019,20 +1057,18 @@ def main(argv=None):
             write_report(result, Path(args.report))
 
     networks = args.networks or (["vgg16"] if args.quick else list(SIZES))
-    for network in networks:
-        prefix = "" if network == "vgg16" else f"{network}_"
-        parts = [measure, measure_compiled] if on_gpu(device) else [measure]
-        for part in parts:
-            rows, found = part(network, device, args.quick, result["rates"])
-            add(rows, {prefix + name: value for name, value in found.items()})
-        add(measure_pruned_inference(network, device))
-    print(text_of(result["ratios"]) + "\n")
-    print(markdown(result["rows"]))
-    if not args.quick and not args.networks:
-        scaled = measure_scaling(device)
-        add(scaled)
-        for folder in {args.figures, args.report} - {None}:
-            draw_scaling(scaled, Path(folder))
+    with flags.exits(1, OSError, no_memory="Name fewer --networks"):
+        try:
+            for rows, ratios in parts_of(networks, device, args.quick, result["rates"]):
+                add(rows, ratios)
+        finally:
+            print(text_of(result["ratios"]) + "\n")
+            print(markdown(result["rows"]))
+        if not args.quick and not args.networks:
+            scaled = measure_scaling(device)
+            add(scaled)
+            for folder in {args.figures, args.report} - {None}:
+                draw_scaling(scaled, Path(folder))
     print(f"\ndone in {time.perf_counter() - started:.0f} s")
 
 

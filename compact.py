@@ -33,6 +33,7 @@ import channels
 import metrics
 import modelfile
 import models
+from inputs import as_input, random_images
 
 
 def keep_one(kept, before, alive):
@@ -188,15 +189,6 @@ def make(net, alive):
 # ---- the script ----------------------------------------------------------------------
 
 
-def random_batch(net, n):
-    """Return n random images, or events, as a network takes them, to measure with."""
-    side = net.config["image_size"]
-    shape = [n, net.config["in_channels"], side, side]
-    if net.encoding == "events":
-        shape = [net.time_steps, *shape]
-    return torch.randint(256, shape, dtype=torch.uint8)
-
-
 def main(argv=None):
     # here, since the library imports nothing of harness
     from harness import files, flags, processes
@@ -224,7 +216,8 @@ def main(argv=None):
         files.save_tensors(out, modelfile.pack(small, masks))
     speed = {}
     for n in (1, 32):
-        speed[n] = metrics.speedup(net, small, random_batch(net, n))
+        images = as_input(net, random_images(net, n))
+        speed[n] = metrics.speedup(net, small, images)
     print(f"{out}: {text}; {speed[1]:.2f} times as fast at batch 1, {speed[32]:.2f} at "
           f"batch 32")
 

@@ -61,6 +61,7 @@ import harness  # first: what is not installed is then one line
 import numpy as np
 
 import data
+import plans
 from harness import differences
 from harness import flags
 from harness import groups
@@ -488,8 +489,8 @@ def parse_args(argv):
         help="as in the other scripts")
     add("--precision", choices=("fp32", "bf16"), default=None,
         help="as in the other scripts")
-    for flag, convert in (("data-dir", flags.path), ("model", str),
-                          ("device", flags.device),
+    add("--model", choices=plans.NAMES, default=None, help="as in the other scripts")
+    for flag, convert in (("data-dir", flags.path), ("device", flags.device),
                           ("width", flags.number(0, 100, above=True)),
                           ("train-limit", flags.whole(1)),
                           ("time-steps", flags.whole(1)),
@@ -586,7 +587,7 @@ def write(folder, name, tables, notes, runs, with_latex=False):
     write_whole(folder / f"{name}.md", lambda file: file.write(text))
     kinds = ".md, .csv, .png, .pdf"
     if with_latex:
-        source = latex.document(tables, COLUMNS, cells_of).replace("NAME", name)
+        source = latex.document(tables, COLUMNS, cells_of, name)
         write_whole(folder / f"{name}.tex", lambda file: file.write(source))
         kinds += ", .tex"
     figure, rates = plot_tables(tables), rates_in(runs)

@@ -19,11 +19,12 @@ any N, and return the logits [N, K], summed over the T steps. The largest is the
 Normalisation, encoding and the loop over T are inside.
 
 Each file is read and run on images of the run's data set, beside the network here,
-before it stands in the folder. onnx and torch take them in batches of 1, 3 and 64. Two
-numbers tell how far they agree: the largest difference of a logit, and the share of
-images with the same class. Rounding differs between programs; where a potential is at
-its threshold, that may move a spike. A file that does something else is not written,
-and the exit code is 1. Without the data the images are random ones, and a line says so.
+before it stands in the folder: on 256 of the test set, drawn from all of it, the same
+each time. onnx and torch take them in batches of 1, 3 and 64. Two numbers tell how far
+they agree: the largest difference of a logit, and the share of images with the same
+class. Rounding differs between programs; where a potential is at its threshold, that
+may move a spike. A file that does something else is not written, and the exit code is
+1. Without the data the images are random ones, and a line says so.
 
 Where a run has a compact.pt, it is exported in place of model.pt, if it gives the same
 on these images: fewer channels, the same function.
@@ -53,8 +54,9 @@ import inputs
 import modelfile
 import models
 import sparsefile
-from harness import chip, files, flags, processes, setup
+from harness import chip, files, flags, presets, processes, setup
 from harness.files import Disagrees
+from harness.output import in_a_line
 
 IMAGES = 256  # of the test set, on which an export is run
 BATCHES = (1, 3, 64)  # sizes at which onnx and torch are compared
@@ -189,7 +191,7 @@ class Job(NamedTuple):
 
     net: nn.Module         # in eval mode, on the CPU
     folder: Path           # where its files go
-    images: torch.Tensor   # [256, ...] of the test set as it is stored, or random ones
+    images: torch.Tensor   # [256, ...] of the test set as stored, mixed, or random ones
     dataset: data.Dataset  # None where it is not at hand
     args: SimpleNamespace  # the flags
 
@@ -206,10 +208,10 @@ def by_others(what):
     except Disagrees:
         raise
     except Exception as error:  # their errors have no class in common
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise Failed(f"{what} has failed ({type(error).__name__}: {reason}), expected "
-                     f"a network that it knows. Try another release of its package, "
-                     f"or another format") from error
+        reason = f"{type(error).__name__}: {in_a_line(error, 300)}"
+        raise Failed(f"{what} has failed ({reason}), expected a network that it knows. "
+                     f"Try another release of its package, or another format"
+                     ) from error
 
 
 def to_onnx(job):
@@ -277,14 +279,15 @@ def to_int8(job, content, export):
     model, its bytes and what runs them.
     """
     with by_others("ONNX Runtime's quantisation"):
-        content = in_int8(content, job.dataset.x_train[:CALIBRATION])
+        images = job.dataset.x_train
+        images = mixed(images, min(CALIBRATION, len(images)))
+        content = in_int8(content, images)
         export_int8 = in_onnxruntime(content)
     fp32, int8 = (accuracy(one, job.dataset) for one in (export, export_int8))
     theirs, _ = latency(export_int8, job.net, job.images)
     path = job.folder / "model.int8.onnx"
     files.write_whole(path, lambda file: file.write(content), "wb")
-    return [f"{path}: {size_of(content)}, ranges from "
-            f"{min(CALIBRATION, len(job.dataset.x_train))} training images",
+    return [f"{path}: {size_of(content)}, ranges from {len(images)} training images",
             f"{len(job.dataset.y_test):,} test images: {100 * int8:.2f} % right in "
             f"int8, {100 * fp32:.2f} % in fp32; {theirs:.2f} ms at batch 1"]
 
@@ -392,7 +395,7 @@ def data_for(net, config, args):
     name = args.dataset or config.get("dataset")
     if name is None:
         return None, "no config.json beside it names its data; --dataset does"
-    own = config if name == config.get("dataset") else {}
+    own = presets.of_earlier(config) if name == config.get("dataset") else {}
     wanted = SimpleNamespace(
         dataset=name, data_dir=args.data_dir or config.get("data_dir", "data"),
         train_limit=own.get("train_limit"), event_split=own.get("event_split"),
@@ -413,33 +416,28 @@ def data_for(net, config, args):
 
 def check_fit(net, dataset):
     """Raise ValueError unless a network takes the images of a data set."""
-    found = tuple(dataset.x_test.shape[1:])
-    if found != shape_of(net) or dataset.num_classes != net.config["num_classes"]:
+    found, wanted = tuple(dataset.x_test.shape[1:]), inputs.shape_of(net)
+    if found != wanted or dataset.num_classes != net.config["num_classes"]:
         raise ValueError(f"{dataset.name} has images {list(found)} of "
                          f"{dataset.num_classes} classes, but the network takes "
-                         f"{list(shape_of(net))} of {net.config['num_classes']}, "
-                         f"expected the data that it was trained with. Name them by "
-                         f"--dataset")
-
-
-def shape_of(net):
-    """Return the shape of an image, or of a recording, as it is stored."""
-    side = net.config["image_size"]
-    shape = (net.config["in_channels"], side, side)
-    return (net.time_steps, *shape) if net.encoding == "events" else shape
+                         f"{list(wanted)} of {net.config['num_classes']}, expected the "
+                         f"data that it was trained with. Name them by --dataset")
 
 
 def images_for(net, dataset):
-    """Return 256 images, the first ones of the test set, or all of a smaller one, from
-    the start again where these are fewer than a batch; without a data set random ones.
-    """
-    if dataset is not None:
-        size = max(max(BATCHES), min(IMAGES, len(dataset.x_test)))
-        return dataset.x_test[torch.arange(size) % len(dataset.x_test)]
-    most = 4 if net.encoding == "events" else 256
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(most, (IMAGES, *shape_of(net)), generator=generator,
-                         dtype=torch.uint8)
+    """Return 256 images of the test set, mixed, or all of a smaller one, some of them
+    again where these are fewer than a batch; without a data set random ones."""
+    if dataset is None:
+        return inputs.random_images(net, IMAGES)
+    return mixed(dataset.x_test, max(max(BATCHES), min(IMAGES, len(dataset.x_test))))
+
+
+def mixed(images, size):
+    """Return so many of the images in the order of a draw, the same each time, and from
+    its start again where these are fewer. A data set may be sorted by class: its first
+    images are then of one class."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    return images[order[torch.arange(size) % len(images)]]
 
 
 def without_channels(net, path, images):
@@ -448,8 +446,8 @@ def without_channels(net, path, images):
     images = images[:max(BATCHES)]
     try:
         small = models.load(path)
-        shapes = shape_of(small), small.config["num_classes"]
-        if shapes != (shape_of(net), net.config["num_classes"]):
+        shapes = inputs.shape_of(small), small.config["num_classes"]
+        if shapes != (inputs.shape_of(net), net.config["num_classes"]):
             raise ValueError(f"{path} is of other images or classes")
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())

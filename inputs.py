@@ -3,6 +3,7 @@ and how to mend it.
 
     inputs.check(net, x)                   # of net(x): raises ValueError
     images = inputs.images_for(net, images)    # of models.predict: a checked tensor
+    images = inputs.random_images(net, 32)     # such as it takes, to measure with
     logits = net(inputs.as_input(net, images))
 
 A network takes [N, C, H, W], or frames [T, N, C, H, W]: uint8 pixels, or floating point
@@ -174,6 +175,20 @@ def images_for(net, images):
         if not are_events:
             images = images.clamp(max=1)
     return images
+
+
+def shape_of(net):
+    """Return the shape of an image, or of a recording, as it is stored."""
+    shape = (net.config["in_channels"], *[net.config["image_size"]] * 2)
+    return (net.time_steps, *shape) if net.encoding == "events" else shape
+
+
+def random_images(net, n):
+    """Return n random images, or recordings with few events in a pixel, uint8 [n, ...]
+    as they are stored. Each call gives the same ones."""
+    most = 4 if net.encoding == "events" else 256
+    return torch.randint(most, (n, *shape_of(net)), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(0))
 
 
 def as_input(net, x):

@@ -17,6 +17,8 @@ few dead weights gains nothing.
 import gzip
 import io
 import json
+import os
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -80,9 +82,17 @@ def content_of(net, masks=None):
 
 
 def save(net, path, masks=None):
-    """Write a network and its masks. masks: see modelfile.pack."""
-    with open(path, "wb") as file:
-        file.write(content_of(net, masks))
+    """Write a network and its masks, under a temporary name that is then replaced: what
+    the file held before is kept until all is written. masks: see modelfile.pack."""
+    content, temporary = content_of(net, masks), f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def load(path):

@@ -24,7 +24,8 @@ for each neuron of a channel, and fewer at the border. What is assumed:
   operations.
 - The outputs without a neuron, the logits, are a neuron each, which only adds up.
 - The pre-activation ResNet-19 passes real numbers between its blocks. For it there are
-  no cores, and its rows are the layers as they stand.
+  no cores, and its rows are the layers as they stand: fan-in is that of a place of the
+  stream, of which the neurons behind it may read some channels alone.
 
 Cores. The neurons of a layer fill one core after the other, in the order of the map,
 channel after channel. A core is full when its neurons or the synapses of these reach
@@ -51,7 +52,7 @@ from torch import nn
 import inputs
 import metrics
 import models
-from harness.files import write_json, write_whole
+from harness.files import why_not_drawn, write_json, write_whole
 
 CORE_NEURONS, CORE_SYNAPSES, CHIP_CORES = 1024, 128 * 1024, 128  # Loihi
 BITS = (32, 8, 4)
@@ -169,40 +170,39 @@ def needs(net, images, core_neurons=CORE_NEURONS, core_synapses=CORE_SYNAPSES):
             raise ValueError(f"{name} is {value!r}, expected a whole number of at "
                              f"least 1, such as 1024. Change {flag}")
     seen = traffic(net, inputs.images_for(net, images))
-    rows, groups = [], {}
-    for row, fan_in, kernels in connections(net, seen):
-        group = groups.setdefault(row["feeds"], dict(row=row, fan_in=0, kernels=0))
-        group["fan_in"] = group["fan_in"] + fan_in.flatten()
-        group["kernels"] = group["kernels"] + kernels
-        if group["row"] is not row:  # its neurons are counted already
-            row.update(neurons=0, spikes=None)
-        rows.append(row)
-
+    rows, groups = [], {}  # the neurons of a group are fed by several rows
     has_cores = not isinstance(net, models.PreResNet19)
-    for group in groups.values():
+    for row, fan_in, kernels in connections(net, seen):
+        if any(row["feeds"] == other["feeds"] for other in rows):
+            row.update(neurons=0, spikes=None)  # they are counted already
+        rows.append(row)
         if has_cores:
-            group["row"].update(
-                cores=cores(group["fan_in"], core_neurons, core_synapses),
-                cores_shared=cores_shared(group["kernels"], len(group["fan_in"]),
-                                          core_neurons, core_synapses))
+            group = groups.setdefault(row["feeds"], dict(row=row, fan_in=0, kernels=0))
+            group["fan_in"] = group["fan_in"] + fan_in.flatten()
+            group["kernels"] = group["kernels"] + kernels
+
+    for group in groups.values():
+        group["row"].update(
+            cores=cores(group["fan_in"], core_neurons, core_synapses),
+            cores_shared=cores_shared(group["kernels"], len(group["fan_in"]),
+                                      core_neurons, core_synapses))
     busiest = max(rows, key=lambda row: row["sops"])
     found = dict(images=seen.images, time_steps=net.time_steps, layers=rows,
                  total=total(rows), busiest=busiest["layer"])
     found["cores"] = dict(
         core_neurons=core_neurons, core_synapses=core_synapses,
-        without_sharing=sum_of_cores(groups, "cores", has_cores),
-        with_sharing=sum_of_cores(groups, "cores_shared", has_cores),
+        without_sharing=sum_of_cores(groups, "cores"),
+        with_sharing=sum_of_cores(groups, "cores_shared"),
         too_large=[name for name, group in groups.items()
-                   if has_cores and group["row"]["cores"] is None])
+                   if group["row"]["cores"] is None])
     return found
 
 
-def sum_of_cores(groups, key, has_cores):
-    """Return the cores of all neurons; None where one of them fits into no core."""
+def sum_of_cores(groups, key):
+    """Return the cores of all neurons; None where one of them fits into no core, and
+    for a network without cores."""
     counts = [group["row"][key] for group in groups.values()]
-    if not has_cores or None in counts:
-        return None
-    return sum(counts)
+    return sum(counts) if counts and None not in counts else None
 
 
 def total(rows):
@@ -270,6 +270,8 @@ def layer_row(net, name, source, side, seen):
         spikes = float(seen.spikes[feeds].sum()) / seen.images
     row = row_of(name, "linear" if mask.dim() == 2 else "convolution", source, feeds,
                  fan_in, dense, sources, int(fan_out.max()), spikes, sops, macs, mask)
+    if feeds in seen.spikes:  # of a stream that the layer adds to, they may read less
+        row["neurons"] = seen.spikes[feeds].numel()
     return row, fan_in, mask.flatten(1).sum(1)
 
 
@@ -360,24 +362,23 @@ def cores_shared(kernels, neurons, core_neurons, core_synapses):
 
 def report(net, images, folder, core_neurons=CORE_NEURONS, core_synapses=CORE_SYNAPSES):
     """Write report.json, report.md and report.png into a folder, and return the lines
-    to print. For the arguments and errors see needs()."""
+    to print. What matplotlib cannot draw is a note. For the arguments and errors see
+    needs()."""
     found = needs(net, images, core_neurons, core_synapses)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     lines = [*table(found), ""]
     lines += [f"{subject:<25}{text}" for subject, text in sentences(found)]
     write_json(folder / "report.json", found)
-    try:
-        draw(found, folder / "report.png")
-    except OSError:
-        raise
-    except Exception as error:  # of matplotlib, its fonts, its settings
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+    names, picture = ["report.json", "report.md"], folder / "report.png"
+    if reason := why_not_drawn(picture, lambda: draw(found, picture)):
         lines.append(f"note: report.png could not be drawn ({reason}). report.json has "
                      f"its numbers")
-    text = "\n".join(markdown(found, net)) + "\n"
+    else:
+        names.append(picture.name)
+    text = "\n".join(markdown(found, net, has_picture=reason is None)) + "\n"
     write_whole(folder / "report.md", lambda file: file.write(text))
-    return [*lines, f"{'written':<25}report.json, report.md, report.png in {folder}"]
+    return [*lines, f"{'written':<25}{', '.join(names)} in {folder}"]
 
 
 def number(value, digits=0):
@@ -481,7 +482,7 @@ COLUMNS = {  # of report.md: (head, what stands there)
 }
 
 
-def markdown(found, net):
+def markdown(found, net, has_picture):
     """Return the lines of report.md."""
     assumed = __doc__.split("What is assumed:")[1].strip("\n")
     heads = [head.strip() for head in COLUMNS]
@@ -492,7 +493,8 @@ def markdown(found, net):
             *[f"- {subject}: {text}" for subject, text in sentences(found)], "",
             "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|",
             *["| " + " | ".join(row) + " |" for row in rows], "",
-            "![Neurons, synapses and spikes of each layer](report.png)", "",
+            *["![Neurons, synapses and spikes of each layer](report.png)",
+              ""] * has_picture,
             "## What is assumed", "", assumed]
 
 
@@ -531,4 +533,4 @@ def draw(found, path):
             axis.spines[side].set_visible(False)
     panels[0].set_yticks(places, [row["layer"] for row in rows])
     panels[0].set_ylim(len(rows) - 0.4, -0.6)  # the first layer on top
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=200), "wb")
+    plots.save_picture(figure, path)

@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock, Timeout  # torch depends on it
 
 from harness import processes
+from harness.output import in_a_line
 from modelfile import read_tensors
 
 CHECKPOINT_FORMAT = 3  # raised when older files can no longer be read
@@ -100,6 +101,20 @@ def write_whole(path, write, mode="w", before=None):
                           f"before is kept. Make room or allow writing, then go on (a "
                           f"run by --resume)") from None
         raise
+
+
+def why_not_drawn(path, draw):
+    """Call draw(), which draws a picture into a path. Return None, or in a line why
+    matplotlib cannot; an older picture of this path is then removed. Raises OSError if
+    the file cannot be written."""
+    try:
+        draw()
+    except OSError:
+        raise
+    except Exception as error:  # of matplotlib, its fonts, its settings
+        path.unlink(missing_ok=True)
+        return in_a_line(error)
+    return None
 
 
 # ---- reading -------------------------------------------------------------------------
@@ -189,10 +204,9 @@ def fits(path):
     try:
         yield
     except Exception as error:  # torch.load raises errors of zipfile, pickle and others
-        detail = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"{path} does not fit this run or is damaged ({detail}). Give "
-                         f"the flags that it was made with, or start again with "
-                         f"--overwrite") from None
+        raise ValueError(f"{path} does not fit this run or is damaged "
+                         f"({in_a_line(error)}). Give the flags that it was made with, "
+                         f"or start again with --overwrite") from None
 
 
 def require_alike(name, saved, own):

@@ -1,6 +1,6 @@
 """Tables of compare.py for LaTeX.
 
-    source = latex.document(tables, names, cells_of)
+    source = latex.document(tables, names, cells_of, "compare")
     latex.tex("90 % sparse")                            # 90 \\% sparse
 """
 import re
@@ -45,17 +45,18 @@ def tex(text):
     return re.sub(r"(?<![\w.])-(?=\d)", "$-$", text)
 
 
-def document(tables, names, cells_of):
+def document(tables, names, cells_of, file):
     """Return tables as LaTeX, an environment for each, the rows below the name of their
     target.
 
     tables: {setting: rows}, as groups.tabulate returns them. names: of the columns.
-    cells_of(row): returns a row's texts, one for each of them.
+    cells_of(row): returns a row's texts, one for each of them. file: its name
+    without .tex.
 
     Without the columns that are empty, and sparsity and MACs where the target says
     them: all of its rows have the same. Seeds that all rows share stand in the caption.
     """
-    parts = [TEX]
+    parts = [TEX.replace("NAME", file)]
     for setting, rows in tables.items():
         cells = [dict(zip(names, cells_of(row))) for row in rows]
         columns = [name for name in names if name != "target"

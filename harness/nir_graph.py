@@ -43,6 +43,7 @@ import torch.nn.functional as F
 import inputs
 import models
 from harness import files
+from harness.output import in_a_line
 from neurons import LIF
 
 DT = 1e-4  # seconds, the length of a time step
@@ -480,7 +481,7 @@ def reason(error):
     name = getattr(error, "name", None)
     if isinstance(error, ModuleNotFoundError) and name and "." not in name:
         return f"{name} is not installed (pip install {name})"
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return in_a_line(error)
 
 
 def through(module, path):

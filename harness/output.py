@@ -1,6 +1,7 @@
-"""What a script prints never ends it.
+"""What a script prints: it never ends the script, and an error is a line.
 
-    output.protect()    # called by flags.Parser, before a script prints anything
+    output.protect()                  # by flags.Parser, before a script prints anything
+    reason = output.in_a_line(error)
 """
 import os
 import sys
@@ -39,6 +40,12 @@ class Output:
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
+
+
+def in_a_line(error, most=200):
+    """Return what an exception says in a line of so many letters at most; the name of
+    its class if it says nothing."""
+    return " ".join(str(error).split())[:most] or type(error).__name__
 
 
 def open_missing():

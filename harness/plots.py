@@ -17,7 +17,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from harness.files import write_whole
+from harness.files import why_not_drawn, write_whole
 
 # Pictures go to files alone, drawn without pyplot: so the backend and the windows of
 # somebody's program stay as they are. A notebook leaves MPLBACKEND to what it starts,
@@ -236,16 +236,15 @@ def save(path, figure, rows, header=""):
     make_printable(figure)
     for kind in ("png", "pdf"):
         target = path.with_suffix(f".{kind}")
-        try:
-            write_whole(target, lambda file: figure.savefig(file, format=kind, dpi=200),
-                        "wb")
-        except OSError:
-            raise
-        except Exception as error:  # of matplotlib, its fonts, its settings
-            target.unlink(missing_ok=True)
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+        if reason := why_not_drawn(target, lambda: save_picture(figure, target)):
             print(f"note: {target} could not be drawn ({reason}). Its numbers are in "
                   f"{path.with_suffix('.csv')}")
+
+
+def save_picture(figure, path):
+    """Write a figure in the format that its path names."""
+    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:],
+                                                  dpi=200), "wb")
 
 
 def make_printable(figure):
@@ -289,5 +288,4 @@ def draw_curves(rows, path):
                                   xycoords=("data", "axes fraction"))
         axes[0].legend(fontsize=7, frameon=False)
         axes[2].set_ylim(-3, 103)
-        write_whole(path, lambda file: figure.savefig(file, format="png", dpi=200),
-                    "wb")
+        save_picture(figure, path)

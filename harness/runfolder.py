@@ -38,6 +38,7 @@ from harness import board, files, flags, presets, processes, setup
 from harness.files import fits, read_checkpoint, save_tensors, write_json, write_lines
 from harness.machine import device_name, peak_memory_mib, versions
 from harness.meters import Meter, Pace, Watch, seconds_of_evaluation
+from harness.output import in_a_line
 from masks import TooFew, seeded
 
 # All files that a run can leave. --overwrite removes all but the first, which it
@@ -499,9 +500,8 @@ class Run:
             from harness import plots  # not at the top: matplotlib is slow to import
             plots.draw_curves(self.rows, self.folder / "curves.png")
         except Exception as error:  # of matplotlib, its fonts, its settings, the disk
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            self.say(f"  note: curves.png could not be drawn ({reason}). Nothing else "
-                     f"is missing; metrics.jsonl has its numbers")
+            self.say(f"  note: curves.png could not be drawn ({in_a_line(error)}). "
+                     f"Nothing else is missing; metrics.jsonl has its numbers")
 
     def _compact(self):
         """Write compact.pt, the network without the channels that change nothing.

@@ -19,6 +19,7 @@ from torch import nn
 
 import data
 import events
+import inputs
 import modelfile
 import models
 import plans
@@ -396,9 +397,6 @@ def forward_of(args, net):
     """
     if args.sync_bn and processes.size() > 1:
         nn.SyncBatchNorm.convert_sync_batchnorm(net)  # in place; parameters stay
-    config = net.config
-    first = (net.time_steps, 1) if net.encoding == "events" else (1,)
-    image = torch.zeros(*first, config["in_channels"], config["image_size"],
-                        config["image_size"], dtype=torch.uint8, device=net.mean.device)
+    image = torch.zeros(1, *inputs.shape_of(net), dtype=torch.uint8)
     forward = torch.compile(net) if args.compile else net
-    return processes.average_gradients(forward, image)
+    return processes.average_gradients(forward, inputs.as_input(net, image))

@@ -1,7 +1,9 @@
 """benchmark.py: the same work in all rows, and a table and a JSON that hold together."""
 import importlib.util
 import json
+import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ import benchmark
 import metrics
 import models
 from harness import frameworks, roofline
+from helpers import one_line
 from kernels import FastLIF
 from masks import Masks
 from neurons import LIF
@@ -124,6 +127,38 @@ def test_quick_writes_every_row_and_ratio(monkeypatch, narrow, tmp_path, capsys)
     assert wanted <= set(result["ratios"])
     shown = capsys.readouterr().out
     assert all(name in shown for name in [*rows, *wanted])
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_memory_that_cannot_be_measured_is_a_line(monkeypatch, capsys):
+    """The process that measures it may be killed, for its memory."""
+    monkeypatch.setattr(benchmark, "_peak", die)
+    assert benchmark.peak_memory("small", benchmark.OURS, CPU, 3) is None
+    assert one_line(capsys).startswith("this project, fp32, T = 3: memory not measured: A process")
+    monkeypatch.setattr(benchmark, "peak_memory",
+                        lambda network, row, *_: None if row == benchmark.OURS else 9.0)
+    monkeypatch.setattr(benchmark, "STATUS", Path())
+    rows = [benchmark.OURS, benchmark.FLOOR]
+    found = benchmark.memory_of("small", rows, CPU, False, dict.fromkeys(rows, {}))
+    assert found == {(benchmark.FLOOR, T): 9.0 for T in (4, 1, 8)}
+
+
+@pytest.mark.parametrize("failing", ["write_json", "measure_pruned_inference"])
+def test_a_late_error_leaves_the_table(failing, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("no room is left")
+
+    row = dict(network="small", row="the first", step_ms=3.0, step_low_ms=2.0, step_high_ms=4.0)
+    monkeypatch.setattr(benchmark, "measure", lambda *_: ([row], dict(some_ratio=2.5)))
+    monkeypatch.setattr(benchmark, failing, fail)
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["--networks", "small", "--device", "cpu", "--json", "all.json"])
+    said = capsys.readouterr()
+    assert stopped.value.code == 1 and said.err.endswith("error: no room is left\n")
+    assert "| the first | 3.00 (2.00-4.00) |" in said.out and "small_some_ratio" in said.out
 
 
 def test_scaling_is_drawn(monkeypatch, tmp_path):
@@ -426,11 +461,14 @@ def test_the_picture_is_drawn_from_what_there_is(tmp_path):
             "steps.png", "steps.pdf", "steps.csv"}
 
 
-def test_a_report_is_a_folder(tmp_path, capsys):
+def test_a_report_is_a_folder_and_json_a_file(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as stopped:
         benchmark.main(["--quick", "--report", str(tmp_path / "file")])
     assert stopped.value.code == 2 and "expected a folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["--quick", "--json", str(tmp_path)])
+    assert stopped.value.code == 2 and "a folder, expected a file" in one_line(capsys)
 
 
 @pytest.mark.parametrize("argv", [["--quick", "--figures", "x"], ["--json", "nowhere/x.json"],

@@ -245,6 +245,30 @@ def test_operations_are_those_of_the_summary(name):
         layer["alive"] for layer in counts["layers"])
 
 
+def test_neurons_behind_a_stream_are_those_that_fire():
+    """A first block of a stage that is empty: what it adds to is of another size than what the
+    block before adds to, and one LIF reads both; LIFs that read some channels of the stream."""
+    torch.manual_seed(0)
+    widths = [6, 4, 3, 8, *[5, 2, 8] * 2, 0, 0, 12, *[12, 3, 12] * 2, 7, 4, 10, 9, 4, 10, 6]
+    net = models.build("resnet19-pre", 3, 1, 8, 2, widths)
+    let_fire(net)
+    images = some_images(net.eval())
+    found, fired = chip.needs(net, images), spikes_of(net, images)
+    del fired["input"]
+    first = {}  # {LIF: the first row that feeds it}
+    for row in found["layers"]:
+        if row["feeds"] in first:
+            assert (row["neurons"], row["spikes"]) == (0, None)
+        first.setdefault(row["feeds"], row)
+    assert first.pop("output")["neurons"] == 3 and first.keys() == fired.keys()
+    for name, spikes in fired.items():  # [T, N, C, H, W]
+        assert first[name]["neurons"] == spikes[0, 0].numel()
+        assert first[name]["spikes"] == pytest.approx(float(spikes.sum()) / len(images))
+    assert found["total"]["neurons"] == 3 + sum(s[0, 0].numel() for s in fired.values())
+    cores = found["cores"]
+    assert cores["without_sharing"] is cores["with_sharing"] is None and not cores["too_large"]
+
+
 def test_a_report_is_written_and_read(tmp_path):
     net = network("small", size=28, factor=0.5)
     images = data.load("fashion-mini").x_test[:8]
@@ -315,6 +339,9 @@ def test_a_picture_that_cannot_be_drawn_is_a_note(tmp_path, monkeypatch):
 
     monkeypatch.setattr(plots, "Figure", fail)
     net = network("small", size=8)
+    (tmp_path / "report.png").write_bytes(b"of another network")
     lines = chip.report(net, some_images(net), tmp_path)
     assert "note: report.png could not be drawn (no font at all). report.json has its numbers" in lines
-    assert (tmp_path / "report.md").exists()
+    assert lines[-1].endswith(f" report.json, report.md in {tmp_path}")
+    assert not (tmp_path / "report.png").exists()
+    assert "report.png" not in (tmp_path / "report.md").read_text()

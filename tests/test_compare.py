@@ -561,6 +561,7 @@ def test_the_plot_shows_targets_that_compare_and_no_collapse_sets_its_scale():
     (["--dry-run", "--jobs", "2"], "--jobs and --dry-run exclude each other"),
     (["--dry-run", "--latex"], "--latex and --dry-run exclude each other"),
     (["--dry-run", "--dataset", "nothing.npz"], "nothing.npz"),
+    (["--dry-run", "--model", "vgg61"], "invalid choice: 'vgg61'"),
     (["--runs", "x", "--dry-run"], "--dry-run and --runs exclude each other"),
     (["--runs", "x", "--device", "cpu"], "--device and --runs exclude each other"),
     (["--epochs-finetune", "0"], "at least 1"),  # a lottery ticket trains in them
@@ -749,15 +750,15 @@ def test_methods_are_told_apart_by_looks():
 def test_the_tables_for_latex(monkeypatch, capsys):
     monkeypatch.setattr(compare.plots, "make_printable", lambda figure: figure.clear())
     for seed in (0, 1):
-        written(f"d{seed}", "dense", seed, 0.9, sparsity=0, dataset="50%_of $x.npz")
-        written(f"g{seed}", seed=seed, accuracy=0.8, dataset="50%_of $x.npz")
+        written(f"d{seed}", "dense", seed, 0.9, sparsity=0, dataset="50%_of $NAME.npz")
+        written(f"g{seed}", seed=seed, accuracy=0.8, dataset="50%_of $NAME.npz")
         written(f"c{seed}", "my_metric", seed, 0.75 + 0.01 * seed, regen=0.5,
-                dataset="50%_of $x.npz")
+                dataset="50%_of $NAME.npz")
     compare.main(["--runs", "logs", "--latex"])
     text = Path("logs/compare.tex").read_text()
     assert ".pdf, .tex: 6 runs" in capsys.readouterr().out
     assert r"\input{compare}" in text and r"\usepackage" not in text
-    assert r"\caption{Weights: 50\%\_of \$x, small, T = 4, 8 + 4 epochs." in text
+    assert r"\caption{Weights: 50\%\_of \$NAME, small, T = 4, 8 + 4 epochs." in text
     assert "epochs. Differences to gmp, with 95 \\% intervals. Seeds" in text
     assert "Seeds 0, 1.}" in text and "& sparsity" not in text  # the target says it
     assert (r"my\_metric & 75.5 $\pm$ 0.7 & $-$4.5 ($-$10.9, +1.9) & " in text)

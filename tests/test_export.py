@@ -2,7 +2,9 @@
 sparse file, and the networks of assets/."""
 import gzip
 import json
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 import data
 import export
+import inputs
 import modelfile
 import models
 import sparsefile
@@ -42,7 +45,7 @@ def network(name="small", encoding="direct", widths=(4, 4, 4, 4), channels=1, cl
 
 
 def images_of(net, n=7):
-    shape = (n, *export.shape_of(net))
+    shape = (n, *inputs.shape_of(net))
     brightness = torch.linspace(0.1, 1, n).view(-1, *[1] * (len(shape) - 1))
     most = 4 if net.encoding == "events" else 256
     return (most * brightness * torch.rand(shape, generator=rng(1))).to(torch.uint8)
@@ -132,6 +135,14 @@ def test_a_network_itself_can_be_exported_and_stays_fast():
     for n in (1, 5):
         assert torch.allclose(program.module()(images[:n]), net(images[:n]), atol=1e-5)
     assert all(lif.is_fast for lif in models.lifs(net).values())
+
+
+@pytest.mark.parametrize("net", NETWORKS[:4], ids=lambda net: net.encoding)
+def test_random_images_are_such_as_a_network_takes(net):
+    images = inputs.random_images(net, 5)
+    assert images.shape[1:] == inputs.shape_of(net) and images.dtype == torch.uint8
+    assert torch.equal(images, inputs.random_images(net, 5)) and len(images.unique()) > 3
+    assert len(models.predict(net, images).classes) == 5
 
 
 # ---- the formats ---------------------------------------------------------------------------------
@@ -292,6 +303,15 @@ def test_a_sparse_file_holds_the_network(net):
     assert Path("s.gz").read_bytes() == content
 
 
+def test_a_write_that_fails_keeps_the_sparse_file_that_was_there(monkeypatch):
+    sparsefile.save(network(), "s.gz")
+    before = everything_in(Path())
+    monkeypatch.setattr(sparsefile, "content_of", lambda *_: "no bytes")
+    with pytest.raises(TypeError):
+        sparsefile.save(network(), "s.gz")
+    assert everything_in(Path()) == before
+
+
 @pytest.mark.parametrize("alive, gaps, kind", [
     ([], [], np.uint8), ([0], [1], np.uint8), ([3, 4, 9], [4, 1, 5], np.uint8),
     ([254, 510], [255, 256], np.uint16), ([70_000], [70_001], np.uint32)])
@@ -370,10 +390,49 @@ def test_images_that_are_not_at_hand(run, torch_written, capsys):
     assert torch_written[-1].dataset is None and torch_written[-1].images.shape[0] == 256
     export.main(["r/model.pt", "--to", "torch", "--dataset", "moved.npz"])
     assert "compared on 30 test images of moved.npz" in capsys.readouterr().out
-    assert torch.equal(torch_written[-1].images[30:60], data.load("moved.npz").x_test)
+    images, x_test = torch_written[-1].images, data.load("moved.npz").x_test
+    assert torch.equal(images[:30], images[30:60])  # all of them, and from the start again
+    assert sorted(images[:30].flatten(1).tolist()) == sorted(x_test.flatten(1).tolist())
     Path("r/config.json").unlink()
     export.main(["r/model.pt", "--to", "torch"])
     assert "random images: no config.json beside it" in capsys.readouterr().out
+
+
+def test_images_of_a_sorted_data_set_are_of_all_classes(monkeypatch):
+    """Folders and events are sorted by class: the first 256 images would be of one."""
+    def keep(content, images):
+        calibrated.append(images)
+        raise files.Disagrees("enough")
+
+    calibrated, x = [], torch.arange(3, dtype=torch.uint8).repeat_interleave(300)
+    dataset = SimpleNamespace(x_train=x.view(-1, 1, 1, 1).expand(-1, 1, SIDE, SIDE), x_test=x[100:])
+    monkeypatch.setattr(export, "in_int8", keep)
+    with pytest.raises(files.Disagrees):
+        export.to_int8(SimpleNamespace(dataset=dataset), b"", None)
+    found = export.images_for(network(), dataset)
+    assert found.shape == (256,) and calibrated[0].shape == (256, 1, SIDE, SIDE)
+    for images in (found, calibrated[0][:, 0, 0, 0]):
+        assert images.bincount().min() > 0.2 * 256 and len(images[:3].unique()) > 1
+    few = export.images_for(network(), SimpleNamespace(x_test=x[:40]))
+    assert len(few) == 64  # a batch
+
+
+@pytest.mark.parametrize("given, config, split", [
+    ([], dict(dataset="n-mnist"), "time"), ([], dict(dataset="cifar10-dvs"), "number"),
+    ([], dict(dataset="n-mnist", event_split="number"), "number"),
+    (["--dataset", "n-mnist"], dict(dataset="n-mnist"), "time"),
+    (["--dataset", "n-mnist"], dict(dataset="mnist"), None)])
+def test_frames_are_those_of_training(given, config, split, run, monkeypatch):
+    """A run from before --event-split had frames by time, but of cifar10-dvs."""
+    def load(wanted, *_, **more):
+        found.append(wanted.event_split)
+        raise OSError("no data")
+
+    found = []
+    monkeypatch.setattr(export.setup, "load", load)
+    with suppress(OSError):  # where --dataset names it
+        export.data_for(network(), config, export.parse_args(["r", *given]))
+    assert found == [split]
 
 
 def test_what_is_not_installed(run, torch_written, monkeypatch, capsys):
