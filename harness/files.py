@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout  # torch depends on it
+from filelock import FileLock, Timeout
 
 from harness import processes
 from modelfile import read_tensors
