@@ -280,7 +280,8 @@ class SpikingNet(nn.Module):
         """Return the class names as JSON in UTF-8, a uint8 tensor: the state_dict holds
         them under "_extra_state", whatever tensors are saved by."""
         names = json.dumps({"class_names": self.class_names}, ensure_ascii=False)
-        return torch.tensor([*names.encode()], dtype=torch.uint8)
+        # a name that is no text, of a folder, is kept too: json.loads reads it back
+        return torch.tensor([*names.encode(errors="surrogatepass")], dtype=torch.uint8)
 
     def set_extra_state(self, state):
         """Take the class names of a state_dict. Raise ValueError for what holds none,
