@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 
 import modelfile
+import models
 import training
 from harness import flags, presets, setup
 from harness.runfolder import Run, finished
@@ -190,10 +191,9 @@ def measure_time(run):
                            generator=seeded(args.seed, run.iteration))
     chosen = order[:TIME_IMAGES].to(run.device)
     sample = images._replace(x_train=images.x_train[chosen])
-    net.eval()  # in train mode the batch would set its statistics, and the running ones
-    with training.autocast(args):
+    # in train mode the batch would set its statistics, and the running ones
+    with models.evaluating(net), training.autocast(args):
         logits = torch.cat([net(x) for x in sample.inputs("train", args.batch_size)], 1)
-    net.train()
     kl = divergences(logits)
     found = early_time(kl, args.kl_ratio)
     run.say(f"  T' = {found} of {args.time_steps} steps; KL at t' = 2, ...: "

@@ -143,6 +143,10 @@ def test_the_pace_leaves_out_the_first_steps(monkeypatch):
     steps(pace, 3, 1)
     pace.stop()
     assert pace.seconds == 2
+    waited = []  # of each accelerator: it works on while the clock is read
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    steps(meters.Pace(torch.device("mps")), 2, 1, 1, *[0.5] * 20)
+    assert waited == [torch.device("mps")] * 2
 
 
 # ---- --minutes -----------------------------------------------------------------------------------
