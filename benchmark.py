@@ -56,7 +56,7 @@ from harness import flags, plots, processes, roofline, setup
 from harness.files import write_json, write_whole
 from harness.frameworks import (Floor, SnnTorch, SpikingJelly, SpikingJellyFused,
                                 over_time, spikingjelly_kernels)
-from harness.machine import device_name, forbid_tf32
+from harness.machine import device_name, set_precision
 from kernels import FastLIF
 from masks import Masks, seeded
 from neurons import LIF
@@ -977,12 +977,6 @@ def parse_args(argv=None):
     return args
 
 
-def set_precision():
-    """Let fp32 be fp32 in all rows, not TF32, and the same each time, as in a run."""
-    forbid_tf32()
-    torch.backends.cudnn.deterministic = True
-
-
 def main(argv=None):
     args = parse_args(argv)
     with flags.exits(2, ValueError, OSError):
@@ -1000,7 +994,7 @@ def main(argv=None):
         setup.keep_freed_memory()  # in all rows, those of the frameworks too
     if on_gpu(device) and device.index is not None:
         torch.cuda.set_device(device)  # its events and its memory
-    set_precision()
+    set_precision()  # as in a run, in all rows
     started = time.perf_counter()
     result = dict(
         device=device_name(device), threads=torch.get_num_threads(),

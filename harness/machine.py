@@ -70,14 +70,16 @@ def peak_memory_mib(device):
     return peak / 2**10
 
 
-def forbid_tf32():
-    """Let a GPU compute float32 in float32.
+def set_precision():
+    """Let a GPU compute float32 in float32, the reference for other precisions, and
+    the same each time.
 
     Without this, cuDNN convolutions round their inputs to the 10 bits of TF32 on NVIDIA
     cards since 2020, and torch's settings or the environment may let matmul do so.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 
 
 def is_out_of_memory(error):

@@ -49,6 +49,7 @@ from harness import published
 from harness import runfolder
 from harness import setup
 from harness.files import data_changes, data_of, save_arrays
+from harness.machine import set_precision
 
 WEIGHTS, CHANNELS = "weights", "channels"
 ALGORITHMS = ("prune_unstructured", "prune_structured")  # Algorithms 1 and 2
@@ -226,8 +227,9 @@ def analysis_of(run):
 
     Where there is no such file, a damaged one, one of another model.pt than is there
     now, or an older one without the keys *_published, it is computed from model.pt and
-    the images, in eval mode and without augmentation, and kept. A file whose network is
-    gone is returned as it is. K classes, C channels of a LIF layer:
+    the images, in eval mode and without augmentation, and kept where the folder can be
+    written to. A file whose network is gone is returned as it is. K classes, C channels
+    of a LIF layer:
 
         variance              [K]  intra-cluster variance of each class, test set
         similarity            [K]  cosine of its mean features in training and test set
@@ -271,14 +273,20 @@ def _current_analysis(run):
             return old
         raise
     found["made_from"] = np.array(now)
-    save_arrays(path, found)
-    if wrong:
-        print(f"note: {path} {wrong}: made anew")
+    try:
+        save_arrays(path, found)
+    except OSError as error:  # the numbers are here; the next time they are computed
+        reason = str(error).partition(", expected ")[0]
+        print(f"note: {reason}; the analysis is not kept")
+    else:
+        if wrong:
+            print(f"note: {path} {wrong}: made anew")
     return found
 
 
 def analyse(run):
     """Compute what analysis_of() describes. Raises Unfit."""
+    set_precision()  # what is kept must not depend on the machine's TF32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         packed = modelfile.read(run.folder / "model.pt")
