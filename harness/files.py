@@ -79,7 +79,8 @@ def write_whole(path, write, mode="w", before=None):
     """
     if processes.rank() > 0:
         return
-    temporary = path.with_name(path.name + ".tmp")
+    # its own: of two processes that write a file, each writes it whole
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     encoding = {}
     if "b" not in mode:  # a name that is no text, of a file, is written as its bytes
         encoding = dict(encoding="utf-8", errors="backslashreplace")
@@ -100,6 +101,13 @@ def write_whole(path, write, mode="w", before=None):
                           f"before is kept. Make room or allow writing, then go on (a "
                           f"run by --resume)") from None
         raise
+
+
+def remove_unfinished(path):
+    """Remove what write_whole has left of a file where it was killed."""
+    for temporary in path.parent.glob(f"{path.name}*.tmp"):
+        with suppress(OSError):
+            temporary.unlink()
 
 
 # ---- reading -------------------------------------------------------------------------

@@ -159,17 +159,22 @@ class Run:
         self.seconds = 0.0  # of the current epoch, before the run was resumed
         known = json.dumps(files.data_of(images)).encode()
         processes.agree("the data", torch.tensor(list(known), dtype=torch.uint8))
-        self._open()
-        if self.net.start_note:
-            self.notes["init"] = self.net.start_note
-            if self.masks is not None:
-                self.notes["first_sparsity"] = self.masks.sparsity
-        position = torch.tensor([self.epoch, self.step, self.iteration])
-        processes.agree("the position", position)
-        self.board = None  # for TensorBoard
-        if args.tensorboard and processes.rank() == 0:
-            self.board = board.open_anew(self.folder, self.rows, self.updates)
-        self.watch = Watch(self.net, device)
+        self.lock = self.board = None  # of the folder; for TensorBoard
+        try:
+            self._open()
+            if self.net.start_note:
+                self.notes["init"] = self.net.start_note
+                if self.masks is not None:
+                    self.notes["first_sparsity"] = self.masks.sparsity
+            position = torch.tensor([self.epoch, self.step, self.iteration])
+            processes.agree("the position", position)
+            if args.tensorboard and processes.rank() == 0:
+                self.board = board.open_anew(self.folder, self.rows, self.updates)
+            self.watch = Watch(self.net, device)
+        except BaseException:
+            self._leave_nothing()
+            self._let_go()
+            raise
         self.pace, self.says_length = Pace(device), True
         shows_bar = sys.stderr.isatty() and processes.rank() == 0
         self.bar = tqdm(total=self.total_steps, initial=self.iteration, unit="step",
@@ -241,10 +246,7 @@ class Run:
                 self._leave_nothing()
             raise
         finally:
-            if self.board is not None:
-                self.board.close()
-            files.release(self.lock)
-            self._remove_folders()
+            self._let_go()
 
     def epochs(self, stage=None):
         """Yield the epochs that are left, counted over all stages from 0.
@@ -556,22 +558,19 @@ class Run:
         taken = self._is_taken()
         self.made = [path for path in (self.folder, *self.folder.parents)
                      if not path.exists()]
-        self.lock = None
-        try:
-            self.lock = processes.rank_0_first(
-                lambda: files.acquire(self.folder) if processes.rank() == 0 else None)
-            taken = self._is_taken()  # another process may have been faster
-            self.is_new = not taken
-            if taken and self.args.resume:
-                self._restore()
-            else:
-                config = self._config()
-                processes.largest(0)  # all ranks have looked before one of them writes
-                write_json(self.folder / "config.json", config, before=self._clear)
-        except BaseException:
-            files.release(self.lock)
-            self._remove_folders()
-            raise
+        self.lock = processes.rank_0_first(
+            lambda: files.acquire(self.folder) if processes.rank() == 0 else None)
+        taken = self._is_taken()  # another process may have been faster
+        self.is_new = not taken
+        if processes.rank() == 0:  # what a run that was killed had begun to write
+            for name in FILES:
+                files.remove_unfinished(self.folder / name)
+        if taken and self.args.resume:
+            self._restore()
+        else:
+            config = self._config()
+            processes.largest(0)  # all ranks have looked before one of them writes
+            write_json(self.folder / "config.json", config, before=self._clear)
 
     def _leave_nothing(self):
         """After an error before the first step, remove what this run has written, if
@@ -583,8 +582,12 @@ class Run:
             with suppress(OSError):
                 board.remove(self.folder)
 
-    def _remove_folders(self):
-        """Remove the folders that this run has made, those that are empty."""
+    def _let_go(self):
+        """Unlock the folder. Remove the folders that this run has made, those that are
+        empty."""
+        if self.board is not None:
+            self.board.close()
+        files.release(self.lock)
         if processes.rank() == 0:
             with suppress(OSError):  # one is not empty, or was never made
                 for path in self.made:

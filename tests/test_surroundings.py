@@ -641,6 +641,7 @@ def full(*_, **__):
 @pytest.mark.parametrize("owner, name, act, code", [
     (data, "load", no_memory, 2), (models, "build", no_memory, 2), (setup, "start", full, 2),
     (runfolder.Run, "_config", no_memory, 2), (runfolder, "write_json", full, 2),
+    (runfolder, "Watch", no_memory, 2),
     (runfolder.Run, "_say_header", no_memory, 1), (setup, "forward_of", no_memory, 1)])
 def test_no_memory_and_no_disk_at_the_start_leave_nothing(
         owner, name, act, code, monkeypatch, capsys):
@@ -659,12 +660,17 @@ def test_a_mistake_before_the_first_step_leaves_nothing(monkeypatch):
     assert not Path("new").exists()
 
 
-def test_an_error_of_a_run_that_replaces_another_keeps_its_folder(monkeypatch, capsys):
+def test_an_error_of_a_run_that_resumes_or_replaces_another_keeps_its_folder(monkeypatch, capsys):
     run()
-    monkeypatch.setattr(setup, "forward_of", no_memory)
-    with pytest.raises(SystemExit):
-        run("--overwrite")
-    assert Path("r/config.json").exists() and not Path("r/.lock").exists()
+    Path("r/summary.json").unlink()
+    for flag in ("--resume", "--overwrite"):
+        for owner, name in ((runfolder, "Watch"), (setup, "forward_of")):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, no_memory)
+                with pytest.raises(SystemExit):
+                    run(flag)
+            assert Path("r/config.json").exists() and not Path("r/.lock").exists()
+            assert Path("r/checkpoint.pt").exists() == (flag == "--resume")
 
 
 # ---- before torch is there -----------------------------------------------------------------------
