@@ -33,7 +33,6 @@ how it is counted), by the rates of a copy and of a matrix product, measured her
 import json
 import math
 import multiprocessing
-import os
 import re
 import statistics
 import subprocess
@@ -56,7 +55,7 @@ from harness import flags, plots, processes, roofline, setup
 from harness.files import write_json, write_whole
 from harness.frameworks import (Floor, SnnTorch, SpikingJelly, SpikingJellyFused,
                                 over_time, spikingjelly_kernels)
-from harness.machine import device_name, set_precision
+from harness.machine import device_name, environment_for, set_precision
 from kernels import FastLIF
 from masks import Masks, seeded
 from neurons import LIF
@@ -741,7 +740,6 @@ def torchrun(processes, device):
     """Return the training images a second of an epoch of prune_unstructured.py, its
     evaluation included, over processes that share the processor's threads (on GPUs: one
     GPU each). None, after a line on stderr, if that fails."""
-    threads = max(1, (os.cpu_count() or 1) // processes)
     root = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -749,7 +747,7 @@ def torchrun(processes, device):
                    "--run-dir", f"{folder}/run", "--epochs-prune", "3",
                    "--epochs-finetune", "0", "--device", device.type]
         done = subprocess.run(command, capture_output=True, text=True, cwd=root,
-                              env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+                              env=environment_for(processes))
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["no message"]
             print(f"torchrun with {processes} processes failed: {said[-1]}",

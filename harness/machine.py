@@ -1,4 +1,5 @@
 """The machine of a run: versions of the packages, the device, the memory."""
+import os
 import platform
 import re
 import shutil
@@ -68,6 +69,15 @@ def peak_memory_mib(device):
     if sys.platform == "darwin":  # in bytes there, in KiB elsewhere
         return peak / 2**20
     return peak / 2**10
+
+
+def environment_for(at_a_time):
+    """Return the environment of processes of which so many run side by side: they share
+    the processors that this one may use. An OMP_NUM_THREADS that is set stays."""
+    usable = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # fewer, in an allocation of a cluster
+        usable = len(os.sched_getaffinity(0))
+    return {"OMP_NUM_THREADS": str(max(1, usable // at_a_time))} | os.environ
 
 
 def set_precision():
