@@ -30,8 +30,8 @@ from harness import plots
 from harness import processes
 from harness import records
 from harness import report
-from harness.plots import (by_layer, canvas, layer_ticks, legend, names_of, plot, spread,
-                           style_of)
+from harness.plots import (by_layer, canvas, layer_ticks, legend, names_of, plot,
+                           spread, style_of)
 from harness import verdicts
 from harness.records import (BASELINE, CHANNELS, WEIGHTS, Unfit, all_runs, analysis_of,
                              compared, layers_of, read, runs_of)
@@ -838,7 +838,9 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    with flags.exits(1, RuntimeError), flags.exits(2, ValueError, OSError):
+    no_memory = "Free some memory, or hide the GPU: CUDA_VISIBLE_DEVICES="
+    with (flags.exits(1, RuntimeError),
+          flags.exits(2, ValueError, OSError, no_memory=no_memory)):
         processes.require_one()
         runs = records.read_runs(
             jobs.make(demo_commands(), DEMO, "python analyze.py --demo") if args.demo

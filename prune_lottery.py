@@ -319,8 +319,7 @@ def fill_full_budget(args, explicit):
     if "epochs_prune" not in explicit and not args.smoke:
         args.epochs_prune = FULL_EPOCHS
     if "rounds" not in explicit and args.search == "imp" and not args.smoke:
-        nearest = min(FULL_ROUNDS, key=lambda listed: abs(listed - args.sparsity))
-        args.rounds = FULL_ROUNDS[nearest]
+        args.rounds = presets.nearest(FULL_ROUNDS, args.sparsity)
     if "epochs_finetune" not in explicit:
         # IMP's ticket starts at the rewind point, EB's at 0
         rewound = round(args.epochs_prune / REWIND) if args.search == "imp" else 0
@@ -358,7 +357,7 @@ def parse_args(argv):
 
 def set_up(args):
     """Return the run. What cannot work is exit code 2, before anything is written."""
-    with flags.exits(2, ValueError, OSError):
+    with flags.exits(2, ValueError, OSError, no_memory=flags.SMALLER):
         device = setup.start(args)
         images = setup.load(args, device)
         net = setup.build(args, images)

@@ -45,6 +45,7 @@ import metrics
 import modelfile
 from harness import flags
 from harness import presets
+from harness import processes
 from harness import published
 from harness import runfolder
 from harness import setup
@@ -87,8 +88,7 @@ MEANINGLESS = {
 # The keys of config.json that change nothing in a run: they are no flags, or say only
 # where and on what it ran, what its epochs were chosen for, and how often it was
 # evaluated and saved
-NO_SETTINGS = flags.NO_FLAGS | {"run_dir", "device", "minutes", "tensorboard",
-                                "evaluate_every", "save_every"}
+NO_SETTINGS = flags.NO_FLAGS | flags.MAY_DIFFER | {"run_dir", "minutes"}
 # Keys of summary.json that older runs lack
 LATER_KEYS = {"as_published", "footprint_bytes", "neurobench"}
 
@@ -448,7 +448,7 @@ def paper_rate(run):
         target = config.get("prune_ratio")
     if target is None:  # --target-macs: as in prune_structured.py, the first one
         return next(iter(rates.values()))
-    return rates[min(rates, key=lambda listed: abs(listed - target))]
+    return presets.nearest(rates, target)
 
 
 def runs_of(group, method):
@@ -556,9 +556,7 @@ def command_of(run):
         usual["weight_decay"] = None  # always written: it differs between scripts
     own = presets.of(run.config["dataset"], run.script.removeprefix("prune_"))
     usual |= {flag: own[flag] for flag in ("optimizer", "schedule")}
-    ranks = run.config.get("processes", 1)
-    starter = ["python"] if ranks == 1 else ["torchrun", f"--nproc-per-node={ranks}"]
-    words = [*starter, f"{run.script}.py"]
+    words = [*processes.starter(run.config.get("processes", 1)), f"{run.script}.py"]
     implied = published.implied(run.config)
     for flag, value in run.config.items():
         name = flag.replace("_", "-")

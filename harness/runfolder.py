@@ -83,7 +83,7 @@ def finished(args):
     path = Path(args.run_dir, "summary.json")
     if not args.resume or not path.exists():
         return None
-    with flags.exits(2, ValueError, OSError):
+    with flags.exits(2, ValueError, OSError, no_memory=flags.SMALLER):
         try:
             summary = json.loads(path.read_text())
             result = (f"test accuracy {100 * summary['test_accuracy']:.2f} %, "
@@ -357,14 +357,19 @@ class Run:
         for key, values in (layers or {}).items():
             for layer, value in zip(row["layers"], values):
                 layer[key] = value
-        self.updates.append(row)
-        write_lines(self.folder / "updates.jsonl", self.updates)
-        if self.board is not None:
-            board.add_update(self.board, row)
+        self.add_update(row)
         self.say(f"  update {row['update']:>3}  pruned {row['pruned']:,}  regenerated "
                  f"{row['regenerated']:,}  sparse {100 * row['sparsity']:.1f} %")
         if masks_hold:
             self.verify(keep, may_be_empty)
+
+    def add_update(self, row):
+        """Write an update to updates.jsonl, and for TensorBoard. row: a dict of plain
+        values."""
+        self.updates.append(row)
+        write_lines(self.folder / "updates.jsonl", self.updates)
+        if self.board is not None:
+            board.add_update(self.board, row)
 
     def end_epoch(self, sparsity=None, masks_hold=True):
         """Evaluate, print the epoch, write it to metrics.jsonl, and save a checkpoint,
@@ -780,14 +785,23 @@ class Run:
             yield
         except Stopped:
             self.bar.close()
-            resume = [sys.argv[0], "--resume", "--run-dir", self.args.run_dir]
             self.say(f"stopped after iteration {self.iteration}, saved. Go on with: "
-                     f"python {shlex.join(resume)}")
+                     f"{self._resume_command()}")
             raise SystemExit(128 + self.stopped_by) from None
         finally:
             self.bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _resume_command(self):
+        """Return the command that goes on with this run, in as many processes, and on
+        its device where that is not the one that would be chosen."""
+        args = self.args
+        words = [*processes.starter(processes.size()), sys.argv[0], "--resume",
+                 "--run-dir", args.run_dir]
+        if args.device != str(setup.choose_device(None)):
+            words += ["--device", args.device]
+        return shlex.join(words)
 
     def _is_worth_saving(self, is_stage_end):
         """Return whether the end of an epoch is saved: at the end of a stage, and where
