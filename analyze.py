@@ -30,7 +30,8 @@ from harness import plots
 from harness import processes
 from harness import records
 from harness import report
-from harness.plots import by_layer, canvas, layer_ticks, legend, plot, spread, style_of
+from harness.plots import (by_layer, canvas, layer_ticks, legend, names_of, plot,
+                           spread, style_of)
 from harness import verdicts
 from harness.records import (BASELINE, CHANNELS, WEIGHTS, Unfit, all_runs, analysis_of,
                              compared, layers_of, read, runs_of)
@@ -550,16 +551,19 @@ def criticality(runs):
     figure, axes = canvas(len(panels))
     rows, says = [], []
     for axis, (pruned, methods) in zip(axes[0], panels.items()):
-        for shift, method in ((-0.2, "dense"), (0.2, "criticality")):
-            scores = [layers_of(run, "criticality") for run in methods[method]]
-            names = list(scores[0])
-            pooled = [np.concatenate([layers[name] for layers in scores])
-                      for name in names]
-            boxes(axis, np.arange(len(names)) + shift, pooled, method)
+        scores = {method: [layers_of(run, "criticality") for run in methods[method]]
+                  for method in ("dense", "criticality")}
+        names = names_of(layers for seeds in scores.values() for layers in seeds)
+        for shift, (method, seeds) in zip((-0.2, 0.2), scores.items()):
+            pooled = {name: np.concatenate([layers[name] for layers in seeds
+                                            if name in layers])
+                      for name in names if name in names_of(seeds)}
+            places = [names.index(name) + shift for name in pooled]
+            boxes(axis, places, list(pooled.values()), method)
             rows += [dict(pruned=pruned, method=method, layer=name, criticality=score)
-                     for name, values in zip(names, pooled) for score in values]
+                     for name, values in pooled.items() for score in values]
             says.append(f"{pruned}, {method}: median of all channels "
-                        f"{np.median(np.concatenate(pooled)):.3f}")
+                        f"{np.median(np.concatenate([*pooled.values()])):.3f}")
         layer_ticks(axis, names)
         axis.set(xlabel=f"Layer ({pruned} pruned)", ylabel="Criticality")
         legend(axis)
@@ -598,7 +602,8 @@ def layers(runs):
         axis.set(xlabel=f"Layer ({pruned} pruned)", ylim=(0, None))
         legend(axis, 3)
     densest = {}
-    for row in sorted(rows, key=lambda row: row["mean"]):
+    known = [row for row in rows if not np.isnan(row["mean"])]
+    for row in sorted(known, key=lambda row: row["mean"]):
         densest[row["pruned"], row["method"]] = row  # the last one has the most
     return figure, rows, all_runs(panels), "; ".join(
         f"{pruned}, {method}: densest is {row['layer']} with {row['mean']:.1f} %"
@@ -833,7 +838,9 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    with flags.exits(1, RuntimeError), flags.exits(2, ValueError, OSError):
+    no_memory = "Free some memory, or hide the GPU: CUDA_VISIBLE_DEVICES="
+    with (flags.exits(1, RuntimeError),
+          flags.exits(2, ValueError, OSError, no_memory=no_memory)):
         processes.require_one()
         runs = records.read_runs(
             jobs.make(demo_commands(), DEMO, "python analyze.py --demo") if args.demo

@@ -33,7 +33,6 @@ how it is counted), by the rates of a copy and of a matrix product, measured her
 import json
 import math
 import multiprocessing
-import os
 import re
 import statistics
 import subprocess
@@ -57,7 +56,7 @@ from harness import flags, plots, processes, roofline, setup
 from harness.files import write_json, write_whole
 from harness.frameworks import (Floor, SnnTorch, SpikingJelly, SpikingJellyFused,
                                 over_time, spikingjelly_kernels)
-from harness.machine import device_name, forbid_tf32
+from harness.machine import device_name, environment_for, set_precision
 from harness.output import in_a_line
 from kernels import FastLIF
 from masks import Masks, seeded
@@ -771,7 +770,6 @@ def torchrun(count, device):
     """Return the training images a second of an epoch of prune_unstructured.py, its
     evaluation included, over so many processes that share the processor's threads (on
     GPUs: one GPU each). None, after a line on stderr, if that fails."""
-    threads = max(1, (os.cpu_count() or 1) // count)
     root = Path(__file__).parent
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -779,7 +777,7 @@ def torchrun(count, device):
                    "--run-dir", f"{folder}/run", "--epochs-prune", "3",
                    "--epochs-finetune", "0", "--device", device.type]
         done = subprocess.run(command, capture_output=True, text=True, cwd=root,
-                              env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+                              env=environment_for(count))
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["no message"]
             print(f"torchrun with {count} processes failed: {said[-1]}",
@@ -1006,12 +1004,6 @@ def parse_args(argv=None):
     return args
 
 
-def set_precision():
-    """Let fp32 be fp32 in all rows, not TF32, and the same each time, as in a run."""
-    forbid_tf32()
-    torch.backends.cudnn.deterministic = True
-
-
 def parts_of(networks, device, quick, rates):
     """Yield (rows, ratios) of one part of the measurement after the other."""
     parts = [measure, measure_compiled] if on_gpu(device) else [measure]
@@ -1038,7 +1030,7 @@ def main(argv=None):
         device = setup.choose_device(args.device)
     if device.type == "cpu" and sys.platform == "linux":
         setup.keep_freed_memory()  # in all rows, those of the frameworks too
-    set_precision()
+    set_precision()  # as in a run, in all rows
     started = time.perf_counter()
     result = dict(
         device=device_name(device), threads=torch.get_num_threads(),

@@ -165,10 +165,10 @@ def num_batches(n, batch_size):
 
 def batches(images, labels, batch_size, seed, epoch, first=0, pad=0, flip=False,
             cutout=0, rotate=0.0, rank=0, size=1):
-    """Yield one epoch as pairs (images, labels) of a batch.
+    """Yield one epoch as pairs (images, labels) of a batch: uint8 [n, C, H, W] in
+    channels_last memory, or frames [T, n, 2, H, W], all T of a recording augmented
+    alike; and [n].
 
-    images: uint8 [n, C, H, W] in channels_last memory; frames as [T, n, 2, H, W], all T
-    of a recording augmented alike. labels: [n].
     Each image comes once; the last batch may be smaller. Order and augmentation depend
     on seed and epoch (both >= 0) only, and are drawn for the whole epoch at once: a
     batch does not depend on which were taken before it, so first=b resumes an epoch

@@ -92,8 +92,10 @@ def list_splits(root, notes):
 
 def _note_others(root, notes, known):
     """Add to the notes what lies in root beside the folders that are known."""
+    found = [os.lstat(path) for path in known if os.path.lexists(path)]
     for entry in _scan(root, "train and test"):
-        if Path(entry.path) in known:
+        # by what it is: on a Mac Train is read as train
+        if any(os.path.samestat(os.lstat(entry.path), other) for other in found):
             continue
         if _is_hidden(entry.name):
             what = HIDDEN

@@ -251,8 +251,6 @@ def count(net, batches, alive=None):
     `firing_rates` {LIF name: rate} and `layer_sops` {layer: SOPs}. Memory does not grow
     with the number of images.
     """
-    was_training = net.training
-    net.eval()
     layers = prunable_layers(net)
     layer_macs = macs(net.config)
     reads_numbers, first = set(net.reads_numbers), next(iter(layers))
@@ -269,11 +267,11 @@ def count(net, batches, alive=None):
             nonzero[name] = nonzero.get(name, 0) + summed(x != 0)
             real[name] = real.get(name, False) | ((x != 0) & (x.abs() != 1)).any()
 
-    with firing(net) as spikes, hooks(layers, before=arrive):
+    with (models.evaluating(net), firing(net) as spikes,
+          hooks(layers, before=arrive)):
         for images in batches:
             net(images)
             images_seen += len(images) if images.dim() == 4 else images.shape[1]
-    net.train(was_training)
 
     rate, by_layer = rates(spikes)
     steps = max(runs.values()) / images_seen

@@ -280,7 +280,8 @@ class SpikingNet(nn.Module):
         """Return the class names as JSON in UTF-8, a uint8 tensor: the state_dict holds
         them under "_extra_state", whatever tensors are saved by."""
         names = json.dumps({"class_names": self.class_names}, ensure_ascii=False)
-        return torch.tensor([*names.encode()], dtype=torch.uint8)
+        # a name that is no text, of a folder, is kept too: json.loads reads it back
+        return torch.tensor([*names.encode(errors="surrogatepass")], dtype=torch.uint8)
 
     def set_extra_state(self, state):
         """Take the class names of a state_dict. Raise ValueError for what holds none,
@@ -771,6 +772,20 @@ def recording(net, aggregate, by="derivative"):
     scores |= {name: score for name, score in found.items() if score is not None}
 
 
+@contextmanager
+def evaluating(net):
+    """Keep a network in eval mode inside the block. After it, also after an error, each
+    of its modules is in its own mode again: some may have been in eval mode before,
+    such as BN that a user has frozen."""
+    modes = {module: module.training for module in net.modules()}
+    net.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def mask_neurons(net, masks):
     """Multiply the spikes of some LIFs by masks, from now on. Raise KeyError for a name
     of no LIF.
@@ -846,18 +861,15 @@ def predict(net, images, batch_size=128):
         raise ValueError(f"batch_size is {batch_size!r}, expected a whole number of at "
                          f"least 1. Change it")
     x_all = inputs.images_for(net, images)
-    modes = {module: module.training for module in net.modules()}
     checks_values, totals = net.checks_values, []
-    net.eval()
     net.checks_values = False  # images_for() has looked at them
     try:
-        for x in x_all.split(batch_size):
-            logits = net(inputs.as_input(net, x))  # [T, n, K]
-            totals.append(logits.sum(0, dtype=torch.float32))
+        with evaluating(net):
+            for x in x_all.split(batch_size):
+                logits = net(inputs.as_input(net, x))  # [T, n, K]
+                totals.append(logits.sum(0, dtype=torch.float32))
     finally:
         net.checks_values = checks_values
-        for module, mode in modes.items():
-            module.training = mode
     total = torch.cat(totals)
     if not total.isfinite().all():
         raise ValueError("the network's output is not finite (NaN or infinite), "

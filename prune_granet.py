@@ -122,7 +122,7 @@ def parse_args(argv):
 def set_up(args):
     """Return (the run, its number of mask updates). Flags that cannot work end the
     script with exit code 2, before anything is written."""
-    with flags.exits(2, ValueError, OSError):
+    with flags.exits(2, ValueError, OSError, no_memory=flags.SMALLER):
         device = setup.start(args, shared=True)
         images = setup.load(args, device)
         net = setup.build(args, images, takes_masks=True)

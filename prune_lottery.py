@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 
 import modelfile
+import models
 import training
 from harness import flags, presets, setup
 from harness.runfolder import Run, finished
@@ -190,10 +191,9 @@ def measure_time(run):
                            generator=seeded(args.seed, run.iteration))
     chosen = order[:TIME_IMAGES].to(run.device)
     sample = images._replace(x_train=images.x_train[chosen])
-    net.eval()  # in train mode the batch would set its statistics, and the running ones
-    with training.autocast(args):
+    # in train mode the batch would set its statistics, and the running ones
+    with models.evaluating(net), training.autocast(args):
         logits = torch.cat([net(x) for x in sample.inputs("train", args.batch_size)], 1)
-    net.train()
     kl = divergences(logits)
     found = early_time(kl, args.kl_ratio)
     run.say(f"  T' = {found} of {args.time_steps} steps; KL at t' = 2, ...: "
@@ -319,8 +319,7 @@ def fill_full_budget(args, explicit):
     if "epochs_prune" not in explicit and not args.smoke:
         args.epochs_prune = FULL_EPOCHS
     if "rounds" not in explicit and args.search == "imp" and not args.smoke:
-        nearest = min(FULL_ROUNDS, key=lambda listed: abs(listed - args.sparsity))
-        args.rounds = FULL_ROUNDS[nearest]
+        args.rounds = presets.nearest(FULL_ROUNDS, args.sparsity)
     if "epochs_finetune" not in explicit:
         # IMP's ticket starts at the rewind point, EB's at 0
         rewound = round(args.epochs_prune / REWIND) if args.search == "imp" else 0
@@ -358,7 +357,7 @@ def parse_args(argv):
 
 def set_up(args):
     """Return the run. What cannot work is exit code 2, before anything is written."""
-    with flags.exits(2, ValueError, OSError):
+    with flags.exits(2, ValueError, OSError, no_memory=flags.SMALLER):
         device = setup.start(args)
         images = setup.load(args, device)
         net = setup.build(args, images)

@@ -313,7 +313,7 @@ def check_scopes(args, masks):
 def set_up(args):
     """Return the run and its number of updates. What cannot work is exit code 2, before
     anything is written."""
-    with flags.exits(2, ValueError, OSError):
+    with flags.exits(2, ValueError, OSError, no_memory=flags.SMALLER):
         device = setup.start(args)
         images = setup.load(args, device)
         net = setup.build(args, images)

@@ -445,7 +445,7 @@ def parse_args(argv):
 
 def set_up(args):
     """Return the run. What cannot work is exit code 2, before anything is written."""
-    with flags.exits(2, ValueError, OSError):
+    with flags.exits(2, ValueError, OSError, no_memory=flags.SMALLER):
         device = setup.start(args)
         images = setup.load(args, device)
         net = setup.build(args, images)

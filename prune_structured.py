@@ -160,7 +160,7 @@ def complete(args, explicit):
     elif args.regen == 0:
         flags.set_unused(args, explicit, no_regeneration, "--regen 0")
     elif args.regen is None:
-        args.regen = rates[min(rates, key=lambda listed: abs(listed - ratio))]
+        args.regen = presets.nearest(rates, ratio)
 
     removal.complete_pretraining(args, explicit)
     if args.l1 == 0:

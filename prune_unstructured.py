@@ -162,7 +162,7 @@ def default_regen(sparsity, dataset):
     if sparsity == 0:
         return 0.0
     rates = presets.of(dataset, "unstructured")["regen_rates"]  # {sparsity: r}
-    return rates[min(rates, key=lambda listed: abs(listed - sparsity))]
+    return presets.nearest(rates, sparsity)
 
 
 def method_of(args):
@@ -236,7 +236,7 @@ def parse_args(argv):
 def set_up(args):
     """Return (the run, its number of mask updates). Flags that cannot work end the
     script with exit code 2, before anything is written."""
-    with flags.exits(2, ValueError, OSError):
+    with flags.exits(2, ValueError, OSError, no_memory=flags.SMALLER):
         device = setup.start(args, shared=True)
         images = setup.load(args, device)
         net = setup.build(args, images, takes_masks=True)

@@ -90,7 +90,9 @@ def write(data_dir, name, make):
             if path != places[-1] and wrong.errno in READ_ONLY:
                 refused = wrong
                 continue
-            raise refused or wrong
+            if refused is not None:  # what is wrong with the second place too
+                wrong.strerror = f"{reason(refused)}; {path}: {reason(wrong)}"
+            raise
         finally:
             _remove(temporary)
         if refused is not None:

@@ -255,12 +255,11 @@ def evaluate(forward, net, batches, args, total=lambda tensor: tensor):
     several processes each has its share of them, which may be empty. total(tensor):
     sums over the processes.
     """
-    names, was_training = list(models.lifs(net)), net.training
-    device = net.mean.device
+    names, device = list(models.lifs(net)), net.mean.device
     sums = torch.zeros(2, dtype=widest(device), device=device)
     samples = 0
-    net.eval()
-    with torch.inference_mode(), metrics.firing(net) as spikes:
+    with (torch.inference_mode(), models.evaluating(net),
+          metrics.firing(net) as spikes):
         for x, y in batches:
             with autocast(args):
                 logits = forward(x)
@@ -270,7 +269,6 @@ def evaluate(forward, net, batches, args, total=lambda tensor: tensor):
             right = (sums_over_time.argmax(1) == y).sum()
             sums += torch.stack([loss.to(sums) * len(y), right.to(sums)])
             samples += len(y)
-    net.train(was_training)
     sums = torch.cat([sums, sums.new_tensor([samples])])
     loss, correct, samples = total(sums).tolist()
     rows = [[int(n) for n in spikes.get(name, (0, 0))] for name in names]
@@ -308,14 +306,12 @@ def score_channels(net, pairs, args, metric="criticality", aggregate="max",
     def watch(name, spikes):
         spiked[name] = spiked[name] | spikes.transpose(0, 2).flatten(1).any(1)
 
-    was_training = net.training
-    net.eval()
     pairs = list(pairs)
     images = sum(len(y) for _, y in pairs)
     recorded = aggregate if metric == "criticality" else None
     for x, y in mine(pairs):
         with (torch.set_grad_enabled(metric == "gradient"), autocast(args),
-              metrics.hooks(neurons, after=watch),
+              models.evaluating(net), metrics.hooks(neurons, after=watch),
               models.recording(net, recorded) as found):
             loss = loss_over_time(net(x), y, args.loss)
         if metric == "gradient":
@@ -324,7 +320,6 @@ def score_channels(net, pairs, args, metric="criticality", aggregate="max",
         else:
             batch = torch.cat([found[group.lif] for group in groups.values()])
             scores = scores + batch * (len(y) / images)
-    net.train(was_training)
     scores = total(scores)
     spikes = total(torch.cat(list(spiked.values())).long())
     for name, part in zip(groups, scores.split(sizes)):

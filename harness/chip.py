@@ -90,14 +90,12 @@ def traffic(net, images):
         total = metrics.summed(spikes.flatten(0, 1)).cpu()
         seen.spikes[name] = seen.spikes.get(name, 0) + total
 
-    was_training = net.training
-    net.eval()
-    with (metrics.hooks(metrics.prunable_layers(net), before=arrive),
+    with (models.evaluating(net),
+          metrics.hooks(metrics.prunable_layers(net), before=arrive),
           metrics.hooks(models.lifs(net), after=fire)):
         for x in images.split(BATCH):
             last = None
             net(inputs.as_input(net, x))
-    net.train(was_training)
     return seen
 
 

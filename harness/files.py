@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout  # torch depends on it
+from filelock import FileLock, Timeout
 
 from harness import processes
 from harness.output import in_a_line
@@ -80,7 +80,8 @@ def write_whole(path, write, mode="w", before=None):
     """
     if processes.rank() > 0:
         return
-    temporary = path.with_name(path.name + ".tmp")
+    # its own: of two processes that write a file, each writes it whole
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     encoding = {}
     if "b" not in mode:  # a name that is no text, of a file, is written as its bytes
         encoding = dict(encoding="utf-8", errors="backslashreplace")
@@ -115,6 +116,13 @@ def why_not_drawn(path, draw):
         path.unlink(missing_ok=True)
         return in_a_line(error)
     return None
+
+
+def remove_unfinished(path):
+    """Remove what write_whole has left of a file where it was killed."""
+    for temporary in path.parent.glob(f"{path.name}*.tmp"):
+        with suppress(OSError):
+            temporary.unlink()
 
 
 # ---- reading -------------------------------------------------------------------------

@@ -38,7 +38,7 @@ NAMED_SIZES = dict(width="width", train_limit="limit", time_steps="time",
 NO_FLAGS = {"script", "commit", "commit_clean", "device_name", "threads", "processes",
             "compact", "data"}
 
-ROOT = Path(__file__).parent.parent  # where the scripts are
+SMALLER = "Try a smaller --width or --train-limit"  # the advice for too little memory
 
 SMOKE_IMAGES = 256  # at most, of the training set and of the test set, under --smoke
 
@@ -170,7 +170,8 @@ def make_parser(doc):
 class Parser(argparse.ArgumentParser):
     """argparse without its usage lines: a wrong flag is one line and exit code 2.
 
-    The result holds only the flags that were given. parse() adds the others.
+    A flag that has no default here is in the result only where it was given. parse()
+    adds the others.
     """
 
     def __init__(self, doc):
@@ -256,7 +257,7 @@ def parse(parser, argv, script, complete, run_name):
                   if flag not in not_kept}
         args = resolve(parser, given, config, script, complete)
     elif args.minutes is not None and may_be_made(folder, args):
-        words = [str(ROOT / f"prune_{script}.py"),
+        words = [str(planning.ROOT / f"prune_{script}.py"),
                  *(sys.argv[1:] if argv is None else map(str, argv))]
 
         def is_fit(chosen):
@@ -420,8 +421,9 @@ def read_config(folder, parser):
                if key not in known and not key.startswith("version_")]
     made_by = config.get("script") or "something else"
     if foreign and made_by == Path(parser.prog).stem:  # flags of an older version
-        print(f"note: {file} holds {', '.join(foreign)}, which {parser.prog} no longer "
-              f"has: left out")
+        if processes.rank() == 0:
+            print(f"note: {file} holds {', '.join(foreign)}, which {parser.prog} no "
+                  f"longer has: left out")
     elif foreign:
         raise ValueError(f"{file} holds {', '.join(foreign)}, which {parser.prog} does "
                          f"not know, expected the flags of a run of it; it was made by "
@@ -531,13 +533,14 @@ def number(low, high=math.inf, above=False):
 
 
 @contextmanager
-def exits(code, *errors, no_memory="Try a smaller --width or --train-limit"):
+def exits(code, *errors, no_memory="Free some memory, or use another machine"):
     """Turn errors inside into one line on stderr and an exit code.
 
     errors: the classes of exceptions that count. Besides them, four always count: a
     process that is gone or disagrees, too little memory, what a device lacks, and
     Ctrl-C (exit code 130).
-    no_memory: the advice for too little memory.
+    no_memory: the advice for too little memory; SMALLER, where the script has these
+    flags.
     """
     try:
         yield

@@ -87,7 +87,7 @@ def by_size(target):
 
 
 def gather(*folders):
-    """Return ({(setting, target, method): {seed: run}}, {name: why}), the runs below
+    """Return ({(setting, target, method): {seed: run}}, {place: why}), the runs below
     folders, and what is not finished there.
 
     Where runs of a method differ in more than the seed, its name says in what; of two
@@ -101,8 +101,7 @@ def gather(*folders):
                 run = records.read_run(place)
             except ValueError as error:
                 why, log = f"not finished: {error}", log_of(place)
-                name = str(place.relative_to(folder))
-                notes[name] = f"{why}; see {log}" if log.exists() else why
+                notes[str(place)] = f"{why}; see {log}" if log.exists() else why
                 continue
             key = setting_of(run), target_of(run), run.method
             found.setdefault(key, {})[run.folder] = run

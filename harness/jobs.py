@@ -5,7 +5,6 @@
     jobs.print_commands(planned)                  # of those that are left
     jobs.run_all(planned, at_a_time=4)
 """
-import os
 import shlex
 import subprocess
 import sys
@@ -20,6 +19,7 @@ import data
 from harness import planning
 from harness import presets
 from harness.files import saved_config
+from harness.machine import environment_for
 
 # Flags that the runs get as they are
 PASSED_ON = ("dataset", "data_dir", "width", "train_limit", "precision", "device")
@@ -221,8 +221,7 @@ def print_commands(jobs):
 def run_all(jobs, at_a_time):
     """Run all commands that are not finished, some at a time. One that fails is named,
     and the others go on."""
-    threads = max(1, (os.cpu_count() or 1) // at_a_time)
-    environment = os.environ | dict(OMP_NUM_THREADS=str(threads))
+    environment = environment_for(at_a_time)
     bar = tqdm(total=len(jobs), desc="compare", unit="run", dynamic_ncols=True)
 
     def start(job):

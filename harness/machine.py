@@ -1,4 +1,5 @@
 """The machine of a run: versions of the packages, the device, the memory."""
+import os
 import platform
 import re
 import shutil
@@ -70,14 +71,25 @@ def peak_memory_mib(device):
     return peak / 2**10
 
 
-def forbid_tf32():
-    """Let a GPU compute float32 in float32.
+def environment_for(at_a_time):
+    """Return the environment of processes of which so many run side by side: they share
+    the processors that this one may use. An OMP_NUM_THREADS that is set stays."""
+    usable = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # fewer, in an allocation of a cluster
+        usable = len(os.sched_getaffinity(0))
+    return {"OMP_NUM_THREADS": str(max(1, usable // at_a_time))} | os.environ
+
+
+def set_precision():
+    """Let a GPU compute float32 in float32, the reference for other precisions, and
+    the same each time.
 
     Without this, cuDNN convolutions round their inputs to the 10 bits of TF32 on NVIDIA
     cards since 2020, and torch's settings or the environment may let matmul do so.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 
 
 def is_out_of_memory(error):

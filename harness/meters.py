@@ -8,6 +8,8 @@ import time
 
 import torch
 
+import metrics
+import models
 from harness import processes
 from neurons import widest
 
@@ -132,7 +134,7 @@ class Pace:
         if self.began is None:
             is_warm = self.steps >= self.WARM_UP
             if is_warm or now - self.epoch_began > self.WARM_UP_SECONDS:
-                synchronize(self.device)
+                metrics.wait(self.device)
                 self.began, self.steps = time.monotonic(), 0
         elif self.steps >= self.STEPS or now - self.began > self.SECONDS:
             self.stop()
@@ -145,19 +147,13 @@ class Pace:
         if began is None or self.steps == 0:
             began, self.steps = self.epoch_began, self.steps_of_epoch
         if self.seconds is None and began is not None and self.steps > 0:
-            synchronize(self.device)
+            metrics.wait(self.device)
             self.seconds = (time.monotonic() - began) / self.steps
 
     def restart(self):
         """Measure from here, where an epoch begins or goes on."""
         self.steps, self.steps_of_epoch, self.began = 0, 0, None
         self.epoch_began = time.monotonic()
-
-
-def synchronize(device):
-    """Wait until a GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def seconds_of_evaluation(net, forward, images, batch_size, autocast):
@@ -169,13 +165,10 @@ def seconds_of_evaluation(net, forward, images, batch_size, autocast):
     """
     size = min(batch_size, len(images.x_test))
     x = next(images.inputs("test", size))
-    was_training, device = net.training, x.device
-    net.eval()
-    with torch.inference_mode(), autocast:
-        synchronize(device)
+    with torch.inference_mode(), models.evaluating(net), autocast:
+        metrics.wait(x.device)
         began = time.monotonic()
         forward(x)
-        synchronize(device)
+        metrics.wait(x.device)
         seconds = time.monotonic() - began
-    net.train(was_training)
     return seconds * len(images.x_test) / size

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.files import write_json
+from harness.machine import environment_for
 
 ROOT = Path(__file__).parent.parent
 
@@ -265,8 +266,7 @@ def try_all(jobs, at_a_time):
     side = min(at_a_time, len(jobs))
     count = math.ceil(len(firsts) / side) * side
     tried = list(itertools.islice(itertools.cycle(firsts.values()), count))
-    threads = max(1, (os.cpu_count() or 1) // at_a_time)
-    environment = os.environ | dict(OMP_NUM_THREADS=str(threads))
+    environment = environment_for(at_a_time)
     with ThreadPoolExecutor(side) as pool:
         try:
             measured = list(pool.map(lambda job: measure(job.words, environment),

@@ -175,20 +175,28 @@ def has_bars(figure):
 
 def by_layer(axis, methods, value, label):
     """Draw a number of each layer for each method, mean and deviation over the seeds.
+    A layer that a run has lost has no mean, NaN.
 
     methods: {method: runs}; value(run) returns {layer: number}. Returns the CSV's rows.
     """
     rows = []
-    for method, runs in methods.items():
-        found = [value(run) for run in runs]
-        names = list(found[0])
-        mean, std = spread([[layers[name] for name in names] for layers in found])
+    found = {method: [value(run) for run in runs] for method, runs in methods.items()}
+    names = names_of(layers for seeds in found.values() for layers in seeds)
+    for method, seeds in found.items():
+        mean, std = spread([[layers.get(name, np.nan) for name in names]
+                            for layers in seeds])
         plot(axis, range(len(names)), mean, std, method)
         rows += [dict(quantity=label, method=method, layer=name, mean=m, std=s)
                  for name, m, s in zip(names, mean, std)]
     layer_ticks(axis, names)
     axis.set_ylabel(label)
     return rows
+
+
+def names_of(found):
+    """Return the names of the layers in dicts {layer: value}, each once: a run may have
+    lost some of them."""
+    return list(dict.fromkeys(name for layers in found for name in layers))
 
 
 def layer_ticks(axis, names):

@@ -379,6 +379,11 @@ def changed_since(config):
     return ""
 
 
+def nearest(listed, value):
+    """Return what is listed, {number: anything}, for the number nearest to a value."""
+    return listed[min(listed, key=lambda number: abs(number - value))]
+
+
 def channel_rates(model):
     """Return the paper's regeneration rates of the channels of a network, {p: r}."""
     return CHANNEL_RATES.get(model, CHANNEL_RATES["small"])

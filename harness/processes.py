@@ -86,6 +86,11 @@ def _whole(name, default):
     return int(text) if _is_whole(text) else default
 
 
+def starter(ranks):
+    """Return the words that start a script in so many processes."""
+    return ["python"] if ranks == 1 else ["torchrun", f"--nproc-per-node={ranks}"]
+
+
 def require_one():
     """Raise ValueError if torchrun started several processes."""
     if size() > 1:

@@ -45,10 +45,12 @@ import metrics
 import modelfile
 from harness import flags
 from harness import presets
+from harness import processes
 from harness import published
 from harness import runfolder
 from harness import setup
 from harness.files import data_changes, data_of, save_arrays
+from harness.machine import set_precision
 
 WEIGHTS, CHANNELS = "weights", "channels"
 ALGORITHMS = ("prune_unstructured", "prune_structured")  # Algorithms 1 and 2
@@ -86,8 +88,7 @@ MEANINGLESS = {
 # The keys of config.json that change nothing in a run: they are no flags, or say only
 # where and on what it ran, what its epochs were chosen for, and how often it was
 # evaluated and saved
-NO_SETTINGS = flags.NO_FLAGS | {"run_dir", "device", "minutes", "tensorboard",
-                                "evaluate_every", "save_every"}
+NO_SETTINGS = flags.NO_FLAGS | flags.MAY_DIFFER | {"run_dir", "minutes"}
 # Keys of summary.json that older runs lack
 LATER_KEYS = {"as_published", "footprint_bytes", "neurobench"}
 
@@ -226,8 +227,9 @@ def analysis_of(run):
 
     Where there is no such file, a damaged one, one of another model.pt than is there
     now, or an older one without the keys *_published, it is computed from model.pt and
-    the images, in eval mode and without augmentation, and kept. A file whose network is
-    gone is returned as it is. K classes, C channels of a LIF layer:
+    the images, in eval mode and without augmentation, and kept where the folder can be
+    written to. A file whose network is gone is returned as it is. K classes, C channels
+    of a LIF layer:
 
         variance              [K]  intra-cluster variance of each class, test set
         similarity            [K]  cosine of its mean features in training and test set
@@ -271,14 +273,20 @@ def _current_analysis(run):
             return old
         raise
     found["made_from"] = np.array(now)
-    save_arrays(path, found)
-    if wrong:
-        print(f"note: {path} {wrong}: made anew")
+    try:
+        save_arrays(path, found)
+    except OSError as error:  # the numbers are here; the next time they are computed
+        reason = str(error).partition(", expected ")[0]
+        print(f"note: {reason}; the analysis is not kept")
+    else:
+        if wrong:
+            print(f"note: {path} {wrong}: made anew")
     return found
 
 
 def analyse(run):
     """Compute what analysis_of() describes. Raises Unfit."""
+    set_precision()  # what is kept must not depend on the machine's TF32
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         packed = modelfile.read(run.folder / "model.pt")
@@ -440,7 +448,7 @@ def paper_rate(run):
         target = config.get("prune_ratio")
     if target is None:  # --target-macs: as in prune_structured.py, the first one
         return next(iter(rates.values()))
-    return rates[min(rates, key=lambda listed: abs(listed - target))]
+    return presets.nearest(rates, target)
 
 
 def runs_of(group, method):
@@ -548,9 +556,7 @@ def command_of(run):
         usual["weight_decay"] = None  # always written: it differs between scripts
     own = presets.of(run.config["dataset"], run.script.removeprefix("prune_"))
     usual |= {flag: own[flag] for flag in ("optimizer", "schedule")}
-    ranks = run.config.get("processes", 1)
-    starter = ["python"] if ranks == 1 else ["torchrun", f"--nproc-per-node={ranks}"]
-    words = [*starter, f"{run.script}.py"]
+    words = [*processes.starter(run.config.get("processes", 1)), f"{run.script}.py"]
     implied = published.implied(run.config)
     for flag, value in run.config.items():
         name = flag.replace("_", "-")

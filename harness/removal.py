@@ -16,7 +16,7 @@ import torch
 import channels
 import metrics
 import training
-from harness import board, files, flags, presets, processes, setup
+from harness import files, flags, presets, processes, setup
 from harness.runfolder import Run
 from masks import count
 
@@ -55,7 +55,7 @@ def set_up(args, least=channels.fewest, check=None, **epochs):
     check(stages): may raise ValueError; None: there is nothing more to check.
     epochs: the length of each stage.
     """
-    with flags.exits(2, ValueError, OSError):
+    with flags.exits(2, ValueError, OSError, no_memory=flags.SMALLER):
         device = setup.start(args, shared=True)
         images = setup.load(args, device)
         net = setup.build(args, images, files.saved_widths(args))
@@ -149,10 +149,7 @@ def log_update(run, target, before, cut, choice, **more):
                sparsity=1 - count(choice.kept) / total, pruned=n_cut,
                regenerated=count(choice.regenerated), survived=survived, layers=layers,
                **more)
-    run.updates.append(row)
-    files.write_lines(run.folder / "updates.jsonl", run.updates)
-    if run.board is not None:
-        board.add_update(run.board, row)
+    run.add_update(row)
     small = channels.remove(run.net, kept)
     run.notes["sparsity"] = channels.sparsity(run.net, small)
     words = "".join(f"  {key} {value:,}" for key, value in more.items())

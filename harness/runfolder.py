@@ -84,7 +84,7 @@ def finished(args):
     path = Path(args.run_dir, "summary.json")
     if not args.resume or not path.exists():
         return None
-    with flags.exits(2, ValueError, OSError):
+    with flags.exits(2, ValueError, OSError, no_memory=flags.SMALLER):
         try:
             summary = json.loads(path.read_text())
             result = (f"test accuracy {100 * summary['test_accuracy']:.2f} %, "
@@ -160,17 +160,22 @@ class Run:
         self.seconds = 0.0  # of the current epoch, before the run was resumed
         known = json.dumps(files.data_of(images)).encode()
         processes.agree("the data", torch.tensor(list(known), dtype=torch.uint8))
-        self._open()
-        if self.net.start_note:
-            self.notes["init"] = self.net.start_note
-            if self.masks is not None:
-                self.notes["first_sparsity"] = self.masks.sparsity
-        position = torch.tensor([self.epoch, self.step, self.iteration])
-        processes.agree("the position", position)
-        self.board = None  # for TensorBoard
-        if args.tensorboard and processes.rank() == 0:
-            self.board = board.open_anew(self.folder, self.rows, self.updates)
-        self.watch = Watch(self.net, device)
+        self.lock = self.board = None  # of the folder; for TensorBoard
+        try:
+            self._open()
+            if self.net.start_note:
+                self.notes["init"] = self.net.start_note
+                if self.masks is not None:
+                    self.notes["first_sparsity"] = self.masks.sparsity
+            position = torch.tensor([self.epoch, self.step, self.iteration])
+            processes.agree("the position", position)
+            if args.tensorboard and processes.rank() == 0:
+                self.board = board.open_anew(self.folder, self.rows, self.updates)
+            self.watch = Watch(self.net, device)
+        except BaseException:
+            self._leave_nothing()
+            self._let_go()
+            raise
         self.pace, self.says_length = Pace(device), True
         shows_bar = sys.stderr.isatty() and processes.rank() == 0
         self.bar = tqdm(total=self.total_steps, initial=self.iteration, unit="step",
@@ -242,10 +247,7 @@ class Run:
                 self._leave_nothing()
             raise
         finally:
-            if self.board is not None:
-                self.board.close()
-            files.release(self.lock)
-            self._remove_folders()
+            self._let_go()
 
     def epochs(self, stage=None):
         """Yield the epochs that are left, counted over all stages from 0.
@@ -356,14 +358,19 @@ class Run:
         for key, values in (layers or {}).items():
             for layer, value in zip(row["layers"], values):
                 layer[key] = value
-        self.updates.append(row)
-        write_lines(self.folder / "updates.jsonl", self.updates)
-        if self.board is not None:
-            board.add_update(self.board, row)
+        self.add_update(row)
         self.say(f"  update {row['update']:>3}  pruned {row['pruned']:,}  regenerated "
                  f"{row['regenerated']:,}  sparse {100 * row['sparsity']:.1f} %")
         if masks_hold:
             self.verify(keep, may_be_empty)
+
+    def add_update(self, row):
+        """Write an update to updates.jsonl, and for TensorBoard. row: a dict of plain
+        values."""
+        self.updates.append(row)
+        write_lines(self.folder / "updates.jsonl", self.updates)
+        if self.board is not None:
+            board.add_update(self.board, row)
 
     def end_epoch(self, sparsity=None, masks_hold=True):
         """Evaluate, print the epoch, write it to metrics.jsonl, and save a checkpoint,
@@ -556,22 +563,19 @@ class Run:
         taken = self._is_taken()
         self.made = [path for path in (self.folder, *self.folder.parents)
                      if not path.exists()]
-        self.lock = None
-        try:
-            self.lock = processes.rank_0_first(
-                lambda: files.acquire(self.folder) if processes.rank() == 0 else None)
-            taken = self._is_taken()  # another process may have been faster
-            self.is_new = not taken
-            if taken and self.args.resume:
-                self._restore()
-            else:
-                config = self._config()
-                processes.largest(0)  # all ranks have looked before one of them writes
-                write_json(self.folder / "config.json", config, before=self._clear)
-        except BaseException:
-            files.release(self.lock)
-            self._remove_folders()
-            raise
+        self.lock = processes.rank_0_first(
+            lambda: files.acquire(self.folder) if processes.rank() == 0 else None)
+        taken = self._is_taken()  # another process may have been faster
+        self.is_new = not taken
+        if processes.rank() == 0:  # what a run that was killed had begun to write
+            for name in FILES:
+                files.remove_unfinished(self.folder / name)
+        if taken and self.args.resume:
+            self._restore()
+        else:
+            config = self._config()
+            processes.largest(0)  # all ranks have looked before one of them writes
+            write_json(self.folder / "config.json", config, before=self._clear)
 
     def _leave_nothing(self):
         """After an error before the first step, remove what this run has written, if
@@ -583,8 +587,12 @@ class Run:
             with suppress(OSError):
                 board.remove(self.folder)
 
-    def _remove_folders(self):
-        """Remove the folders that this run has made, those that are empty."""
+    def _let_go(self):
+        """Unlock the folder. Remove the folders that this run has made, those that are
+        empty."""
+        if self.board is not None:
+            self.board.close()
+        files.release(self.lock)
         if processes.rank() == 0:
             with suppress(OSError):  # one is not empty, or was never made
                 for path in self.made:
@@ -777,14 +785,23 @@ class Run:
             yield
         except Stopped:
             self.bar.close()
-            resume = [sys.argv[0], "--resume", "--run-dir", self.args.run_dir]
             self.say(f"stopped after iteration {self.iteration}, saved. Go on with: "
-                     f"python {shlex.join(resume)}")
+                     f"{self._resume_command()}")
             raise SystemExit(128 + self.stopped_by) from None
         finally:
             self.bar.close()
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def _resume_command(self):
+        """Return the command that goes on with this run, in as many processes, and on
+        its device where that is not the one that would be chosen."""
+        args = self.args
+        words = [*processes.starter(processes.size()), sys.argv[0], "--resume",
+                 "--run-dir", args.run_dir]
+        if args.device != str(setup.choose_device(None)):
+            words += ["--device", args.device]
+        return shlex.join(words)
 
     def _is_worth_saving(self, is_stage_end):
         """Return whether the end of an epoch is saved: at the end of a stage, and where

@@ -26,7 +26,7 @@ import plans
 import training
 from harness import board, files, processes, published
 from harness.flags import PLACES, SMOKE_IMAGES
-from harness.machine import forbid_tf32
+from harness.machine import set_precision
 
 
 def start(args, shared=False):
@@ -71,8 +71,7 @@ def start(args, shared=False):
     if args.compile:
         require_compiler(device)
     torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = True  # the same seed gives the same run
-    forbid_tf32()  # fp32 is the reference for the other precisions
+    set_precision()
     if processes.size() > 1 and args.device == "cuda":
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)

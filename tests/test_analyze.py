@@ -22,6 +22,7 @@ import analyze
 import metrics
 import models
 import prune_unstructured
+from harness import files
 from harness import jobs
 from harness import plots
 from harness import records
@@ -751,6 +752,35 @@ def test_a_damaged_analysis_is_made_again_where_the_network_is(there, capsys):
     assert capsys.readouterr().out == f"note: {folder}/analysis.npz is damaged: made anew\n"
 
 
+def test_an_analysis_is_computed_in_float32_and_the_same_each_time(there, monkeypatch):
+    """Of a process that has started no run: torch lets cuDNN take TF32."""
+    folder = Path("runs/demo/channels-slimming")
+    (folder / "analysis.npz").unlink()
+    cudnn = torch.backends.cudnn
+    monkeypatch.setattr(cudnn, "allow_tf32", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+    records.analysis_of(records.read_run(folder))
+    assert not cudnn.allow_tf32 and cudnn.deterministic
+
+
+def test_an_analysis_that_cannot_be_kept_is_used(there, monkeypatch, capsys):
+    folder = Path("runs/demo/channels-slimming")
+    kept = records.analysis_of(records.read_run(folder))
+    path = folder / "analysis.npz"
+    path.unlink()
+
+    def refuse(*_):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(files.os, "replace", refuse)
+    capsys.readouterr()
+    found = records.analysis_of(records.read_run(folder))
+    assert capsys.readouterr().out == (f"note: {path} cannot be written (Read-only file system); "
+                                       f"the analysis is not kept\n")
+    assert found.keys() == kept.keys() and not path.exists()
+    assert all(np.array_equal(found[name], kept[name]) for name in kept)
+
+
 def test_an_older_analysis_without_its_network_is_drawn_by_one_normalisation(there, capsys):
     folder = Path("runs/demo/channels-slimming")
     old = without_published(folder)
@@ -1113,6 +1143,34 @@ def test_classes_have_names():
     assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["dog", "cat"]
     assert [(row["label"], row["class"]) for row in rows[:2]] == [(1, "dog"), (0, "cat")]
     assert report.table_of("variance", analyze.TABLES["variance"], rows).head == ["", "dog", "cat"]
+
+
+def test_a_layer_that_some_runs_have_lost_stands_at_its_own_name():
+    def run(method, seed, layers):
+        found = fake(method, seed, regen=0.5 * (method == "criticality"))
+        found.files["analysis"] = {
+            f"{kind}/{name}": np.full(2 if kind == "criticality" else (), value)
+            for kind in ("rate", "sops", "criticality") for name, value in layers.items()}
+        return found
+
+    whole = dict(lifs_0=1.0, lifs_1=2.0, lifs_2=3.0, lif_fc=4.0)
+    runs = [run(method, seed, whole) for method in ("dense", "gmp") for seed in (0, 1)]
+    runs += [run("criticality", 0, {name: whole[name] for name in ("lifs_0", "lifs_2", "lif_fc")}),
+             run("criticality", 1, {name: whole[name] for name in ("lifs_0", "lif_fc")})]
+    for draw in (analyze.activity, analyze.criticality):
+        figure, rows, used, _ = draw(runs)
+        axis = figure.axes[0]
+        assert len(used) >= 4
+        assert [text.get_text() for text in axis.get_xticklabels()] == list(whole)
+        for row in rows:
+            key = "mean" if "mean" in row else "criticality"
+            factor = 1e-3 if "(k)" in row.get("quantity", "") else 1
+            assert row[key] == factor * whole[row["layer"]] or (
+                np.isnan(row[key]) and row["method"] == "criticality"
+                and row["layer"] in ("lifs_1", "lifs_2"))
+    boxes = {(round(line.get_xdata().mean(), 1), line.get_ydata().mean())
+             for line in axis.lines if len(line.get_xdata()) > 2}
+    assert boxes == {(-0.2, 1), (0.8, 2), (1.8, 3), (2.8, 4), (0.2, 1), (2.2, 3), (3.2, 4)}
 
 
 # ---- commands ------------------------------------------------------------------------------------

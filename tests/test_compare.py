@@ -213,7 +213,7 @@ def test_a_run_that_fails_is_a_row_and_the_rest_goes_on(few, two_methods, monkey
     assert setting == ("weights: few, small, T = 2, 1 + 1 epochs, width 0.25, batch size 16")
     assert {row["method"] for row in rows} == {"dense", "gmp"}
     text = Path("out/compare.md").read_text()
-    assert ("- random-0.9-seed0: not finished: it is no run: it has no config.json; "
+    assert ("- out/random-0.9-seed0: not finished: it is no run: it has no config.json; "
             "see out/random-0.9-seed0.log" in text)
     log = Path("out/random-0.9-seed0.log").read_text()
     assert log.startswith("python prune_unstructured.py --metric random --lr inf")
@@ -354,14 +354,17 @@ def test_runs_are_found_at_any_depth_and_in_several_folders():
         written(f"study/one/g{seed}", seed=seed, accuracy=0.8)
         written(f"again/g{seed}", seed=seed, accuracy=0.7)
         written(f"deep/er/r{seed}", "random", seed, regen=0.5)
-    Path("logs/deep/er/stopped.log").write_text("")
+    for log in ("logs/deep/er/stopped.log", "logs/again/er/stopped.log"):
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
+        Path(log).write_text("")
     found, notes = groups.gather(Path("logs/study"), Path("logs/deep"), Path("logs/again"))
     assert {name: sorted(runs) for (_, _, name), runs in found.items()} == dict(
         gmp=[0, 1], random=[0, 1])
     (gmp,) = (runs for (_, _, name), runs in found.items() if name == "gmp")
     assert gmp[0].folder == Path("logs/study/one/g0")  # of two alike that of the first folder
-    assert notes == {"er/stopped": "not finished: it is no run: it has no config.json; see "
-                                   "logs/deep/er/stopped.log"}
+    why = "not finished: it is no run: it has no config.json; see"
+    assert notes == {place: f"{why} {place}.log"
+                     for place in ("logs/deep/er/stopped", "logs/again/er/stopped")}
     compare.main(["--runs", "logs/study", "logs/deep"])
     made = Path("logs/study/compare.csv").read_text()
     assert not Path("logs/deep/compare.csv").exists()

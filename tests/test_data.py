@@ -11,6 +11,7 @@ import pickle
 import struct
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ import torch
 from PIL import Image, ImageOps
 
 import data
+import folders
 import sources
 from helpers import (BAD_ARRAYS, BAD_FILES, BAD_FOLDERS, BAD_IDX, BAD_TINY, NUMPY_RNG, TINY,
                      everything_in, good_arrays, make_cifar, make_folder, make_mnist,
@@ -401,6 +403,21 @@ def test_val_beside_a_labelled_test_is_not_used(tmp_path, capsys):
     make_folder(tmp_path, "val")
     assert len(data.load(str(tmp_path)).x_test) == 6
     assert "folders left out, since test is there: 1 (val)" in notes_of(capsys)
+
+
+def test_a_folder_that_is_read_by_another_spelling_is_not_left_out(tmp_path, monkeypatch):
+    """Where letters are of one case, as on a Mac, `Train` is listed and read as train."""
+    make_folder(tmp_path)
+    there = [SimpleNamespace(path=f"{tmp_path}/test/../train", name="Train", is_dir=lambda: True),
+             SimpleNamespace(path=str(tmp_path / "test"), name="test", is_dir=lambda: True)]
+    monkeypatch.setattr(folders, "_scan", lambda *_: there)
+    notes = {}
+    folders._note_others(tmp_path, notes, {tmp_path / "train", tmp_path / "test", tmp_path / "val"})
+    assert notes == {}
+    (tmp_path / "same").symlink_to("train")  # a link is another one, and not read
+    there.append(SimpleNamespace(path=str(tmp_path / "same"), name="same", is_dir=lambda: True))
+    folders._note_others(tmp_path, notes, {tmp_path / "train", tmp_path / "test"})
+    assert notes == {folders.BESIDE: [str(tmp_path / "same")]}
 
 
 def test_what_lies_beside_train_and_test_is_counted(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Event data: recordings in the real format of each set, binning by hand, the cache, and frames
 through every script. What needs tonic is skipped where requirements-events.txt is not installed."""
+import errno
 import json
 import os
 import shutil
@@ -477,6 +478,21 @@ def test_made_anew_is_said_only_of_what_is_made(monkeypatch, capsys):
     (home / events.MADE_FROM).write_text("30 recordings abc\n")
     assert len(events.load("n-mnist", "data", 4)[1]) == 20
     assert "other recordings" not in capsys.readouterr().out
+
+
+def test_a_cache_that_fits_into_neither_place_says_why_of_both(monkeypatch):
+    beside, home = sources.cache_places("data", "few")
+
+    def make(path):
+        if path.parent == beside.parent:
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with pytest.raises(OSError) as error:
+        sources.write("data", "few", make)
+    assert error.value.errno == errno.ENOSPC
+    assert sources.reason(error.value) == (
+        f"Read-only file system; {home}: No space left on device")
 
 
 def test_frames_of_recordings_that_are_read_only(tonic, capsys, monkeypatch):

@@ -618,9 +618,6 @@ def test_float32_is_float32(monkeypatch):
         args = flags_of(device="cpu", sync_bn=False, compile=False, seed=0, resume=False)
         assert setup.start(args).type == "cpu"
         assert not matmul.allow_tf32 and not cudnn.allow_tf32
-        matmul.allow_tf32 = cudnn.allow_tf32 = True
-        machine.forbid_tf32()
-        assert not matmul.allow_tf32 and not cudnn.allow_tf32
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
 
@@ -630,7 +627,7 @@ def test_float32_is_float32(monkeypatch):
 
 def twins(name="small"):
     """A network on the CPU and the same one on the GPU, each with masks and optimizer."""
-    machine.forbid_tf32()
+    machine.set_precision()
     made = []
     for device in ("cpu", "cuda"):
         torch.manual_seed(0)

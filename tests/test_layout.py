@@ -76,6 +76,19 @@ def test_the_root_holds_the_library_the_scripts_and_the_reader_s_test():
         assert (ROOT / name).is_file()
 
 
+def test_what_is_imported_at_the_start_is_in_the_requirements():
+    """Each with a lower bound: a package that another one brings may be too old for us."""
+    found = set()
+    for path in product_files():
+        for node in ast.parse(path.read_text()).body:
+            found |= {module.split(".")[0] for module in modules_of(node)}
+    found -= sys.stdlib_module_names | LIBRARY | SCRIPTS | {"harness"}
+    bounded = {"triton"}  # torch brings its own
+    for path in ROOT.glob("requirements*.txt"):
+        bounded |= set(re.findall(r"^(\w+)>=", path.read_text(), re.M))
+    assert {"torch", "filelock"} <= found <= bounded
+
+
 def test_triton_is_imported_by_one_file_that_is_imported_where_it_is_needed():
     """Not every machine has Triton, and few that have it need it."""
     for path in product_files():

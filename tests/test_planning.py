@@ -143,6 +143,10 @@ def test_the_pace_leaves_out_the_first_steps(monkeypatch):
     steps(pace, 3, 1)
     pace.stop()
     assert pace.seconds == 2
+    waited = []  # of each accelerator: it works on while the clock is read
+    monkeypatch.setattr(torch.accelerator, "synchronize", waited.append)
+    steps(meters.Pace(torch.device("mps")), 2, 1, 1, *[0.5] * 20)
+    assert waited == [torch.device("mps")] * 2
 
 
 # ---- --minutes -----------------------------------------------------------------------------------
@@ -315,12 +319,14 @@ def test_a_damaged_choice_is_one_line(text, capsys):
     ("abc", 1, "abc"), ("abcde", 2, "abcdea"), ("aaaa", 4, "aaaa"), ("ab", 4, "ab")])
 def test_trials_run_side_by_side_as_the_runs_will(names, at_a_time, trials, monkeypatch):
     started, side = [], min(at_a_time, len(names))
+    monkeypatch.delenv("OMP_NUM_THREADS")  # of conftest.py
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
     together = threading.Barrier(side)
 
     def measured(words, environment):
         together.wait(timeout=20)  # as many as the runs will be
         started.append(Path(words[1]).stem)
-        assert int(environment["OMP_NUM_THREADS"]) == max(1, (os.cpu_count() or 1) // at_a_time)
+        assert int(environment["OMP_NUM_THREADS"]) == 6 // at_a_time
         return QUICK
 
     monkeypatch.setattr(planning, "measure", measured)

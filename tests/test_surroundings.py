@@ -33,8 +33,8 @@ import prune_structured
 import prune_unstructured
 import sources
 import training
-from harness import (machine, meters, output, plots, processes, report, runfolder,
-                     setup)
+from harness import (machine, meters, output, plots, processes, records, report,
+                     runfolder, setup)
 
 ROOT = Path(__file__).parent.parent
 OTHERS = ("analyze", "compare", "benchmark", "compact", "export")
@@ -574,7 +574,7 @@ def test_a_flag_like_none(capsys):
     assert "--help lists all flags" in refused(capsys, prune_unstructured.main, "word")
 
 
-def test_foreign_keys_of_a_config_are_named(capsys):
+def test_foreign_keys_of_a_config_are_named(monkeypatch, capsys):
     Path("r").mkdir()
     for config, named in ((dict(arch="vgg", lr=0.1, workers=4), "arch, workers"),
                           (dict(sparsty=0.5, sparsity=0.9), "sparsty"),
@@ -591,7 +591,11 @@ def test_foreign_keys_of_a_config_are_named(capsys):
     # a flag of an earlier version of the same script
     Path("r/config.json").write_text(json.dumps(config | dict(script="prune", warmup=3)))
     assert run("--resume") == summary
-    assert "r/config.json holds warmup, which prune.py no longer has" in capsys.readouterr().out
+    note = "r/config.json holds warmup, which prune.py no longer has"
+    assert note in capsys.readouterr().out
+    monkeypatch.setattr(processes, "rank", lambda: 1)  # one process says it for all
+    run("--resume")
+    assert note not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("config, words", [
@@ -641,6 +645,7 @@ def full(*_, **__):
 @pytest.mark.parametrize("owner, name, act, code", [
     (data, "load", no_memory, 2), (models, "build", no_memory, 2), (setup, "start", full, 2),
     (runfolder.Run, "_config", no_memory, 2), (runfolder, "write_json", full, 2),
+    (runfolder, "Watch", no_memory, 2),
     (runfolder.Run, "_say_header", no_memory, 1), (setup, "forward_of", no_memory, 1)])
 def test_no_memory_and_no_disk_at_the_start_leave_nothing(
         owner, name, act, code, monkeypatch, capsys):
@@ -659,12 +664,57 @@ def test_a_mistake_before_the_first_step_leaves_nothing(monkeypatch):
     assert not Path("new").exists()
 
 
-def test_an_error_of_a_run_that_replaces_another_keeps_its_folder(monkeypatch, capsys):
+def test_the_advice_for_too_little_memory_is_one_that_the_script_knows(monkeypatch, capsys):
+    monkeypatch.setattr(records, "read_runs", no_memory)
+    error = refused(capsys, analyze.main, "--runs", "r", code=2)
+    assert "Free some memory, or hide the GPU: CUDA_VISIBLE_DEVICES=" in error
+    monkeypatch.setattr(setup, "choose_device", no_memory)
+    error = refused(capsys, benchmark.main, code=2)
+    assert "Free some memory, or use another machine" in error and "--width" not in error
+
+
+def test_an_error_of_a_run_that_resumes_or_replaces_another_keeps_its_folder(monkeypatch, capsys):
     run()
-    monkeypatch.setattr(setup, "forward_of", no_memory)
-    with pytest.raises(SystemExit):
-        run("--overwrite")
-    assert Path("r/config.json").exists() and not Path("r/.lock").exists()
+    Path("r/summary.json").unlink()
+    for flag in ("--resume", "--overwrite"):
+        for owner, name in ((runfolder, "Watch"), (setup, "forward_of")):
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, no_memory)
+                with pytest.raises(SystemExit):
+                    run(flag)
+            assert Path("r/config.json").exists() and not Path("r/.lock").exists()
+            assert Path("r/checkpoint.pt").exists() == (flag == "--resume")
+
+
+# ---- other processes -----------------------------------------------------------------------------
+
+
+def test_processes_side_by_side_share_what_this_one_may_use(monkeypatch):
+    """Two processors of 64 are an allocation of two; what the user has set stays."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 7}, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    threads = [machine.environment_for(n)["OMP_NUM_THREADS"] for n in (1, 2, 4)]
+    assert threads == ["2", "1", "1"]
+    monkeypatch.delattr(os, "sched_getaffinity")  # as on a Mac
+    assert machine.environment_for(4)["OMP_NUM_THREADS"] == "16"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert machine.environment_for(1) == dict(os.environ)
+
+
+def test_the_command_that_goes_on_keeps_the_device_and_the_processes(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prune.py"])
+
+    def command(device):
+        run = SimpleNamespace(args=SimpleNamespace(run_dir="my r", device=device))
+        return runfolder.Run._resume_command(run)
+
+    assert command("cpu") == "python prune.py --resume --run-dir 'my r'"
+    monkeypatch.setattr(setup, "choose_device", lambda name: torch.device("cuda"))
+    assert command("cuda") == "python prune.py --resume --run-dir 'my r'"
+    assert command("cpu") == "python prune.py --resume --run-dir 'my r' --device cpu"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert command("cuda") == "torchrun --nproc-per-node=2 prune.py --resume --run-dir 'my r'"
 
 
 # ---- before torch is there -----------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """What belongs to a network and travels with it: normalisation, names, masks. Its use: predict,
 keep_zeros, what it refuses, and --init from a pruned network or one of other classes."""
+import contextlib
 import copy
 import gc
 import json
+import os
 import re
 import shutil
 import sys
@@ -20,6 +22,7 @@ import channels
 import compact
 import data
 import inputs
+import metrics
 import modelfile
 import models
 import prune_granet
@@ -32,7 +35,8 @@ import prune_pq
 import prune_sdsnn
 import prune_structured
 import prune_unstructured
-from harness import setup
+import training
+from harness import chip, meters, setup
 from harness.runfolder import Run
 from helpers import assert_same_run, let_fire, lines, refused, stop_after
 from masks import Masks
@@ -108,6 +112,17 @@ def test_a_state_dict_has_the_class_names():
     net.class_names = None
     twin.load_state_dict(net.state_dict())
     assert twin.class_names is None
+
+
+def test_a_class_name_that_is_no_text():
+    """A folder may have a name in Latin-1: Python has it as a letter without a code of its own."""
+    net = network(classes=3)
+    net.class_names = ["cat", os.fsdecode(b"caf\xe9"), "鳥"]
+    twin = models.build(**net.config).eval()
+    twin.load_state_dict(net.state_dict())
+    assert twin.class_names == net.class_names
+    torch.save(modelfile.pack(net), "model.pt")
+    assert models.load("model.pt").class_names == net.class_names
 
 
 @pytest.mark.parametrize("state, words", [
@@ -226,6 +241,39 @@ def test_prediction_leaves_the_network_as_it_was():
     net.class_names = ["cat", "dog", "eel"]
     found = models.predict(net, pixels())
     assert found.names == [net.class_names[k] for k in found.classes]
+
+
+ARGS = SimpleNamespace(precision="fp32", device="cpu", loss="ce")
+LABELS = torch.tensor([0, 1, 2, 0, 1])
+USES = {  # each looks at a network in eval mode
+    "predict": lambda net: models.predict(net, pixels()),
+    "count": lambda net: metrics.count(net, [pixels()]),
+    "evaluate": lambda net: training.evaluate(net, net, [(pixels(), LABELS)], ARGS),
+    "score_channels": lambda net: training.score_channels(net, [(pixels(), LABELS)], ARGS),
+    "traffic": lambda net: chip.traffic(net, pixels()),
+    "seconds_of_evaluation": lambda net: meters.seconds_of_evaluation(
+        net, net, SimpleNamespace(x_test=pixels(), inputs=lambda *_: iter([pixels()])), 5,
+        contextlib.nullcontext())}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_each_module_is_in_its_own_mode_after_a_look_at_the_network(use):
+    net = network().train()
+    net.convs[0].bn.eval()  # as a user freezes it
+    modes, seen = [module.training for module in net.modules()], []
+    handle = net.register_forward_pre_hook(lambda *_: seen.append(net.training))
+    use(net)
+    assert [module.training for module in net.modules()] == modes
+    assert seen and not any(seen)
+
+    def fail(*_):
+        raise RuntimeError("broken")
+
+    handle.remove()
+    net.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        use(net)
+    assert [module.training for module in net.modules()] == modes
 
 
 def test_logits_are_summed_as_float32():
