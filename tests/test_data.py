@@ -596,7 +596,7 @@ CONVERSIONS = {  # what x_train becomes; the way back that the message names, or
     "0..1": (lambda x: x / 255, "x = (255 * x).round().astype('uint8')"),
     "float32": (lambda x: x.astype(np.float32) / 255, "x = (255 * x).round().astype('uint8')"),
     "0..255": (lambda x: x.astype(float), "x = x.round().astype('uint8')"),
-    "normalised": (lambda x: x / 128 - 1.0, "its values are -1 to "),
+    "normalised": (lambda x: np.where(x < 128, -1.0, 1.0), "its values are -1 to 1, undo what"),
     "not finite": (lambda x: x * np.nan, "remove what is not finite"),
     "16 bits": (lambda x: x.astype(np.uint16) * 257, "divide them by 256, then"),
     "channels first": (lambda x: x.transpose(0, 3, 1, 2), "x = x.transpose(0, 2, 3, 1)"),
