@@ -33,6 +33,7 @@ how it is counted), by the rates of a copy and of a matrix product, measured her
 import json
 import math
 import multiprocessing
+import os
 import re
 import statistics
 import subprocess
@@ -56,7 +57,7 @@ from harness import flags, plots, processes, roofline, setup
 from harness.files import write_json, write_whole
 from harness.frameworks import (Floor, SnnTorch, SpikingJelly, SpikingJellyFused,
                                 over_time, spikingjelly_kernels)
-from harness.machine import device_name, environment_for, set_precision
+from harness.machine import device_name, set_precision, threads_each
 from harness.output import in_a_line
 from kernels import FastLIF
 from masks import Masks, seeded
@@ -777,7 +778,7 @@ def torchrun(count, device):
                    "--run-dir", f"{folder}/run", "--epochs-prune", "3",
                    "--epochs-finetune", "0", "--device", device.type]
         done = subprocess.run(command, capture_output=True, text=True, cwd=root,
-                              env=environment_for(count))
+                              env=os.environ | threads_each(count))
         if done.returncode:
             said = done.stderr.strip().splitlines() or ["no message"]
             print(f"torchrun with {count} processes failed: {said[-1]}",

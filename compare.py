@@ -629,7 +629,8 @@ def chosen_epochs(args, frames):
 
 def main(argv=None):
     args = parse_args(argv)
-    with flags.exits(2, ValueError, OSError, no_memory=flags.SMALLER):
+    known = {} if args.runs else dict(no_memory=flags.SMALLER)
+    with flags.exits(2, ValueError, OSError, **known):
         processes.require_one()
         if args.runs is None:
             frames, usual = None, presets.of(args.dataset)

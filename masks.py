@@ -434,9 +434,10 @@ def count(mask):
 
 
 def ceil_share(share, whole):
-    """Return the share of a whole number, rounded up. What rounding has put just above
-    a whole number is that number: 0.56 of 25 is 14.000000000000002, and 14."""
-    return ceil(share * whole - 1e-9 * whole)
+    """Return the share of a whole number, rounded up. What floating point has put just
+    above a whole number is that number: 0.56 * 25 is 14.000000000000002, and gives 14.
+    """
+    return ceil(share * whole - 1e-12 * whole)
 
 
 def momenta(optimizer, tensor):

@@ -93,8 +93,8 @@ def run_name(args):
 
 
 def complete(args, explicit):
-    """Check the flags."""
-    if args.death_rate < LOWEST_RATE:
+    """Refuse a rate that would rise, where it is not that of an older run."""
+    if args.death_rate < LOWEST_RATE and "death_rate" not in explicit.kept:
         raise ValueError(
             f"--death-rate is {args.death_rate:g}, expected at least {LOWEST_RATE:g}, "
             f"to which it falls. Raise it")

@@ -448,6 +448,8 @@ def set_up(args):
                               finetune=args.epochs_finetune)
         if args.price is None:
             args.price = default_price(args)
+            if args.mode == "paper":  # all that it was for
+                args.sparsity = None
         if args.mask_lr is None:
             args.mask_lr = default_mask_lr(args, stages.steps("prune"))
         # INTERPRETATION: beside SGD the masks have an Adam of their own, without decay,

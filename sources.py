@@ -79,8 +79,7 @@ def write(data_dir, name, make):
     """
     refused, places = None, cache_places(data_dir, name)
     for path in places:
-        temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}"
-                                   ".tmp")
+        temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             if refused is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)

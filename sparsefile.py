@@ -18,6 +18,7 @@ import gzip
 import io
 import json
 import os
+import secrets
 from contextlib import suppress
 
 import numpy as np
@@ -84,7 +85,7 @@ def content_of(net, masks=None):
 def save(net, path, masks=None):
     """Write a network and its masks, under a temporary name that is then replaced: what
     the file held before is kept until all is written. masks: see modelfile.pack."""
-    content, temporary = content_of(net, masks), f"{path}.tmp"
+    content, temporary = content_of(net, masks), f"{path}.{secrets.token_hex(4)}.tmp"
     try:
         with open(temporary, "wb") as file:
             file.write(content)

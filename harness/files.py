@@ -11,6 +11,7 @@ OSError of one line.
 import io
 import json
 import os
+import secrets
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +82,7 @@ def write_whole(path, write, mode="w", before=None):
     if processes.rank() > 0:
         return
     # its own: of two processes that write a file, each writes it whole
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     encoding = {}
     if "b" not in mode:  # a name that is no text, of a file, is written as its bytes
         encoding = dict(encoding="utf-8", errors="backslashreplace")

@@ -71,13 +71,19 @@ def peak_memory_mib(device):
     return peak / 2**10
 
 
-def environment_for(at_a_time):
-    """Return the environment of processes of which so many run side by side: they share
-    the processors that this one may use. An OMP_NUM_THREADS that is set stays."""
+def threads_each(at_a_time):
+    """Return {"OMP_NUM_THREADS": a process's part}, of the processors that this one may
+    use, where so many processes run side by side."""
     usable = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # fewer, in an allocation of a cluster
         usable = len(os.sched_getaffinity(0))
-    return {"OMP_NUM_THREADS": str(max(1, usable // at_a_time))} | os.environ
+    return {"OMP_NUM_THREADS": str(max(1, usable // at_a_time))}
+
+
+def environment_for(at_a_time):
+    """Return the environment of processes of which so many run side by side. An
+    OMP_NUM_THREADS that is set stays."""
+    return threads_each(at_a_time) | os.environ
 
 
 def set_precision():

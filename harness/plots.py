@@ -139,7 +139,7 @@ def plot(axis, x, mean, std, method, **style):
     """Draw a method's line with error bars. style: keywords of axis.errorbar."""
     colour, marker = style_of(method)
     usual = dict(color=colour, marker=marker, markersize=3.5, linewidth=1, label=method)
-    bars = std if np.any(std) else None
+    bars = std if np.any(np.nan_to_num(std)) else None  # NaN: a layer that is gone
     axis.errorbar(x, mean, yerr=bars, capsize=2, **(usual | style))
 
 
@@ -194,9 +194,16 @@ def by_layer(axis, methods, value, label):
 
 
 def names_of(found):
-    """Return the names of the layers in dicts {layer: value}, each once: a run may have
-    lost some of them."""
-    return list(dict.fromkeys(name for layers in found for name in layers))
+    """Return the names of the layers in dicts {layer: value}, each once, in the order
+    of the network: a run may have lost some of them."""
+    names = []
+    for layers in found:
+        place = 0  # behind the name before it
+        for name in layers:
+            if name not in names:
+                names.insert(place, name)
+            place = names.index(name) + 1
+    return names
 
 
 def layer_ticks(axis, names):

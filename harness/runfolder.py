@@ -588,11 +588,13 @@ class Run:
                 board.remove(self.folder)
 
     def _let_go(self):
-        """Unlock the folder. Remove the folders that this run has made, those that are
-        empty."""
-        if self.board is not None:
-            self.board.close()
-        files.release(self.lock)
+        """Close what is written for TensorBoard, and unlock the folder. Remove the
+        folders that this run has made, those that are empty."""
+        try:
+            if self.board is not None:
+                self.board.close()
+        finally:
+            files.release(self.lock)
         if processes.rank() == 0:
             with suppress(OSError):  # one is not empty, or was never made
                 for path in self.made:
@@ -707,6 +709,9 @@ class Run:
             self.rows = self._read_lines("metrics", state["metrics"])
             self.updates = self._read_lines("updates", state["updates"])
             self.seconds, self.notes = state["seconds"], state["notes"]
+            for name in ("density", "first_density"):  # of older versions
+                if name in self.notes:
+                    self.notes["first_sparsity"] = 1 - self.notes.pop(name)
             self.meter.restore(state["meter"])
             processes.restore_statistics(self.net, state["statistics"])
 
@@ -795,8 +800,11 @@ class Run:
 
     def _resume_command(self):
         """Return the command that goes on with this run, in as many processes, and on
-        its device where that is not the one that would be chosen."""
+        its device where that is not the one that would be chosen; of several nodes, in
+        words."""
         args = self.args
+        if processes.local()[1] < processes.size():
+            return "the same command on each node, with --resume"
         words = [*processes.starter(processes.size()), sys.argv[0], "--resume",
                  "--run-dir", args.run_dir]
         if args.device != str(setup.choose_device(None)):

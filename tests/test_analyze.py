@@ -1154,9 +1154,9 @@ def test_a_layer_that_some_runs_have_lost_stands_at_its_own_name():
         return found
 
     whole = dict(lifs_0=1.0, lifs_1=2.0, lifs_2=3.0, lif_fc=4.0)
-    runs = [run(method, seed, whole) for method in ("dense", "gmp") for seed in (0, 1)]
-    runs += [run("criticality", 0, {name: whole[name] for name in ("lifs_0", "lifs_2", "lif_fc")}),
-             run("criticality", 1, {name: whole[name] for name in ("lifs_0", "lif_fc")})]
+    runs = [run("criticality", 0, {name: whole[name] for name in ("lifs_0", "lifs_2", "lif_fc")}),
+            run("criticality", 1, {name: whole[name] for name in ("lifs_0", "lif_fc")})]
+    runs += [run(method, seed, whole) for method in ("dense", "gmp") for seed in (0, 1)]
     for draw in (analyze.activity, analyze.criticality):
         figure, rows, used, _ = draw(runs)
         axis = figure.axes[0]

@@ -224,6 +224,16 @@ def test_resume_with_a_smaller_last_batch_and_other_flags(monkeypatch):
     assert_same_run("unbroken", "r")
 
 
+def test_an_older_run_with_a_lower_rate_goes_on(monkeypatch):
+    stop_after(10, monkeypatch, run, "--run-dir", "r")
+    config = json.loads(Path("r/config.json").read_text())
+    Path("r/config.json").write_text(json.dumps(config | dict(death_rate=0.001)))
+    state = torch.load("r/checkpoint.pt", weights_only=True)
+    state["flags"]["death_rate"] = 0.001
+    torch.save(state, "r/checkpoint.pt")
+    assert prune_granet.main(["--run-dir", "r", "--resume"])["epochs"] == 3
+
+
 @pytest.mark.parametrize("given, words", [
     ("--death-rate 0", "--death-rate is 0, expected a number above 0 and below 1"),
     ("--death-rate 0.004", "--death-rate is 0.004, expected at least 0.005, to which it falls"),

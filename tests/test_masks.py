@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from harness.runfolder import Broken, recount
-from masks import Masks, TooFew, prune_further, seeded, select
+from masks import Masks, TooFew, ceil_share, prune_further, seeded, select
 from models import Scored
 
 
@@ -195,3 +195,10 @@ def test_few_eligible_places_among_many(n_eligible, k):
         assert int(chosen.count_nonzero()) == k and not (chosen & ~eligible).any()
         if 0 < k < n_eligible:
             assert key[chosen].min() >= key[eligible & ~chosen].max()
+
+
+def test_a_share_is_rounded_up_but_not_by_floating_point():
+    assert [ceil_share(0.56, 25), ceil_share(0.5, 25), ceil_share(0.0, 9)] == [14, 13, 0]
+    for n in (100, 10_000_000):
+        assert ceil_share(0.07, n) == 7 * n // 100
+        assert ceil_share(0.07 + 1e-10, n) == 7 * n // 100 + 1  # a true excess counts

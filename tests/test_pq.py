@@ -714,6 +714,15 @@ def test_resume_bit_by_bit(step, given, monkeypatch):
     assert summary["survived_by_regeneration"] > 0 or not given  # something did grow
 
 
+def test_an_older_checkpoint_names_its_start_otherwise(monkeypatch):
+    whole = run("--run-dir", "unbroken")
+    stop_after(20, monkeypatch, run, "--run-dir", "r")
+    state = modelfile.read_tensors("r/checkpoint.pt")
+    state["notes"]["density"] = 1 - state["notes"].pop("first_sparsity")
+    torch.save(state, "r/checkpoint.pt")
+    assert run("--run-dir", "r", "--resume", short=False)["training_cost"] == whole["training_cost"]
+
+
 def test_init_and_the_dense_accuracy(images):
     """It starts from a dense network, masked; the accuracy of before stands in the summary."""
     net = models.build("small", 10, 1, 28, 4, [4, 8, 16, 16])

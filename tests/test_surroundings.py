@@ -714,7 +714,10 @@ def test_the_command_that_goes_on_keeps_the_device_and_the_processes(monkeypatch
     assert command("cuda") == "python prune.py --resume --run-dir 'my r'"
     assert command("cpu") == "python prune.py --resume --run-dir 'my r' --device cpu"
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert command("cuda") == "torchrun --nproc-per-node=2 prune.py --resume --run-dir 'my r'"
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert command("cuda") == "the same command on each node, with --resume"
 
 
 # ---- before torch is there -----------------------------------------------------------------------

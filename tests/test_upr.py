@@ -3,6 +3,7 @@ in saved networks, and the script end to end."""
 import copy
 import json
 import math
+import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -22,7 +23,7 @@ import plans
 import prune_unstructured
 import prune_upr
 import training
-from harness import runfolder
+from harness import records, runfolder
 from helpers import assert_same_run, lines, random_net, refused, save_half_images, stop_after
 from masks import Masks, seeded
 from prune_upr import SoftMasks, connections, default_price, fix_masks, prices, slope
@@ -431,7 +432,12 @@ def test_the_published_threshold(capsys):
     out = capsys.readouterr().out
     error = refused(capsys, run, "--run-dir", "b", "--sparsity", 0.6, *given)
     assert "--sparsity is 0.6, which --mode paper with a --price does not use" in error
-    assert json.loads(Path("a/config.json").read_text())["sparsity"] is None
+    # by its default price: the command that is read from its folder gives it
+    run("--run-dir", "c", "--mode", "paper", "--epochs-finetune", 0, "--mask-lr", 0.05)
+    for folder in "ac":
+        words = shlex.split(records.command_of(records.read_run(Path(folder))))
+        assert "--sparsity" not in words and "--price" in words
+        assert prune_upr.parse_args(words[2:]).sparsity is None
     soft = torch.load("a/checkpoint.pt", weights_only=True)["parts"]["soft"]
     masks = modelfile.read("a/model.pt")["masks"]
     flat = torch.cat([mask.flatten() for mask in masks.values()])
