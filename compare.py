@@ -347,7 +347,9 @@ def plot_methods(left, right, rows, targets):
         axis.set_yticks(range(len(methods)), methods, fontsize=6.5, parse_math=False)
         axis.grid(axis="y", linewidth=0.3)
     right.tick_params(axis="y", labelleft=False)
-    right.set(xlabel="Training cost / dense", xlim=(0, None))
+    most = max((row["training_cost"] for row in rows if row["training_cost"] > 0),
+               default=1)  # NaN: without an epoch
+    right.set(xlabel="Training cost / dense", xlim=(0, 1.05 * most))
     if len(targets) > 1:
         for target, fill in zip(targets, plots.FILLS):
             right.plot([], [], color=plots.GREY, marker="o", markersize=SIZE,
