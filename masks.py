@@ -465,9 +465,9 @@ def equal_densities(shapes, density):
 
 
 def erk_densities(shapes, density):
-    """Erdős–Rényi-Kernel (arXiv 1911.11134): proportional to sum(shape) / prod(shape).
-    A layer that would exceed 1 is dense, and the others share the rest (arXiv
-    2106.10404)."""
+    """Erdős–Rényi-Kernel (arXiv 1911.11134): proportional to
+    sum(shape) / prod(shape). A layer that would exceed 1 is dense, and the others share
+    the rest (arXiv 2106.10404)."""
     if density >= 1:
         return [density] * len(shapes)
     sizes = [prod(shape) for shape in shapes]
