@@ -45,7 +45,8 @@ paper's text. Differences between the two: --baseline "gmp, as published". The c
     back            share of the final weights, or channels, that had been brought back:
                     is about r by construction (Eq. 7), and measures no method
 
-The plot has the largest table of weights and that of channels: accuracy by target and
+The plot has the largest table of weights and that of channels: the methods below each
+other with accuracy and training cost; at three targets or more accuracy by target, and
 over the training cost. Below, runs of a method that differ in one number, of any flag
 or of --time-steps say, are a line over it.
 """

@@ -372,8 +372,9 @@ def prune_further(sparsity, regen):
     sparsity: s. regen: the regeneration rate r. All are 0..1.
     INTERPRETATION: s' = s + r (1 - s). Then the last regeneration brings back a share r
     of the weights that are alive at the end; some of earlier updates come on top. The
-    paper reports 48 % for r = 0.5 at s = 0.9, which fits; s / (1 - r) would exceed 1.
-    Confirmed by the published code.
+    paper reports 48 % for r = 0.5 at s = 0.9, which is near; as published the
+    classifier stays out, which makes it less. s / (1 - r) would exceed 1. Confirmed by
+    the published code.
     """
     return sparsity + regen * (1 - sparsity)  # Eq. 7
 

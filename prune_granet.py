@@ -93,7 +93,8 @@ def run_name(args):
 
 
 def complete(args, explicit):
-    """Refuse a rate that would rise, where it is not that of an older run."""
+    """Refuse a rate that would rise. One from the config.json of an older run goes
+    on."""
     if args.death_rate < LOWEST_RATE and "death_rate" not in explicit.kept:
         raise ValueError(
             f"--death-rate is {args.death_rate:g}, expected at least {LOWEST_RATE:g}, "

@@ -368,9 +368,7 @@ def method_of(args):
 
 def run_name(args):
     """Return the name of the run's folder."""
-    name = f"{Path(args.dataset).stem}-{args.model}-{method_of(args)}"
-    if args.sparsity is not None:
-        name += f"-{args.sparsity:g}"
+    name = f"{Path(args.dataset).stem}-{args.model}-{method_of(args)}-{args.sparsity:g}"
     if args.mode == "paper":
         name += "-paper"
     if args.price is not None:
@@ -381,11 +379,8 @@ def run_name(args):
 
 
 def complete(args, explicit):
-    """Set what --as-published implies; refuse what does not fit."""
+    """Set what --as-published implies."""
     published.complete(args, explicit, "upr")
-    if args.mode == "paper" and args.price is not None:
-        flags.set_unused(args, explicit, dict(sparsity=None),
-                         "--mode paper with a --price")
 
 
 def parse_args(argv):
@@ -395,7 +390,7 @@ def parse_args(argv):
     add("--sparsity", type=flags.number(0, 1, above=True),
         help="share of the prunable weights that is dead in the end, a fraction above "
              "0 and below 1, by a top-K of alpha after the search; with --mode paper "
-             "it only chooses the default price: leave it out beside --price")
+             "it only chooses the default price")
     add("--neurons", action="store_true",
         help="single neurons have masks too, those of all maps but the first; one is "
              "alive where its alpha is above 0, however many these are")
@@ -440,16 +435,13 @@ def set_up(args):
         net = setup.build(args, images)
         check_network(args, net)
         masks = Masks(net)
-        if args.sparsity is not None:
-            masks.check_sparsity(args.sparsity)
+        masks.check_sparsity(args.sparsity)
         soft = SoftMasks(net, masks, args.neurons)
         optimizer = training.optimizer(args, net.parameters())
         stages = setup.stages(args, images, prune=args.epochs_prune,
                               finetune=args.epochs_finetune)
         if args.price is None:
             args.price = default_price(args)
-            if args.mode == "paper":  # all that it was for
-                args.sparsity = None
         if args.mask_lr is None:
             args.mask_lr = default_mask_lr(args, stages.steps("prune"))
         # INTERPRETATION: beside SGD the masks have an Adam of their own, without decay,

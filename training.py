@@ -221,7 +221,8 @@ def sum_of_rates(schedule, lr, steps):
 
 def setting_for(density, measured):
     """Return the setting under which a run should end at a density, by measured ones:
-    on a line of log setting over log density, through the two nearest.
+    on a line of log setting over log density, through the two that it lies between, or
+    the last two at an end.
 
     density: the share of the weights that is alive, 0..1. measured: {density: setting}.
     """

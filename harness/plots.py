@@ -147,13 +147,14 @@ def limits_of(means, stds):
     """Return (low, high) of an axis of accuracies, in per cent.
 
     A mean with a deviation of 10 points, where a seed failed, and one that is 20 points
-    below the median do not set them if there are others: they would flatten the rest.
+    below the median do not set the lower one if there are others: they would flatten
+    the rest. No mean lies above the upper one.
     """
     least = np.median(means) - 20
     pairs = [(mean, std) for mean, std in zip(means, stds) if std < 10 and mean > least]
     pairs = pairs or list(zip(means, stds))
     return (min(mean - std for mean, std in pairs) - 1,
-            max(mean + std for mean, std in pairs) + 1)
+            max(*means, *(mean + std for mean, std in pairs)) + 1)
 
 
 def mark_below(axis, x, mean, method):
@@ -197,7 +198,7 @@ def names_of(found):
     """Return the names of the layers in dicts {layer: value}, each once, in the order
     of the network: a run may have lost some of them."""
     names = []
-    for layers in found:
+    for layers in sorted(found, key=len, reverse=True):
         place = 0  # behind the name before it
         for name in layers:
             if name not in names:

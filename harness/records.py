@@ -247,32 +247,40 @@ def analysis_of(run):
     return found
 
 
-def _current_analysis(run):
+def kept_analysis(run):
+    """Return what analysis.npz of a run holds, {} where it cannot be used; the hash of
+    the model.pt that is there now, "" if there is none; and what is wrong with the
+    file, in words. Raises Unfit if it is damaged and its network is gone."""
     path, network = run.folder / "analysis.npz", run.folder / "model.pt"
-    old, wrong = {}, ""
-    if path.exists():
-        try:
-            old = read(run, path.name)
-        except Unfit:
-            if not network.exists():
-                raise
-            wrong = "is damaged"
-    made_from = str(old.get("made_from", ""))  # older files do not say
-    now = made_from
+    now = ""
     if network.exists():
         now = hashlib.sha256(network.read_bytes()).hexdigest()
-    is_current = not made_from or made_from == now
-    if not is_current:
-        wrong = f"is of another {network.name} than is there now"
-    if "variance_published" in old and is_current:
+    if not path.exists():
+        return {}, now, ""
+    try:
+        old = read(run, path.name)
+    except Unfit:
+        if not now:
+            raise
+        return {}, now, "is damaged"
+    made_from = str(old.get("made_from", ""))  # older files do not say
+    if now and made_from not in ("", now):
+        return {}, now, f"is of another {network.name} than is there now"
+    return old, now, ""
+
+
+def _current_analysis(run):
+    old, now, wrong = kept_analysis(run)
+    if "variance_published" in old:
         return old
     try:
         found = analyse(run)
     except Unfit:
-        if old and is_current:
+        if old:
             return old
         raise
     found["made_from"] = np.array(now)
+    path = run.folder / "analysis.npz"
     try:
         save_arrays(path, found)
     except OSError as error:  # the numbers are here; the next time they are computed

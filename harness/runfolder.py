@@ -804,7 +804,8 @@ class Run:
         words."""
         args = self.args
         if processes.local()[1] < processes.size():
-            return "the same command on each node, with --resume"
+            words = [sys.argv[0], "--resume", "--run-dir", args.run_dir]
+            return f"the same launcher on each node, with {shlex.join(words)}"
         words = [*processes.starter(processes.size()), sys.argv[0], "--resume",
                  "--run-dir", args.run_dir]
         if args.device != str(setup.choose_device(None)):

@@ -9,6 +9,7 @@ Criticality is compared at one regeneration rate, which records.runs_of chooses:
 paper's, where it is at hand; another one is named.
 """
 import re
+from contextlib import suppress
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -282,7 +283,9 @@ def rescue_at(sparsity):
                 continue
             shares, most = 100 * np.mean(logged, axis=0)  # [updates] each
             has_room = most > 50  # not so where nothing was pruned
-            text = f"{joined(setting, rate_of(ours))}: "
+            text = f"{setting}: "
+            if rate := rate_of(ours):
+                text += f"{rate}, "
             if has_room.any():
                 shares, most = shares[has_room], most[has_room]
                 more = int((shares > 50).sum())
@@ -423,13 +426,13 @@ def in_classes(key, better):
 
 
 def analysis_at_hand(run):
-    """Return what records.analysis_of does if a figure has made it, else None: to
+    """Return what records.analysis_of does where a figure has made it, else None: to
     compute it takes a while."""
-    if "analysis" in run.files or (run.folder / "analysis.npz").is_file():
-        try:
-            return records.analysis_of(run)
-        except records.Unfit:
-            return None
+    if "analysis" in run.files:
+        return run.files["analysis"]
+    with suppress(records.Unfit):
+        return records.kept_analysis(run)[0] or None
+    return None
 
 
 CLAIMS = [

@@ -1168,6 +1168,8 @@ def test_a_layer_that_some_runs_have_lost_stands_at_its_own_name():
             assert row[key] == factor * whole[row["layer"]] or (
                 np.isnan(row[key]) and row["method"] == "criticality"
                 and row["layer"] in ("lifs_1", "lifs_2"))
+    lost = [dict.fromkeys(names) for names in ("abd", "acd", "abcd")]
+    assert plots.names_of(lost) == list("abcd")
     boxes = {(round(line.get_xdata().mean(), 1), line.get_ydata().mean())
              for line in axis.lines if len(line.get_xdata()) > 2}
     assert boxes == {(-0.2, 1), (0.8, 2), (1.8, 3), (2.8, 4), (0.2, 1), (2.2, 3), (3.2, 4)}

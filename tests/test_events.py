@@ -480,7 +480,7 @@ def test_made_anew_is_said_only_of_what_is_made(monkeypatch, capsys):
     assert "other recordings" not in capsys.readouterr().out
 
 
-def test_a_cache_that_fits_into_neither_place_says_why_of_both(monkeypatch):
+def test_a_cache_that_fits_into_neither_place_says_why_of_both():
     beside, home = sources.cache_places("data", "few")
 
     def make(path):

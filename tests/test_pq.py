@@ -714,13 +714,16 @@ def test_resume_bit_by_bit(step, given, monkeypatch):
     assert summary["survived_by_regeneration"] > 0 or not given  # something did grow
 
 
-def test_an_older_checkpoint_names_its_start_otherwise(monkeypatch):
-    whole = run("--run-dir", "unbroken")
-    stop_after(20, monkeypatch, run, "--run-dir", "r")
+@pytest.mark.parametrize("name", ["density", "first_density"])
+def test_an_older_checkpoint_names_its_start_otherwise(name, monkeypatch):
+    given = ("--density", 0.3)
+    whole = run("--run-dir", "unbroken", *given)
+    stop_after(20, monkeypatch, run, "--run-dir", "r", *given)
     state = modelfile.read_tensors("r/checkpoint.pt")
-    state["notes"]["density"] = 1 - state["notes"].pop("first_sparsity")
+    state["notes"][name] = 1 - state["notes"].pop("first_sparsity")
     torch.save(state, "r/checkpoint.pt")
-    assert run("--run-dir", "r", "--resume", short=False)["training_cost"] == whole["training_cost"]
+    found = run("--run-dir", "r", "--resume", short=False)
+    assert found["training_cost"] == pytest.approx(whole["training_cost"])
 
 
 def test_init_and_the_dense_accuracy(images):

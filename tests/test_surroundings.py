@@ -709,6 +709,7 @@ def test_the_command_that_goes_on_keeps_the_device_and_the_processes(monkeypatch
         run = SimpleNamespace(args=SimpleNamespace(run_dir="my r", device=device))
         return runfolder.Run._resume_command(run)
 
+    monkeypatch.setattr(setup, "choose_device", lambda name: torch.device("cpu"))
     assert command("cpu") == "python prune.py --resume --run-dir 'my r'"
     monkeypatch.setattr(setup, "choose_device", lambda name: torch.device("cuda"))
     assert command("cuda") == "python prune.py --resume --run-dir 'my r'"
@@ -717,7 +718,8 @@ def test_the_command_that_goes_on_keeps_the_device_and_the_processes(monkeypatch
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert command("cuda") == "torchrun --nproc-per-node=2 prune.py --resume --run-dir 'my r'"
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert command("cuda") == "the same command on each node, with --resume"
+    assert command("cuda") == ("the same launcher on each node, with prune.py --resume --run-dir "
+                               "'my r'")
 
 
 # ---- before torch is there -----------------------------------------------------------------------

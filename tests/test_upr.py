@@ -430,14 +430,16 @@ def test_the_published_threshold(capsys):
     given = ("--mode", "paper", "--neurons", "--epochs-finetune", 0, *FAST)
     run("--run-dir", "a", *given)
     out = capsys.readouterr().out
-    error = refused(capsys, run, "--run-dir", "b", "--sparsity", 0.6, *given)
-    assert "--sparsity is 0.6, which --mode paper with a --price does not use" in error
     # by its default price: the command that is read from its folder gives it
-    run("--run-dir", "c", "--mode", "paper", "--epochs-finetune", 0, "--mask-lr", 0.05)
-    for folder in "ac":
+    asked = ["--run-dir", "c", "--mode", "paper", "--sparsity", 0.6, "--epochs-finetune", 0,
+             "--mask-lr", 0.05]
+    run(*asked)
+    for folder, sparsity in (("a", 0.9), ("c", 0.6)):
         words = shlex.split(records.command_of(records.read_run(Path(folder))))
-        assert "--sparsity" not in words and "--price" in words
-        assert prune_upr.parse_args(words[2:]).sparsity is None
+        args = prune_upr.parse_args(words[2:])
+        assert args.price is not None and args.sparsity == sparsity
+    run(*asked, "--resume")
+    assert "Nothing is left to do" in capsys.readouterr().out
     soft = torch.load("a/checkpoint.pt", weights_only=True)["parts"]["soft"]
     masks = modelfile.read("a/model.pt")["masks"]
     flat = torch.cat([mask.flatten() for mask in masks.values()])

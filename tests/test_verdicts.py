@@ -242,7 +242,7 @@ def test_what_comes_back_counts_by_update(tmp_path):
     verdict, here = read_again([row, row], [low], [low, row], of=[*mine, third])
     assert verdict == "holds" and ": in 2 of the 2 updates that have room for it, 60 to 70 %" in here
     third.regen = mine[0].regen = mine[1].regen = 0.3
-    assert ", r = 0.3: in 2 of the 2 updates" in read_again([row, row], [low], [low, row],
+    assert ": r = 0.3, in 2 of the 2 updates" in read_again([row, row], [low], [low, row],
                                                             of=[*mine, third])[1]
 
 
@@ -459,10 +459,22 @@ def test_more_settings_than_letters(tmp_path):
     assert text.count("**Z**") == text.count("**AA**") == 3 and "- **AA** weights: d" in text
 
 
-def test_an_analysis_that_is_damaged_is_left_out(tmp_path):
+def test_an_analysis_that_is_damaged_or_of_another_network_is_left_out(tmp_path, monkeypatch):
+    """None is computed, for which the data would be loaded."""
+    monkeypatch.setattr(records, "analyse", None)
     mine = seeds("gmp", 0.8, 0.8) + seeds("criticality", 0.8, 0.81, regen=0.5)
     for number, one in enumerate(mine):
         one.folder = tmp_path / str(number)
         one.folder.mkdir()
         (one.folder / "analysis.npz").write_bytes(b"no archive")
     assert not any("features" in claim for claim in found_in(mine))
+    for one in mine:
+        one.files.clear()
+        (one.folder / "model.pt").write_bytes(b"a network")
+        np.savez(one.folder / "analysis.npz", variance=np.ones(4), similarity=np.ones(4),
+                 made_from="another")
+    assert not any("features" in claim for claim in found_in(mine))
+    for one in mine:
+        one.files.clear()
+        (one.folder / "model.pt").unlink()
+    assert sum("features" in claim for claim in found_in(mine)) == 2
