@@ -246,8 +246,10 @@ def plot_tables(tables):
         else:
             left.set(xlabel="Test accuracy (%)", xlim=limits)
             plot_methods(left, right, rows, targets)
-        # the name of a data set may have a $, which is no formula
-        left.set_title(setting, fontsize=7, loc="left", parse_math=False)
+        # above the legend of two targets; the name of a data set may have a $, which is
+        # no formula
+        left.set_title(setting, fontsize=7, loc="left", parse_math=False,
+                       pad=16 if len(targets) == 2 else 6)
         seen |= set(map(groups.key_of, rows))
     below = axes[len(drawn):].flatten()
     for axis, ((flag, setting), lines) in zip(below, panels.items()):
@@ -422,7 +424,7 @@ def plot_lines(axis, flag, setting, lines, tables):
     if len(targets) == 1:
         setting += f", {targets[0]}"
     axis.set(ylabel="Test accuracy (%)", ylim=limits)
-    axis.set_xlabel(f"{label}\n{textwrap.fill(setting, 68)}", fontsize=7,
+    axis.set_xlabel(f"{label}\n{textwrap.fill(setting, 46)}", fontsize=7,
                     parse_math=False)
     for line in lines:
         _, first = line[0]
@@ -451,7 +453,9 @@ def plot_lines(axis, flag, setting, lines, tables):
     numbers = [value for line in lines for value, _ in line]
     if min(numbers) > 0 and max(numbers) > 20 * min(numbers):
         axis.set_xscale("log")
-    plots.legend(axis, 3 if len(lines) < 10 else 4)
+    _, labels = axis.get_legend_handles_labels()
+    has_long = max(map(len, labels)) > 12
+    plots.legend(axis, (2 if has_long else 3) if len(lines) < 10 else 4)
     return level
 
 
