@@ -754,7 +754,7 @@ INTRO = (
     "in each setting.",
     "README.md weighs the runs that come with this project, none of them at the "
     "paper's own scale (200 + 300 epochs of VGG-16 and ResNet-19 on CIFAR): there "
-    "criticality is not above GMP.")
+    "no gain over GMP is shown.")
 
 # {figure: (what names a row of its table, a column, and the number; digits; caption)}
 TABLES = {
