@@ -681,16 +681,15 @@ def draw_figure(name, runs, out):
         return None
     figure, rows, used, says = drawn
     plots.note(figure, marks_of(name, figure, rows))
-    # what a picture says of regeneration holds at these rates and intervals alone
-    settings = [text for text in (records.rates_of(used), records.updates_of(used))
-                if text]
+    # what a picture says of regeneration holds at these settings alone
+    settings = [text for text in (records.rates_of(used), records.updates_of(used),
+                                  records.readings_of(used)) if text]
     if settings:
         plots.note(figure, f"{', '.join(settings)}.")
     folders = ", ".join(str(run.folder) for run in used)
     plots.save(out / name, figure, rows,
                f"{name}: {records.describe(used)}\nruns: {folders}")
-    of = ", ".join(filter(None, [f"of {len(used)} runs", records.readings_of(used),
-                                 *settings]))
+    of = ", ".join([f"of {len(used)} runs", *settings])
     print(f"{name:<12}{out / name}.png  {of}: {says}")
     return drawn
 

@@ -289,9 +289,9 @@ def rescue_at(sparsity):
             if has_room.any():
                 shares, most = shares[has_room], most[has_room]
                 more = int((shares > 50).sum())
-                text += (f"in {more} of the {len(shares)} updates that have room for "
-                         f"it, {min(shares):.0f} to {max(shares):.0f} % of at most "
-                         f"{min(most):.0f} to {max(most):.0f}")
+                updates = "updates that have" if len(shares) > 1 else "update that has"
+                text += (f"in {more} of the {len(shares)} {updates} room for it, "
+                         f"{span(shares)} % of at most {span(most)}")
                 signs.append(more == len(shares))
             else:
                 text += "no update has room for it"
@@ -300,6 +300,12 @@ def rescue_at(sparsity):
             return HOLDS if all(signs) else FAILS, "; ".join(texts)
         return (UNTOLD, "; ".join(texts)) if texts else None
     return find
+
+
+def span(values):
+    """Return from where to where values lie, in whole numbers; one if these agree."""
+    ends = dict.fromkeys(f"{end:.0f}" for end in (min(values), max(values)))
+    return " to ".join(ends)
 
 
 def rescued_in(runs):

@@ -1208,7 +1208,7 @@ def test_the_commands_hold_what_differs_from_the_defaults(tmp_path):
     assert "--lr" not in records.command_of(run)
 
 
-STUDIES = "methods readings regen-rate fashion-mnist cifar100 items demo".split()
+STUDIES = "methods readings regen-rate fashion-mnist cifar100 items interval demo".split()
 
 
 def test_the_figures_in_the_readme_are_those_of_the_logs():
@@ -1217,9 +1217,9 @@ def test_the_figures_in_the_readme_are_those_of_the_logs():
     assert (f"analyze.py verdicts --out results/figures --runs results/runs/{{{','.join(STUDIES)}}}"
             in text)
     drawn = {}
-    for name in ("ratio", "survival", "importance", "variance", "similarity"):
+    for name in ("ratio", "survival", "importance", "variance", "similarity", "interval"):
         drawn |= analyze.main([name, "--runs", *folders, "--out", "out"])
-        if name in ("ratio", "survival", "variance"):
+        if name in ("ratio", "survival", "variance", "interval"):
             (_, made), (_, shipped) = (table(folder / f"{name}.csv") for folder in (
                 Path("out"), ROOT / "results" / "figures"))
             assert made == shipped

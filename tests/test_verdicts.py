@@ -215,7 +215,7 @@ def test_what_comes_back_counts_by_update(tmp_path):
     claim = "more than half of what an update prunes comes back in it, at 90 %"
     verdict, here = found_in(mine)[claim]  # means 60 and 47.5 %; the last one is not known
     assert verdict == "does not hold" and here.endswith(
-        ": in 1 of the 2 updates that have room for it, 48 to 60 % of at most 80 to 80")
+        ": in 1 of the 2 updates that have room for it, 48 to 60 % of at most 80")
     assert verdicts.table(mine[:1], {}) is None
 
     def read_again(*logs, of=mine):
@@ -253,7 +253,7 @@ def test_an_update_without_room_for_a_half_says_nothing():
     for one in mine:
         one.files["updates.jsonl"] = [json.loads(update(0.2, 100, 500)), json.loads(update(0.9))]
     verdict, here = found_in(mine)[claim]
-    assert verdict == "holds" and "in 1 of the 1 updates that have room for it, 90 to 90 %" in here
+    assert verdict == "holds" and "in 1 of the 1 update that has room for it, 90 %" in here
     for one in mine:
         del one.files["updates.jsonl"][1]
     verdict, here = found_in(mine)[claim]
