@@ -418,7 +418,7 @@ def test_what_a_figure_says_names_the_reading(capsys):
     analyze.main(["layers", "--runs", "text", "--out", "b"])
     out = capsys.readouterr().out
     steps = "an update every 25 steps"
-    assert f"of 4 runs, published zero, r = 0.5, {steps}: " in out
+    assert f"of 4 runs, r = 0.5, {steps}, published zero: " in out
     assert f"of 4 runs, r = 0.5, {steps}: " in out
     assert f"; published zero; r = 0.5; {steps}; seeds 0, 1" in table("a/layers.csv")[0][0]
     assert "; 90 % of the weights pruned; r = 0.5; " in table("b/layers.csv")[0][0]

@@ -231,7 +231,7 @@ def test_what_comes_back_counts_by_update(tmp_path):
     for one in other:
         one.files["updates.jsonl"] = [json.loads(low)]
     verdict, here = found_in(mine + other)[claim]
-    assert verdict == "does not hold" and here.count(" of the 1 updates") == 2
+    assert verdict == "does not hold" and here.count(" of the 1 update that") == 2
     assert read_again([low], [low])[0] == "does not hold"  # not more than half
     # a log that is cut off, within a row or between two, or holds no rows, is left out
     for log in ([row], [row, row[:5]], ["5\n", "6\n"], ["{}\n"], []):
