@@ -169,6 +169,9 @@ def tabulate(found, versus=None):
     for (setting, target, method), by_seed in found.items():
         name = versus or records.BASELINE[next(iter(by_seed.values())).pruned]
         level = "-" if style_name(name) == "dense" else target
+        if versus is None:
+            name = nearest([other for place, mark, other in found
+                            if (place, mark) == (setting, level)], name, method)
         baseline = found.get((setting, level, name), {})
         dense = [cost(run) for (kind, _, other), runs in found.items()
                  for run in runs.values()
@@ -182,6 +185,16 @@ def tabulate(found, versus=None):
             row["p"] = p
         rows.sort(key=lambda row: (by_size(row["target"]), -row["accuracy"]))
     return dict(sorted(tables.items(), key=lambda item: (-len(item[1]), item[0])))
+
+
+def nearest(names, baseline, method):
+    """Return the name of the row that another one is compared with: the baseline's
+    own; or, where its runs differ, in --interval say, the one that differs from it the
+    least and in nothing that the other row does not differ in as well."""
+    said = set(method.split(", ")[1:])
+    own = [name for name in names if style_name(name) == baseline
+           and said.issuperset(name.split(", ")[1:])]
+    return min(own, key=lambda name: (name.count(", "), name), default=baseline)
 
 
 def row_of(by_seed, baseline, dense):

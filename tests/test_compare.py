@@ -466,6 +466,27 @@ def test_differences_to_another_row():
         "logs/compare-criticality-aggregate-mean.md").read_text()
 
 
+def test_a_baseline_whose_runs_differ_is_the_one_like_the_row(capsys):
+    """Steps between two updates: each row has GMP with its own; without one, none."""
+    for seed in (0, 1):
+        for interval, gmp, ours in ((25, 0.8, 0.81), (50, 0.7, 0.73), (100, None, 0.6)):
+            if gmp:
+                written(f"g{interval}{seed}", "gmp", seed, gmp + 0.001 * seed, interval=interval)
+            written(f"c{interval}{seed}", "criticality", seed, ours, interval=interval, regen=0.5)
+        written(f"p{seed}", "gmp", seed, 0.9, interval=50, as_published=["zero"])
+    ((_, rows),) = groups.tabulate(groups.gather(Path("logs"))[0]).items()
+    found = {row["method"]: (row["baseline"], round(row["against"], 2)) for row in rows
+             if row["method"] != row["baseline"]}
+    assert found == {
+        "criticality, interval 25": ("gmp, interval 25", 0.95),
+        "criticality, interval 50": ("gmp, interval 50", 2.95),
+        "criticality, interval 100": ("gmp", pytest.approx(np.nan, nan_ok=True)),
+        "gmp, published zero, interval 50": ("gmp, interval 50", 19.95)}
+    compare.main(["--runs", "logs"])
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("| gmp, interval" in line and "| - |" in line for line in lines) == 2
+
+
 def test_a_baseline_that_is_not_in_the_table(capsys):
     written("g")
     with pytest.raises(SystemExit) as stopped:
