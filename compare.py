@@ -425,7 +425,7 @@ def plot_lines(axis, flag, setting, lines, tables):
     if len(targets) == 1:
         setting += f", {targets[0]}"
     axis.set(ylabel="Test accuracy (%)", ylim=limits)
-    axis.set_xlabel(f"{label}\n{textwrap.fill(setting, 46)}", fontsize=7,
+    axis.set_xlabel(f"{label}\n{textwrap.fill(setting, 42)}", fontsize=7,
                     parse_math=False)
     for line in lines:
         _, first = line[0]
@@ -455,8 +455,9 @@ def plot_lines(axis, flag, setting, lines, tables):
     if min(numbers) > 0 and max(numbers) > 20 * min(numbers):
         axis.set_xscale("log")
     _, labels = axis.get_legend_handles_labels()
-    has_long = max(map(len, labels)) > 12
-    plots.legend(axis, (2 if has_long else 3) if len(lines) < 10 else 4)
+    fit = 52 // (max(map(len, labels)) + 6)  # beside each other, above a panel
+    few, most = (1, 3) if len(lines) < 10 else (2, 4)
+    plots.legend(axis, min(max(fit, few), most))
     return level
 
 
