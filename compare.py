@@ -31,12 +31,12 @@ paper's text. Differences between the two: --baseline "gmp, as published". The c
     test accuracy   mean and standard deviation over the seeds, last epoch
     against the baseline
                     difference to GMP (channels: slimming), or to --baseline, at the
-                    same seeds, in points, with its 95 % interval by Student's t. Where
-                    GMP's runs differ, in --interval say, those like the row's count;
+                    same seeds, in points, with its 95 % interval by Student's t;
                     "above" or "below" only where chance hardly explains it: p < 0.05
                     after Holm's correction for all differences of the table, also of
                     rows that --methods leaves out. Pairs that all differ alike have no
-                    interval
+                    interval. Where GMP's runs differ, in --interval say, a row is
+                    compared with those that have its own
     faster          of channels: time of the dense network / time of what is left, batch
                     32
     SOPs, energy    synaptic operations and energy of an image

@@ -73,8 +73,8 @@ def save_arrays(path, arrays):
 def write_whole(path, write, mode="w", before=None):
     """Write a file under a temporary name, flush it, and rename it.
 
-    So the file is whole at any moment, even if the process is killed. What a killed one
-    leaves is NAME.*.tmp, of a run until it goes on.
+    So the file is whole at any moment, even if the process is killed. A killed one may
+    leave NAME.*.tmp; that of a run's file goes when the run goes on.
 
     write(file): writes the content. before(): called when all is written and nothing is
     replaced yet. Only rank 0 writes. Raises OSError of one line; then the old file is

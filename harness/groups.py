@@ -170,8 +170,8 @@ def tabulate(found, versus=None):
         name = versus or records.BASELINE[next(iter(by_seed.values())).pruned]
         level = "-" if style_name(name) == "dense" else target
         if versus is None:
-            name = nearest([other for place, mark, other in found
-                            if (place, mark) == (setting, level)], name, method)
+            name = baseline_of(method, name, [other for place, mark, other in found
+                                              if (place, mark) == (setting, level)])
         baseline = found.get((setting, level, name), {})
         dense = [cost(run) for (kind, _, other), runs in found.items()
                  for run in runs.values()
@@ -187,10 +187,13 @@ def tabulate(found, versus=None):
     return dict(sorted(tables.items(), key=lambda item: (-len(item[1]), item[0])))
 
 
-def nearest(names, baseline, method):
-    """Return the name of the row that another one is compared with: the baseline's
-    own; or, where its runs differ, in --interval say, the one that differs from it the
-    least and in nothing that the other row does not differ in as well."""
+def baseline_of(method, baseline, names):
+    """Return the name of the row that a row is compared with.
+
+    method: the name of the row. baseline: the method to compare with. names: of all
+    rows. Where its runs differ, in --interval say, it has several: the one with the
+    fewest words counts, of those whose words the row's own name has as well.
+    """
     said = set(method.split(", ")[1:])
     own = [name for name in names if style_name(name) == baseline
            and said.issuperset(name.split(", ")[1:])]
